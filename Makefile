@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+# Needs only python3 (3.11 or newer) and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OUT    ?= results/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types unit docs bench clean
+
+help:  ## This list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+env: $(STAMP)  ## Create .venv with everything the project needs
+
+# The stamp is rebuilt only when the declared dependencies change.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ddpnopt needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# torch first and pinned exactly: pip then takes the build that the constraints name.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: env  ## Train SGD, Adam, RMSprop and DDPNOpt on WINE and DIGITS (< 3 minutes)
+	$(BIN)/ddpnopt demo --out $(OUT)
+
+test: lint types unit docs  ## All checks: style, types, tests, documentation
+	@echo "make test: style, types, tests and documentation are all in order."
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/mypy
+
+# One torch thread per worker: two workers share two cores.
+unit: env
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+docs: env  ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: env  ## Step time and memory against SGD and Adam on three networks
+	$(BIN)/python benchmarks/step_cost.py --nets 1 --nets 2 --nets 3 --out results/bench.json
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) site results .pytest_cache .mypy_cache .ruff_cache .hypothesis
