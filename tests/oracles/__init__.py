@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Independent implementations that the library is compared with."""

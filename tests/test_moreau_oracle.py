@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""The Moreau rule against a scalar dynamic programme and a step written sample by sample."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles.adaptor import library_coefficient
+from oracles.common import (
+    CONVOLUTIONS,
+    Loss,
+    assert_params,
+    conv_chain,
+    cross_entropy,
+    dense_chain,
+    input_for,
+    squared,
+    steps,
+)
+from oracles.flat import Chain, Inner
+from oracles.moreau_scalar import (
+    LineModel,
+    implicit_coefficient,
+    joint_policy,
+    logistic_line,
+    nested_policy,
+    quadratic_line,
+    softmax_line,
+)
+from oracles.moreau_step import MoreauStep
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddpnopt.value import Moreau
+
+pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
+
+Lines = Callable[[Tensor], list[LineModel]]
+
+
+@st.composite
+def lines(draw: st.DrawFn) -> LineModel:
+    """The line model of random logits, from hopeless to nearly certain."""
+    generator = np.random.default_rng(draw(st.integers(0, 10_000)))
+    classes, scale = draw(st.integers(2, 10)), draw(st.sampled_from([0.1, 1.0, 4.0]))
+    logits = scale * generator.normal(size=classes)
+    return softmax_line(logits, np.eye(classes)[draw(st.integers(0, classes - 1))])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    lines(),
+    st.lists(st.floats(0.01, 30.0), min_size=1, max_size=2),
+    st.floats(-5.0, 5.0),
+)
+def test_policy_is_the_nested_programme(line: LineModel, s: list[float], q: float) -> None:
+    assert library_coefficient(line, sum(s), q) == pytest.approx(
+        nested_policy(line, s, q), rel=1e-6, abs=1e-6
+    )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    lines(),
+    st.lists(st.floats(0.01, 30.0), min_size=3, max_size=6),
+    st.floats(-5.0, 5.0),
+)
+def test_policy_of_many_layers(line: LineModel, s: list[float], q: float) -> None:
+    assert library_coefficient(line, sum(s), q) == pytest.approx(
+        joint_policy(line, s, q), rel=1e-5, abs=1e-6
+    )
+
+
+def test_nested_programme_of_three_layers() -> None:
+    line = softmax_line(np.array([1.0, 2.0, -1.0, 0.3]), np.eye(4)[2])
+    expected = nested_policy(line, [0.4, 2.0, 1.0], -0.7)
+    assert library_coefficient(line, 3.4, -0.7) == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(lines(), st.floats(0.0, 1e6), st.floats(-100.0, 100.0))
+def test_policy_solves_its_equation_at_any_size(line: LineModel, s: float, q: float) -> None:
+    expected = implicit_coefficient(line, s, q)
+    assert library_coefficient(line, s, q) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize("s", [0.0, 1e-12, 1.0, 1e3, 1e8])
+@pytest.mark.parametrize("q", [-1e3, -1.0, 0.0, 1.0, 1e3])
+@pytest.mark.parametrize("margin", [-40.0, -10.0, 0.0, 10.0, 30.0])
+def test_saturated_samples(s: float, q: float, margin: float) -> None:
+    """Confidently wrong (margin < 0) and right samples: where few Newton steps are not enough."""
+    logits = np.zeros(5)
+    logits[1] = margin
+    line = softmax_line(logits, np.eye(5)[1])
+    got = library_coefficient(line, s, q)
+    assert np.isfinite(got) and got >= 0
+    assert got == pytest.approx(implicit_coefficient(line, s, q), rel=1e-6, abs=1e-9)
+
+
+def test_nothing_ahead_is_the_plain_step() -> None:
+    line = softmax_line(np.array([0.3, -1.0, 2.0]), np.eye(3)[0])
+    assert library_coefficient(line, 0.0, 0.0) == pytest.approx(1.0, abs=1e-14)
+
+
+def case(kind: str, loss: str, batch: int = 4) -> tuple[Chain, Tensor, Loss, Tensor, Lines, str]:
+    """Model, inputs, loss, sample weights, line models and the terminal's name."""
+    model = dense_chain([4, 5, 4, 3])
+    if kind == "conv":
+        model = conv_chain([CONVOLUTIONS[1], {"kernel_size": 2}], 3, "softplus")
+    x = input_for(model, batch)
+    w = torch.full((batch,), 1 / batch, dtype=torch.float64)
+    if loss == "mse":
+        y, function, _ = squared(x, 3)
+
+        def mse_lines(z: Tensor) -> list[LineModel]:
+            factor = (2 / 3) ** 0.5 * np.eye(3)
+            return [quadratic_line(factor, g) for g in (2 / 3 * (z - y)).numpy()]
+
+        return model, x, function, w, mse_lines, "mse"
+    if loss == "bce":
+        targets = (torch.randn(batch, 3, generator=torch.Generator().manual_seed(5)) > 0).double()
+
+        def bce(z: Tensor) -> Tensor:
+            return F.binary_cross_entropy_with_logits(z, targets)
+
+        def bce_lines(z: Tensor) -> list[LineModel]:
+            pairs = zip(z.numpy(), targets.numpy(), strict=True)
+            return [logistic_line(a, b) for a, b in pairs]
+
+        return model, x, bce, w / 3, bce_lines, "bce_with_logits"
+    y, function, _ = cross_entropy(x, 3)
+    if loss == "weighted":
+        classes = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+        w = classes[y] / classes[y].sum()
+
+        def function(z: Tensor) -> Tensor:
+            return F.cross_entropy(z, y, classes)
+
+    def softmax_lines(z: Tensor) -> list[LineModel]:
+        target = F.one_hot(y, 3).numpy()
+        return [softmax_line(a, b) for a, b in zip(z.numpy(), target, strict=True)]
+
+    return model, x, function, w, softmax_lines, "cross_entropy"
+
+
+def compare(kind: str, loss: str, name: str, feedback: object = True, **options: object) -> None:
+    model, x, function, w, line_models, terminal = case(kind, loss)
+    momentum = options.pop("momentum", 0.0)
+    decay = options.pop("weight_decay", 0.0)
+    weight_gradients = options.pop("weight_gradients", True)
+    lr = {"identity": 0.8, "rmsprop": 0.05}[name]
+    reference = MoreauStep(
+        copy.deepcopy(model),
+        Inner(lr, momentum, name),
+        weight_decay=decay,
+        feedback=feedback is True,
+        **{"strength": 1.0 if name == "identity" else 0.5, **options},
+    )
+    for _ in range(3):
+        seen = reference.step(x, function, w, line_models)
+    assert min(min(row) for row in seen) < 0.9  # the rule does something here
+    steps(
+        model,
+        x,
+        function,
+        3,
+        lr=lr,
+        curvature=name,
+        value=Moreau(**options),
+        terminal=terminal,
+        momentum=momentum,
+        weight_decay=decay,
+        feedback=feedback,
+        gram="exact",
+        weight_gradients=weight_gradients,
+    )
+    assert_params(model, reference.params, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "weighted", "bce", "mse"])
+@pytest.mark.parametrize("name", ["identity", "rmsprop"])
+def test_step(kind: str, loss: str, name: str) -> None:
+    compare(kind, loss, name)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("name", ["identity", "rmsprop"])
+@pytest.mark.parametrize("own_layer", [False, True])
+@pytest.mark.parametrize("coupling", [False, True])
+def test_options(kind: str, name: str, own_layer: bool, coupling: bool) -> None:
+    compare(kind, "cross_entropy", name, own_layer=own_layer, coupling=coupling)
+
+
+@pytest.mark.parametrize("name", ["identity", "rmsprop"])
+@pytest.mark.parametrize("strength", [0.25, 2.0])
+def test_strength(name: str, strength: float) -> None:
+    compare("dense", "cross_entropy", name, strength=strength)
+
+
+@pytest.mark.parametrize("name", ["identity", "rmsprop"])
+def test_momentum_and_decay(name: str) -> None:
+    compare("dense", "cross_entropy", name, momentum=0.6, weight_decay=0.02)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("name", ["identity", "rmsprop"])
+@pytest.mark.parametrize("coupling", [False, True])
+def test_open_loop_is_q_zero(kind: str, name: str, coupling: bool) -> None:
+    compare(kind, "cross_entropy", name, feedback="open_loop", coupling=coupling)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_without_weight_gradients(kind: str, feedback: object) -> None:
+    compare(
+        kind, "cross_entropy", "identity", feedback, coupling=False, weight_gradients=False
+    )
