@@ -217,8 +217,7 @@ def test_open_loop_is_q_zero(kind: str, name: str, coupling: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
 @pytest.mark.parametrize("feedback", [True, "open_loop"])
 def test_without_weight_gradients(kind: str, feedback: object) -> None:
-    compare(
-        kind, "cross_entropy", "identity", feedback, coupling=False, weight_gradients=False
-    )
+    compare(kind, "cross_entropy", "identity", feedback, coupling=False, weight_gradients=False)

@@ -178,3 +178,33 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
     """A module is bit for bit what ``snapshot`` saw."""
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def mlp(seed: int = 0, activation: type[nn.Module] = nn.Tanh, **options: object) -> nn.Sequential:
+    """5-6-5-3, float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(5, 6), activation(**options), nn.Linear(6, 5), activation(**options), nn.Linear(5, 3)
+    ).double()
+
+
+def data(seed: int = 0, batch: int = 6) -> tuple[Tensor, Tensor]:
+    """Inputs of ``mlp`` and labels."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x = torch.randn(batch, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (batch,), generator=generator)
+
+
+def iterate(model: nn.Module, opt: torch.optim.Optimizer, seeds: Iterable[int]) -> None:
+    """The plain loop with cross-entropy over ``data``."""
+    for seed in seeds:
+        x, y = data(seed)
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+
+
+def distance(first: nn.Module, second: nn.Module) -> float:
+    """The largest difference between two modules' parameters."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
