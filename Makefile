@@ -16,7 +16,8 @@ env: $(STAMP)  ## Create .venv with everything the project needs
 
 # The stamp is rebuilt only when the declared dependencies change.
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ddpnopt needs Python 3.11 or newer")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ddpnopt needs Python 3.11 or newer")'
+	@echo "setting up $(VENV) (about a minute)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # torch first and pinned exactly: pip then takes the build that the constraints name.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
@@ -41,7 +42,7 @@ unit: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
 docs: env  ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: env  ## Step time and memory against SGD and Adam on three networks
 	$(BIN)/python benchmarks/step_cost.py --nets 1 --nets 2 --nets 3 --out results/bench.json
