@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: MIT
+"""The second forward pass: same arguments, same randomness, one pass's side effects, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from oracles.common import (
+    assert_same,
+    assert_unchanged,
+    data,
+    distance,
+    iterate,
+    mlp,
+    snapshot,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpnopt import DDPNOpt
+from ddpnopt.errors import UnsupportedModelError
+
+LR = 0.7
+quiet = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
+
+
+def backward(model: nn.Module, seed: int = 0) -> None:
+    x, y = data(seed)
+    F.cross_entropy(model(x), y).backward()
+
+
+class Noise(nn.Module):
+    """Multiplicative noise from one of three generators; remembers what it drew."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source, self.seen = source, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.source == "torch":
+            mask = torch.rand_like(x)
+        elif self.source == "numpy":
+            mask = torch.from_numpy(np.random.rand(*x.shape))
+        else:
+            mask = torch.full_like(x, random.random())
+        self.seen.append(mask)
+        return x * (0.5 + mask)
+
+
+def noisy(source: str) -> nn.Sequential:
+    base = mlp()
+    return nn.Sequential(base[0], base[1], Noise(source), base[2], base[3], base[4])
+
+
+def generators() -> tuple[bytes, tuple, tuple]:
+    state = np.random.get_state()
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        random.getstate(),
+        (state[1].tobytes(), *state[2:]),
+    )
+
+
+@quiet
+@pytest.mark.parametrize("source", ["torch", "numpy", "python"])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_randomness(source: str, feedback: object) -> None:
+    model = noisy(source)
+    opt = DDPNOpt(model, lr=LR, feedback=feedback)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    for seed in range(2):
+        opt.zero_grad()
+        backward(model, seed)
+        between = random.random(), np.random.rand(), torch.rand(())  # the loop's own draws
+        before = generators()
+        opt.step()
+        assert generators() == before
+        assert between is not None
+    seen = model[2].seen
+    if feedback is True:
+        assert len(seen) == 4
+        assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+        assert not torch.equal(seen[0], seen[2])
+    else:
+        assert len(seen) == 2
+
+
+@quiet
+def test_dropout_rollout_uses_the_same_masks() -> None:
+    """Dropout equals a net with the same masks written down."""
+    base = mlp()
+    model = nn.Sequential(*base[:2], nn.Dropout(0.5), *base[2:])
+    twin = copy.deepcopy(base)
+    torch.manual_seed(3)
+    mask = F.dropout(torch.ones(6, 6, dtype=torch.float64), 0.5)
+
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * mask
+
+    other = nn.Sequential(*twin[:2], Fixed(), *twin[2:])
+    torch.manual_seed(3)
+    iterate(model, DDPNOpt(model, lr=LR), [0])
+    iterate(other, DDPNOpt(other, lr=LR), [0])
+    assert distance(base, mlp()) > 0
+    assert_same(base, twin, 1e-14)
+
+
+class Counter(nn.Module):
+    """Buffers changed in place and by assignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x + 0.1 * self.calls.to(x.dtype)
+
+
+@quiet
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_buffers_end_as_after_one_pass(feedback: object) -> None:
+    base = mlp()
+    model = nn.Sequential(base[0], base[1], Counter(), base[2], base[3], base[4])
+    twin = copy.deepcopy(model)
+    opt = DDPNOpt(model, lr=LR, feedback=feedback)
+    backward(model)
+    opt.step()
+    twin(data()[0])
+    for name, value in twin.named_buffers():
+        assert torch.equal(dict(model.named_buffers())[name], value), name
+
+
+def test_batch_norm_buffers_end_as_after_one_pass() -> None:
+    base = mlp()
+    model = nn.Sequential(base[0], nn.BatchNorm1d(6).double(), *base[1:])
+    twin = copy.deepcopy(model)
+    opt = DDPNOpt(model, lr=LR)
+    backward(model)
+    opt.step()
+    twin(data()[0])
+    assert int(model[1].num_batches_tracked) == 1
+    for name, value in twin.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], value, rtol=0, atol=0)
+
+
+@quiet
+def test_accumulation_with_a_buffer() -> None:
+    """Two passes leave the buffers of two passes."""
+    base = mlp()
+    model = nn.Sequential(base[0], base[1], Counter(), base[2], base[3], base[4])
+    opt = DDPNOpt(model, lr=LR)
+    backward(model, 0)
+    backward(model, 1)
+    opt.step()
+    assert float(model[2].calls) == 2
+
+
+class InPlaceInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(1.5)
+        return self.net(x)
+
+
+def test_input_modified_by_the_model_is_refused() -> None:
+    model = InPlaceInput()
+    opt = DDPNOpt(model, lr=LR)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="in.place"):
+        backward(model)
+        opt.step()
+    assert_unchanged(model, before)
+
+
+def test_input_overwritten_by_the_loop_is_refused() -> None:
+    model = mlp()
+    opt = DDPNOpt(model, lr=LR)
+    before = snapshot(model)
+    x, y = data()
+    F.cross_entropy(model(x), y).backward()
+    x.zero_()
+    with pytest.raises(UnsupportedModelError, match="in.place"):
+        opt.step()
+    assert_unchanged(model, before)
+
+
+class InPlaceState(nn.Module):
+    """Adds to the second layer's input after that layer has used it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        base = mlp()
+        self.first, self.second, self.third = base[0], base[2], base[4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)).clone()
+        z = self.third(torch.tanh(self.second(h)))
+        with torch.no_grad():
+            h.data.add_(1.0)  # .data: autograd's own check does not see it
+        return z
+
+
+def test_state_modified_behind_autograd_is_named_or_harmless() -> None:
+    """A change that autograd can't see gives its wrong gradient anyway; ours never makes it worse."""
+    model = InPlaceState()
+    opt = DDPNOpt(model, lr=LR)
+    before = snapshot(model)
+    try:
+        backward(model)
+        opt.step()
+    except UnsupportedModelError as error:
+        assert "second" in str(error)
+        assert_unchanged(model, before)
+    else:
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@quiet
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_in_place_activations(activation: type[nn.Module], feedback: object) -> None:
+    model, twin = mlp(0, activation, inplace=True), mlp(0, activation)
+    iterate(model, DDPNOpt(model, lr=LR, feedback=feedback), range(3))
+    iterate(twin, DDPNOpt(twin, lr=LR, feedback=feedback), range(3))
+    assert_same(model, twin, 1e-14)
+
+
+class Parts(nn.Module):
+    """Two parts that the loop calls itself; no single call owns the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        base = mlp()
+        self.body, self.head = base[:4], base[4]
+
+
+def test_parts_called_from_the_loop_are_refused() -> None:
+    model = Parts()
+    opt = DDPNOpt(model, lr=LR)
+    before = snapshot(model)
+    x, y = data()
+    with pytest.raises(UnsupportedModelError, match=r"body[\s\S]*head|head[\s\S]*body"):
+        F.cross_entropy(model.head(model.body(x)), y).backward()
+        opt.step()
+    assert_unchanged(model, before)
+
+
+class Outer(nn.Module):
+    """The layers live one call deeper, with keyword and nested arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, batch: dict[str, list[Tensor]], *, scale: float = 1.0) -> Tensor:
+        return self.inner(batch["x"], scale=scale)["logits"]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, parts: list[Tensor], scale: float) -> dict[str, Tensor]:
+        return {"logits": self.net(scale * torch.cat(parts, 1))}
+
+
+@quiet
+@pytest.mark.parametrize("call", ["outer", "inner"])
+def test_keyword_and_nested_arguments(call: str) -> None:
+    model, twin = Outer(), mlp()
+    opt, other = DDPNOpt(model, lr=LR), DDPNOpt(twin, lr=LR)
+    for seed in range(3):
+        x, y = data(seed)
+        opt.zero_grad()
+        if call == "outer":
+            z = model({"x": list(x.split(2, 1))}, scale=0.5)
+        else:  # the deepest module that owns all layers, called by the loop
+            z = model.inner(list(x.split(2, 1)), scale=0.5)["logits"]
+        F.cross_entropy(z, y).backward()
+        opt.step()
+        other.zero_grad()
+        F.cross_entropy(twin(0.5 * x), y).backward()
+        other.step()
+    assert_same(model.inner.net, twin, 1e-14)
+
+
+class Bomb(nn.Module):
+    """Fails on the chosen call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.fatal = 0, -1
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        torch.rand(3), np.random.rand(), random.random()
+        if self.calls == self.fatal:
+            raise RuntimeError("boom")
+        return x
+
+
+def state_of(opt: DDPNOpt) -> list[Tensor]:
+    tensors: list[Tensor] = []
+
+    def walk(node: object) -> None:
+        if isinstance(node, Tensor):
+            tensors.append(node.clone())
+        elif isinstance(node, dict):
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, (list, tuple)):
+            for value in node:
+                walk(value)
+
+    walk(opt.state_dict())
+    return tensors
+
+
+@quiet
+@pytest.mark.parametrize("curvature", ["identity", "rmsprop"])
+@pytest.mark.parametrize("value", ["moreau", "low_rank"])
+@pytest.mark.parametrize("place", [2, 4, 5])
+def test_all_or_nothing(curvature: str, value: str, place: int) -> None:
+    base, bomb = mlp(), Bomb()
+    model = nn.Sequential(*base[:place], bomb, *base[place:])
+    twin = copy.deepcopy(model)
+
+    def make(m: nn.Module) -> DDPNOpt:
+        return DDPNOpt(m, lr=0.05, momentum=0.5, curvature=curvature, value=value)
+
+    opt, other = make(model), make(twin)
+    iterate(model, opt, range(2))
+    iterate(twin, other, range(2))
+    opt.zero_grad()
+    backward(model, 2)
+    bomb.fatal = bomb.calls + 1
+    before, buffers, rng = snapshot(model), state_of(opt), generators()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="boom"):
+        opt.step()
+    assert_unchanged(model, before)
+    assert generators() == rng
+    for a, b in zip(state_of(opt), buffers, strict=True):
+        assert torch.equal(a, b)
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(p.grad, g)
+    bomb.fatal = -1
+    model.zero_grad()
+    iterate(model, opt, [3, 4])
+    iterate(twin, other, [3, 4])
+    assert_same(base, nn.Sequential(*[m for m in twin if not isinstance(m, Bomb)]), 1e-14)
+
+
+@quiet
+def test_forward_that_raises_leaves_nothing_behind() -> None:
+    base, bomb = mlp(), Bomb()
+    model, twin = nn.Sequential(*base[:4], bomb, base[4]), mlp()
+    opt, other = DDPNOpt(model, lr=LR), DDPNOpt(twin, lr=LR)
+    bomb.fatal = 1
+    with pytest.raises(RuntimeError, match="boom"):
+        model(data(5)[0])
+    iterate(model, opt, range(2))
+    iterate(twin, other, range(2))
+    assert_same(base, twin, 1e-15)
+
+
+@quiet
+def test_rollout_does_not_touch_gradients_or_grad_mode() -> None:
+    model = mlp()
+    opt = DDPNOpt(model, lr=LR)
+    backward(model)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    assert torch.is_grad_enabled()
+    opt.step()
+    assert torch.is_grad_enabled()
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(p.grad, g)
+        assert p.requires_grad and p.is_leaf
