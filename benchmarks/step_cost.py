@@ -3,6 +3,7 @@
 
 Examples:
     python benchmarks/step_cost.py --nets 1 2 3 --rounds 30 --threads 2 --out results/bench.json
+    python benchmarks/step_cost.py markdown results/bench.json
     python benchmarks/step_cost.py --nets 2 --only "SGD + clip" --only "DDPNOpt open loop"
 """
 
@@ -52,8 +53,15 @@ def footprint_command(
 def _table(net: int, timings: dict[str, Timing], footprints: dict[str, Footprint]) -> Table:
     case = NETS[net]
     table = Table(title=f"net {net}: {case.title}, batch {case.batch}", title_justify="left")
-    table.add_column("optimizer")
-    for heading in ("ms", "time / SGD", "quartiles", "GFLOP / SGD", "memory / SGD", "process"):
+    table.add_column("optimizer", no_wrap=True)
+    for heading in (
+        "ms",
+        "time / SGD",
+        "quartiles",
+        "GFLOP / SGD",
+        "memory / SGD",
+        "process / SGD",
+    ):
         table.add_column(heading, justify="right")
     base = footprints.get(BASELINE)
     for name, timing in timings.items():
@@ -131,6 +139,31 @@ def run_command(
         console.print(f"wrote {out}")
 
 
+@app.command(name="markdown")
+def markdown_command(source: Path) -> None:
+    """Print the figures of a JSON file as the README's table: time and (memory) over SGD's."""
+    document = json.loads(source.read_text())
+    nets = document["nets"]
+    rows = [["optimizer", *(f"net {n['net']}: {n['title']}, batch {n['batch']}" for n in nets)]]
+    rows.append(["---"] + ["---:"] * len(nets))
+    for name in VARIANTS:
+        cells = [_cell(n["variants"], name) for n in nets]
+        if any(cells):
+            rows.append([name, *cells])
+    sys.stdout.write("".join(f"| {' | '.join(row)} |\n" for row in rows))
+    head = "torch {torch}, {machine}, {threads} threads, {rounds} rounds"
+    sys.stdout.write("\n" + head.format(**document) + "\n")
+
+
+def _cell(variants: dict[str, dict[str, float]], name: str) -> str:
+    if name not in variants:
+        return ""
+    memory = "tensor_mib" in variants[name]
+    share = variants[name]["tensor_mib"] / variants[BASELINE]["tensor_mib"] if memory else None
+    cell = f"{variants[name]['ratio']:.2f}"
+    return cell if share is None else f"{cell} ({share:.2f})"
+
+
 def _spread(arguments: list[str]) -> list[str]:
     """Let `--nets 1 2 3` mean `--nets 1 --nets 2 --nets 3`, and `run` be the default command."""
     spread: list[str] = []
@@ -143,8 +176,8 @@ def _spread(arguments: list[str]) -> list[str]:
         else:
             listing = False
             spread.append(argument)
-    asks_for_help = "--help" in spread
-    return spread if spread[:1] == ["footprint"] or asks_for_help else ["run", *spread]
+    named = spread[:1] in (["footprint"], ["markdown"], ["run"], ["--help"])
+    return spread if named else ["run", *spread]
 
 
 if __name__ == "__main__":
