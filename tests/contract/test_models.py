@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: MIT
+"""Chains with whatever lies between, other parametrised modules, sample mixing, non-chains."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from oracles.common import (
+    CONVOLUTIONS,
+    assert_params,
+    assert_same,
+    assert_unchanged,
+    conv_chain,
+    cross_entropy,
+    distance,
+    identity,
+    input_for,
+    iterate,
+    mlp,
+    snapshot,
+    steps,
+)
+from oracles.dense_ddp import DenseDDP
+from oracles.flat import Chain, Inner
+from oracles.moreau_scalar import softmax_line
+from oracles.moreau_step import MoreauStep
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpnopt import DDPNOpt
+from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
+from ddpnopt.value import LowRank
+
+LR = 0.7
+quiet = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
+FEEDBACKS = [True, "open_loop"]
+
+
+@quiet
+@pytest.mark.parametrize("place", ["first", "second"])
+@pytest.mark.parametrize("k", range(len(CONVOLUTIONS)))
+@pytest.mark.parametrize("gram", ["exact", "auto"])
+def test_convolution_options(place: str, k: int, gram: str) -> None:
+    options = [CONVOLUTIONS[k], {"kernel_size": 1}]
+    model = conv_chain(options if place == "first" else options[::-1])
+    x = input_for(model, 3)
+    _, loss, hessian = cross_entropy(x, 3)
+    reference = DenseDDP(copy.deepcopy(model), Inner(LR))
+    for _ in range(2):
+        reference.step(x, loss, hessian)
+    if gram == "auto":  # a sketch is not exact: only that it runs and stays near
+        steps(model, x, loss, 2, lr=LR, value=LowRank(), gram=gram)
+        assert_params(model, reference.params, 0.2)
+    else:
+        steps(model, x, loss, 2, lr=LR, value=LowRank(), gram=gram)
+        assert_params(model, reference.params)
+
+
+def token_chain() -> Chain:
+    """(B, T, d) through two layers, then the mean over T and a head."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(3, 3)]
+
+    def mean(h: Tensor) -> Tensor:
+        return torch.tanh(h).mean(1)
+
+    return Chain(layers, [torch.tanh, mean, identity]).double()
+
+
+def tokens() -> Tensor:
+    return torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@quiet
+@pytest.mark.parametrize("value", ["low_rank", "dense"])
+def test_leading_dimensions(value: str) -> None:
+    model, x = token_chain(), tokens()
+    _, loss, hessian = cross_entropy(x, 3)
+    reference = DenseDDP(copy.deepcopy(model), Inner(LR))
+    for _ in range(2):
+        reference.step(x, loss, hessian)
+    steps(model, x, loss, 2, lr=LR, value=value)
+    assert_params(model, reference.params)
+
+
+def softmax_lines(y: Tensor) -> object:
+    target = F.one_hot(y, 3).numpy()
+    return lambda z: [softmax_line(a, b) for a, b in zip(z.numpy(), target, strict=True)]
+
+
+@quiet
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_leading_dimensions_moreau(feedback: object) -> None:
+    model, x = token_chain(), tokens()
+    y, loss, _ = cross_entropy(x, 3)
+    reference = MoreauStep(copy.deepcopy(model), Inner(LR), feedback=feedback is True)
+    for _ in range(2):
+        reference.step(x, loss, torch.full((4,), 0.25).double(), softmax_lines(y))
+    steps(model, x, loss, 2, lr=LR, feedback=feedback)
+    assert_params(model, reference.params, 1e-9)
+
+
+class Folded(nn.Module):
+    """The same net with T folded into the batch: dimension 0 a multiple of B."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = token_chain().layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        h = torch.tanh(self.layers[0](x.reshape(b * t, d)))
+        h = torch.tanh(self.layers[1](h)).reshape(b, t, -1).mean(1)
+        return self.layers[2](h)
+
+
+@quiet
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("value", ["moreau", "low_rank", "gauss_newton", "dense"])
+def test_folded_time(feedback: object, value: str) -> None:
+    if feedback == "open_loop" and value != "moreau":
+        feedback = True
+    model, twin, x = Folded(), token_chain(), tokens()
+    _, loss, _ = cross_entropy(x, 3)
+    steps(model, x, loss, 2, lr=LR, value=value, feedback=feedback)  # type: ignore[arg-type]
+    steps(twin, x, loss, 2, lr=LR, value=value, feedback=feedback)
+    assert_same(model.layers, twin.layers, 1e-12)
+
+
+class Functional(nn.Module):
+    """Layers called out of order of registration, with views, pooling, functional calls between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.last = nn.Linear(4, 3)
+        self.unused = nn.Linear(2, 2)
+        self.middle = nn.Linear(8, 4)
+        self.first = nn.Conv2d(1, 2, 3, padding=1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.max_pool2d(F.leaky_relu(self.first(x)), 2)
+        h = h.permute(0, 2, 3, 1).reshape(len(x), -1)
+        h = F.dropout(F.gelu(self.middle(h)), 0.0, self.training)
+        return self.last(h.clone().sin_() * 2)
+
+
+@quiet
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_anything_between_the_layers(feedback: object) -> None:
+    model, start = Functional(), Functional()
+    twin = Chain(
+        [model.first, model.middle, model.last],
+        [
+            lambda h: F.max_pool2d(F.leaky_relu(h), 2).permute(0, 2, 3, 1).flatten(1),
+            lambda h: F.gelu(h).sin() * 2,
+            identity,
+        ],
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 1, 4, 4, generator=generator, dtype=torch.float64)
+    y, loss, _ = cross_entropy(x, 3)
+    reference = MoreauStep(copy.deepcopy(twin), Inner(LR), feedback=feedback is True)
+    for _ in range(2):
+        reference.step(x, loss, torch.full((4,), 0.25).double(), softmax_lines(y))
+    steps(model, x, loss, 2, lr=LR, feedback=feedback, gram="exact")  # type: ignore[arg-type]
+    assert_params(twin, reference.params, 1e-9)
+    assert_same(model.unused, start.unused)
+
+
+@quiet
+def test_frozen_layer_between() -> None:
+    """A frozen layer is part of the dynamics, not a control."""
+    torch.manual_seed(0)
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).double().requires_grad_(False)
+    layers = [nn.Linear(3, 4), nn.Linear(4, 3)]
+    twin = Chain(layers, [lambda h: frozen(torch.tanh(h)).sin(), identity]).double()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.frozen, self.last = layers[0], frozen, layers[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.frozen(torch.tanh(self.first(x))).sin())
+
+    x = input_for(twin, 4)
+    _, loss, hessian = cross_entropy(x, 3)
+    reference = DenseDDP(copy.deepcopy(twin), Inner(LR))
+    before = snapshot(frozen)
+    for _ in range(2):
+        reference.step(x, loss, hessian)
+    steps(Net(), x, loss, 2, lr=LR, value=LowRank())  # type: ignore[arg-type]
+    assert_params(twin, reference.params)
+    assert_unchanged(frozen, before)
+
+
+@quiet
+def test_skip_around_a_frozen_layer() -> None:
+    torch.manual_seed(0)
+    frozen = nn.Linear(4, 4).double().requires_grad_(False)
+    layers = [nn.Linear(3, 4), nn.Linear(4, 3)]
+
+    def skip(h: Tensor) -> Tensor:
+        return torch.tanh(h) + frozen(torch.tanh(h))
+
+    twin = Chain(layers, [skip, identity]).double()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.frozen, self.last = layers[0], frozen, layers[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x))
+            return self.last(h + self.frozen(h))
+
+    x = input_for(twin, 4)
+    _, loss, hessian = cross_entropy(x, 3)
+    reference = DenseDDP(copy.deepcopy(twin), Inner(LR))
+    for _ in range(2):
+        reference.step(x, loss, hessian)
+    steps(Net(), x, loss, 2, lr=LR, value=LowRank())  # type: ignore[arg-type]
+    assert_params(twin, reference.params)
+
+
+class Branching(nn.Module):
+    """Trainable layers that do not run one after another."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.stem, self.left, self.right = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x))
+        if self.kind == "residual":
+            h = torch.tanh(h + self.right(torch.tanh(self.left(h))))
+        elif self.kind == "parallel":
+            h = torch.tanh(self.left(h)) * torch.tanh(self.right(h))
+        elif self.kind == "long_skip":
+            h = h + self.left(h).tanh()
+            h = h + self.right(h).tanh()
+        else:  # a layer used twice
+            h = torch.tanh(self.right(torch.tanh(self.left(torch.tanh(self.left(h))))))
+        return self.head(h)
+
+
+NAMES = {
+    "residual": r"left|right",
+    "parallel": r"left|right",
+    "long_skip": r"left|right|head",
+    "shared": r"left",
+}
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("kind", NAMES)
+def test_branching_is_refused_by_name(kind: str, feedback: object) -> None:
+    model = Branching(kind)
+    opt = DDPNOpt(model, lr=LR, feedback=feedback)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=NAMES[kind]):
+        iterate(model, opt, [0])
+    assert_unchanged(model, before)
+
+
+@quiet
+@pytest.mark.parametrize("kind", NAMES)
+def test_branching_without_feedback_is_plain(kind: str) -> None:
+    model, twin = Branching(kind), Branching(kind)
+    iterate(model, DDPNOpt(model, lr=LR, feedback=False), range(3))
+    iterate(twin, torch.optim.SGD(twin.parameters(), LR), range(3))
+    assert_same(model, twin, 1e-15)
+
+
+def said(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if issubclass(w.category, DDPNOptWarning)]
+
+
+class Centre(nn.Module):
+    """Mixes samples without any parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0) if self.training else x
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("value", ["moreau", "low_rank"])
+@pytest.mark.parametrize("kind", ["batch_norm", "centre"])
+def test_layers_before_a_sample_mixing_layer_take_the_plain_step(
+    feedback: object, value: str, kind: str
+) -> None:
+    base = mlp()
+    mix = nn.BatchNorm1d(5).double() if kind == "batch_norm" else Centre()
+    model = nn.Sequential(*base[:3], mix, *base[3:])
+    twin, after = copy.deepcopy(model), copy.deepcopy(model)
+    if feedback == "open_loop":
+        value = "moreau"
+    opt = DDPNOpt(model, lr=LR, value=value, feedback=feedback)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        iterate(model, opt, [0])
+        once = model.state_dict()
+        once = {k: v.clone() for k, v in once.items()}
+        iterate(model, opt, [1, 2])
+    messages = said(caught)
+    assert len(messages) == 1 and "3" in messages[0]
+    iterate(twin, torch.optim.SGD(twin.parameters(), LR), [0])
+    plain = [n for n, _ in twin.named_parameters() if int(n.split(".")[0]) < 5]
+    for name in plain:
+        torch.testing.assert_close(
+            once[name], twin.state_dict()[name], rtol=1e-15, atol=1e-16, msg=name
+        )
+    moved = (once["5.weight"] - twin.state_dict()["5.weight"]).abs().max()
+    if feedback is True or value == "moreau":
+        assert float(moved) > 1e-5
+    assert distance(model, after) > 0
+
+
+@quiet
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+def test_batch_norm_in_evaluation_mode_mixes_nothing(feedback: object) -> None:
+    """Frozen statistics: feedback for every layer, as without the norm."""
+    base, twin = mlp(), mlp()
+    norm = nn.BatchNorm1d(5, affine=False, eps=0.0).double()
+    model = nn.Sequential(*base[:3], norm, *base[3:])
+    norm.eval()
+    iterate(model, DDPNOpt(model, lr=LR, feedback=feedback), range(2))
+    iterate(twin, DDPNOpt(twin, lr=LR, feedback=feedback), range(2))
+    assert_same(base, twin, 1e-13)
+
+
+class Scale(nn.Module):
+    """A parametrised module without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((6,), 1.1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("curvature", ["identity", "rmsprop"])
+@pytest.mark.parametrize("kind", ["layer_norm", "scale"])
+def test_other_modules_take_the_plain_step(feedback: object, curvature: str, kind: str) -> None:
+    base = mlp()
+    other = nn.LayerNorm(6).double() if kind == "layer_norm" else Scale()
+    model = nn.Sequential(base[0], other, *base[1:])
+    twin = copy.deepcopy(model)
+    lr = LR if curvature == "identity" else 0.02
+    opt = DDPNOpt(model, lr=lr, curvature=curvature, momentum=0.5, feedback=feedback)
+    inner = (
+        torch.optim.SGD(twin.parameters(), lr, 0.5)
+        if curvature == "identity"
+        else torch.optim.RMSprop(twin.parameters(), lr, momentum=0.5)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        iterate(model, opt, [0])
+        once = copy.deepcopy(model)
+        iterate(model, opt, [1])
+    messages = said(caught)
+    assert len(messages) == 1 and "1" in messages[0]
+    iterate(twin, inner, [0])
+    for a, b in zip(once[1].parameters(), twin[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+    for k in (0, 3, 5):
+        moved = (once[k].weight - twin[k].weight).detach().abs().max()
+        assert float(moved) > 1e-7, k
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
+def test_frozen_other_module_is_transparent(feedback: object) -> None:
+    """A norm with frozen parameters: the layers around it equal the oracle with it as a function."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(4).double().requires_grad_(False)
+    layers = [nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)]
+    twin = Chain(layers, [lambda h: torch.tanh(norm(h)), torch.tanh, identity]).double()
+    model = nn.Sequential(layers[0], norm, nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+    x = input_for(twin, 4)
+    y, loss, _ = cross_entropy(x, 3)
+    reference = MoreauStep(copy.deepcopy(twin), Inner(LR), feedback=feedback is True)
+    for _ in range(2):
+        reference.step(x, loss, torch.full((4,), 0.25).double(), softmax_lines(y))
+    steps(model, x, loss, 2, lr=LR, feedback=feedback)  # type: ignore[arg-type]
+    assert_params(twin, reference.params, 1e-9)
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
+def test_embedding(feedback: object) -> None:
+    """Integer inputs; the embedding itself takes the plain step."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)
+        ).double()
+
+    model, twin, fixed = build(), build(), build()
+    words = torch.randint(0, 7, (6, 3), generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    fixed[0].requires_grad_(False)
+    for m, o in (
+        (model, DDPNOpt(model, lr=LR, feedback=feedback)),
+        (twin, torch.optim.SGD(twin.parameters(), LR)),
+        (fixed, DDPNOpt(fixed, lr=LR, feedback=feedback)),
+    ):
+        F.cross_entropy(m(words), y).backward()
+        o.step()
+    torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-14, atol=1e-14)
+    assert distance(model[2:], twin[2:]) > 1e-4
+    if feedback == "open_loop":  # no rollout: the embedding's step is not seen by the others
+        assert_same(model[2:], fixed[2:], 1e-13)
