@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.common import assert_same, assert_unchanged, data, iterate, mlp, snapshot
 from torch import nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.curvature import RMSprop
 from ddpnopt.value import Dense, GaussNewton, LowRank, Moreau
+from oracles.common import assert_same, assert_unchanged, data, iterate, mlp, snapshot
 
 FEEDBACKS = [True, "open_loop", False]
 

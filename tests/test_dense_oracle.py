@@ -6,6 +6,9 @@ from __future__ import annotations
 import copy
 
 import pytest
+
+from ddpnopt.curvature import Identity, RMSprop
+from ddpnopt.value import Dense, GaussNewton, LowRank
 from oracles.common import (
     CONVOLUTIONS,
     assert_params,
@@ -19,9 +22,6 @@ from oracles.common import (
 )
 from oracles.dense_ddp import DenseDDP
 from oracles.flat import Chain, Inner
-
-from ddpnopt.curvature import Identity, RMSprop
-from ddpnopt.value import Dense, GaussNewton, LowRank
 
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 

@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from ddpnopt.curvature import Identity, RMSprop
+from ddpnopt.value import Dense, GaussNewton, LowRank, Moreau
 from oracles.common import (
     assert_same,
     chains,
@@ -20,10 +24,6 @@ from oracles.common import (
     steps,
 )
 from oracles.flat import Chain
-from torch import Tensor
-
-from ddpnopt.curvature import Identity, RMSprop
-from ddpnopt.value import Dense, GaussNewton, LowRank, Moreau
 
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 

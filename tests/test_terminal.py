@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles.common import assert_same, assert_unchanged, dense_chain, input_for, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.errors import DDPNOptWarning, TerminalError
 from ddpnopt.value import LowRank
+from oracles.common import assert_same, assert_unchanged, dense_chain, input_for, snapshot
 
 Loss = Callable[[Tensor], Tensor]
 B, C = 8, 4
@@ -61,9 +61,7 @@ UNRECOGNISED: dict[str, Loss] = {
     "sharp_temperature": lambda z: F.cross_entropy(3 * z, Y),
     "mixup": mixup,
     "distillation": lambda z: F.kl_div(F.log_softmax(z, 1), SOFT, reduction="batchmean"),
-    "soft_temperature": lambda z: F.kl_div(
-        F.log_softmax(z / 3, 1), SOFT, reduction="batchmean"
-    ),
+    "soft_temperature": lambda z: F.kl_div(F.log_softmax(z / 3, 1), SOFT, reduction="batchmean"),
     "distilled_labels": lambda z: 0.5 * F.cross_entropy(z, Y) + 0.5 * F.cross_entropy(z, SOFT),
     "multi_margin": lambda z: F.multi_margin_loss(z, Y),
     "mse": lambda z: F.mse_loss(z, F.one_hot(Y, C).double()),
@@ -71,8 +69,9 @@ UNRECOGNISED: dict[str, Loss] = {
     "smooth_l1": lambda z: F.smooth_l1_loss(z, MIXED),
     "logit_penalty": lambda z: F.cross_entropy(z, Y) + 1e-2 * z.pow(2).mean(),
     "small_penalty": lambda z: F.cross_entropy(z, Y) + 1e-4 * z.pow(2).mean(),
-    "confidence_penalty": lambda z: F.cross_entropy(z, Y)
-    + 0.05 * (z.softmax(1) * F.log_softmax(z, 1)).sum(1).mean(),
+    "confidence_penalty": lambda z: (
+        F.cross_entropy(z, Y) + 0.05 * (z.softmax(1) * F.log_softmax(z, 1)).sum(1).mean()
+    ),
     "sample_weights": lambda z: (
         F.cross_entropy(z, Y, reduction="none") * torch.linspace(0.5, 1.5, B).double()
     ).mean(),

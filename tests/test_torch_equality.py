@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.common import CONVOLUTIONS, conv_chain, dense_chain, input_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
@@ -17,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
 from ddpnopt import PAPER, DDPNOpt
 from ddpnopt.curvature import Identity, RMSprop
 from ddpnopt.value import GaussNewton
+from oracles.common import CONVOLUTIONS, conv_chain, dense_chain, input_for
 
 STEPS = 50
 Optimizer = torch.optim.Optimizer
@@ -154,9 +154,7 @@ def test_param_groups(name: str) -> None:
     ],
     ids=["step", "one_cycle", "lambda"],
 )
-def test_schedulers(
-    name: str, momentum: float, make: Callable[[Optimizer], LRScheduler]
-) -> None:
+def test_schedulers(name: str, momentum: float, make: Callable[[Optimizer], LRScheduler]) -> None:
     curvature, lr = choice(name)
     model = net("dense")
     twin = copy.deepcopy(model)

@@ -10,12 +10,12 @@ import pickle
 
 import pytest
 import torch
-from oracles.common import assert_same, data, distance, iterate, mlp
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddpnopt import DDPNOpt
+from oracles.common import assert_same, data, distance, iterate, mlp
 
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 

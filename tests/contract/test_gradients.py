@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles.common import assert_same, data, distance, iterate, mlp
 from torch import nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.value import Dense, GaussNewton, LowRank, Moreau
+from oracles.common import assert_same, data, distance, iterate, mlp
 
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 
@@ -72,10 +72,7 @@ def test_accumulation_of_forwards_then_backwards() -> None:
     model, twin = mlp(), mlp()
     x, y = data(0, 12)
     opt, other = DDPNOpt(model, lr=LR), DDPNOpt(twin, lr=LR)
-    losses = [
-        F.cross_entropy(model(a), b) / 2
-        for a, b in zip(x.split(6), y.split(6), strict=True)
-    ]
+    losses = [F.cross_entropy(model(a), b) / 2 for a, b in zip(x.split(6), y.split(6), strict=True)]
     for loss in losses:
         loss.backward()
     opt.step()
@@ -103,7 +100,9 @@ def test_several_forwards_before_one_backward() -> None:
     assert_same(model, twin, 1e-11)
 
 
-def one(model: nn.Module, change: Callable[[nn.Module], object], lr: float = LR, **options: object) -> None:
+def one(
+    model: nn.Module, change: Callable[[nn.Module], object], lr: float = LR, **options: object
+) -> None:
     opt = DDPNOpt(model, lr=lr, **options)  # type: ignore[arg-type]
     x, y = data()
     opt.zero_grad()
@@ -223,9 +222,7 @@ def test_noise_is_kept_and_feedback_added(value: object) -> None:
     noise = torch.randn(3, 5, dtype=torch.float64)
     one(model, lambda m: m[4].weight.grad.add_(noise), value=value)
     one(twin, nothing, value=value)
-    torch.testing.assert_close(
-        model[4].weight, twin[4].weight - LR * noise, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(model[4].weight, twin[4].weight - LR * noise, rtol=1e-12, atol=1e-12)
     assert_same(model[:4], twin[:4], 1e-13)
     sgd = torch.optim.SGD(start.parameters(), LR)
     x, y = data()

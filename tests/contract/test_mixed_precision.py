@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles.common import assert_same, data, distance, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.value import GaussNewton, LowRank, Moreau
+from oracles.common import assert_same, data, distance, mlp
 
 quiet = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 
@@ -139,7 +139,7 @@ def test_grad_scaler_with_clipping(value: object) -> None:
 @quiet
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_step_skipped_by_the_scaler_leaves_nothing(accumulate: int) -> None:
-    """An overflow: the scaler doesn't call step, and the next iteration is as if it had not been."""
+    """An overflow: the scaler doesn't call step; the next iteration is as if it had not been."""
     model, twin = single(), single()
     opt, other = DDPNOpt(model, lr=LR), DDPNOpt(twin, lr=LR)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from oracles.common import assert_same, assert_unchanged, data, iterate, mlp, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.errors import NonFiniteError, UnsupportedModelError
 from ddpnopt.value import LowRank, Moreau
+from oracles.common import assert_same, assert_unchanged, data, iterate, mlp, snapshot
 
 LR = 0.7
 FEEDBACKS = [True, "open_loop", False]

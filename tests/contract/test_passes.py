@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles.common import assert_same, data, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
+from oracles.common import assert_same, data, mlp
 
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 
@@ -179,7 +179,13 @@ def probed(feedback: object, **options: object) -> tuple[nn.Sequential, DDPNOpt,
     seen: list[weakref.ref] = []
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(5, 6), nn.Tanh(), Probe(seen), nn.Linear(6, 5), Probe(seen), nn.Tanh(), nn.Linear(5, 3)
+        nn.Linear(5, 6),
+        nn.Tanh(),
+        Probe(seen),
+        nn.Linear(6, 5),
+        Probe(seen),
+        nn.Tanh(),
+        nn.Linear(5, 3),
     ).double()
     return model, DDPNOpt(model, lr=LR, feedback=feedback, **options), seen  # type: ignore[arg-type]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.common import assert_same, data, distance, iterate, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.curvature import RMSprop
 from ddpnopt.value import LowRank, Moreau
+from oracles.common import assert_same, data, distance, iterate, mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
 
@@ -54,7 +54,9 @@ def round_trip(state: object) -> Any:
     return torch.load(buffer, weights_only=True)
 
 
-def loop(model: nn.Module, opt: torch.optim.Optimizer, seeds: Iterable[int], clip: float | None) -> None:
+def loop(
+    model: nn.Module, opt: torch.optim.Optimizer, seeds: Iterable[int], clip: float | None
+) -> None:
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         shape = (6, 1, 6, 6) if isinstance(model[0], nn.Conv2d) else (6, 5)

@@ -7,13 +7,13 @@ import copy
 
 import pytest
 import torch
-from oracles.common import assert_same, assert_unchanged, data, distance, iterate, mlp, snapshot
 from torch import nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.value import Dense, GaussNewton, LowRank, Moreau
+from oracles.common import assert_same, assert_unchanged, data, distance, iterate, mlp, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
 
@@ -87,7 +87,7 @@ def test_forward_that_raises_keeps_requires_grad() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.ELU])
 def test_in_place_activations(feedback: object, bias: bool, activation: type[nn.Module]) -> None:
-    """In place right after any layer, the first one included, where nothing else needs a gradient."""
+    """In place right after any layer, also the first, where nothing else needs a gradient."""
 
     def build(inplace: bool) -> nn.Sequential:
         torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_grad_scaler_works_or_is_refused_by_name() -> None:
 
 
 def test_feedback_off_needs_them() -> None:
-    """Exactly the borrowed optimizer still, or refused at construction: never a silent stand-still."""
+    """Exactly the borrowed optimizer still, or refused at construction; no silent standstill."""
     model, twin = mlp(), mlp()
     try:
         opt = DDPNOpt(model, lr=LR, feedback=False, weight_gradients=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles.common import assert_same, assert_unchanged, data, iterate, mlp, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from ddpnopt import DDPNOpt
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.value import LowRank, Moreau
+from oracles.common import assert_same, assert_unchanged, data, iterate, mlp, snapshot
 
 LR = 0.7
 quiet = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")

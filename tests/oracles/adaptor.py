@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import torch
-from oracles.moreau_scalar import LineModel
 
-from ddpnopt.value import moreau
+from ddpnopt.value.line import Line, coefficient
+from oracles.moreau_scalar import LineModel
 
 
 def library_coefficient(line: LineModel, total: float, q: float) -> float:
@@ -15,5 +15,5 @@ def library_coefficient(line: LineModel, total: float, q: float) -> float:
     def row(value: float) -> torch.Tensor:
         return torch.tensor([value], dtype=torch.float64)
 
-    model = moreau.Line(kappa=row(line.kappa), excess=row(line.excess or 0.0))
-    return float(moreau.coefficient(model, row(total), row(q))[0])
+    excess = None if line.excess is None else row(line.excess)
+    return float(coefficient(Line(row(line.kappa), excess), row(total), row(q))[0])

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 from hypothesis import strategies as st
-from oracles.flat import Chain, flat_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
+from oracles.flat import Chain, flat_parameters
 
 torch.set_num_threads(1)
 
@@ -137,7 +137,9 @@ def rank_one(x: Tensor, outputs: int, seed: int = 2) -> tuple[Loss, Loss, Loss]:
     return factor, lambda z: 0.5 * ((z @ a - y) ** 2).mean(), hessian
 
 
-def train(model: nn.Module, opt: torch.optim.Optimizer, batches: Iterable[Tensor], loss: Loss) -> None:
+def train(
+    model: nn.Module, opt: torch.optim.Optimizer, batches: Iterable[Tensor], loss: Loss
+) -> None:
     """The plain loop."""
     for x in batches:
         opt.zero_grad()
@@ -184,7 +186,11 @@ def mlp(seed: int = 0, activation: type[nn.Module] = nn.Tanh, **options: object)
     """5-6-5-3, float64."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Linear(5, 6), activation(**options), nn.Linear(6, 5), activation(**options), nn.Linear(5, 3)
+        nn.Linear(5, 6),
+        activation(**options),
+        nn.Linear(6, 5),
+        activation(**options),
+        nn.Linear(5, 3),
     ).double()
 
 

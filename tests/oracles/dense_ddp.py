@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A dense differential-dynamic-programming step in float64 with explicit Jacobians.
 
-Everything is formed that an efficient implementation avoids: per sample the Jacobians g_x, g_u, sigma_h over all
-parameters, V_xx (X by X), and the Q terms of the paper's equations 2 to 5 in u-space.
+Everything is formed that an efficient implementation avoids: per sample the Jacobians g_x, g_u,
+sigma_h over all parameters, V_xx (X by X), and the Q terms of the paper's equations 2 to 5 in u-space.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from oracles.flat import Chain, Inner, apply, flat_parameters
 from torch import Tensor
 from torch.func import jacrev, vmap
+
+from oracles.flat import Chain, Inner, apply, flat_parameters
 
 
 @dataclass

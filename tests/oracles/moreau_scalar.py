@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The Moreau policy as an independent scalar dynamic programme, and its line models.
 
-The predicted change of the loss, q, is the state; each layer k chooses a scalar a_k at cost a_k^2 / (2 s_k); the
-terminal cost is the line model l(delta). ``nested_policy`` solves Bellman's equation by nested minimisation.
+The predicted change of the loss, q, is the state; each layer k chooses a scalar a_k at cost
+a_k^2 / (2 s_k); the terminal cost is the line model l(delta). ``nested_policy`` solves Bellman's
+equation by nested minimisation.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def softmax_line(logits: np.ndarray, target: np.ndarray) -> LineModel:
 
 
 def logistic_line(logits: np.ndarray, target: np.ndarray, scale: float = 1.0) -> LineModel:
-    """Line model of binary cross-entropy with logits, summed over a sample's outputs times scale."""
+    """Line model of binary cross-entropy with logits: the outputs' sum times scale."""
     p = 1 / (1 + np.exp(-logits))
     g = scale * (p - target)
     norm2 = float(g @ g)
@@ -76,7 +77,8 @@ def quadratic_line(factor: np.ndarray, g: np.ndarray) -> LineModel:
 def nested_policy(line: LineModel, s: list[float], q: float) -> float:
     """coef = V_t'(q) by nested scalar minimisation over the layers' controls, deepest first.
 
-    V_T = l, V_k(q) = min_a { a^2 / (2 s_k) + V_{k+1}(q - a) }; by the envelope theorem V_k'(q) = a* / s_k.
+    V_T = l, V_k(q) = min_a { a^2 / (2 s_k) + V_{k+1}(q - a) }; by the envelope theorem
+    V_k'(q) = a* / s_k.
     """
 
     def stage(k: int, q: float) -> tuple[float, float]:

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from oracles.flat import Chain, Inner, apply, flat_parameters
 from oracles.moreau_scalar import LineModel, implicit_coefficient
-from torch import Tensor
 
 
 class MoreauStep:
