@@ -32,5 +32,8 @@ for epoch in range(5):
 # --8<-- [start:record]
 print("terminal cost:", opt.last_step.terminal)
 for layer in opt.last_step.layers:
-    print(f"{layer.name}: |k| {layer.k_norm:.3g}, |K dx| {layer.feedback_norm:.3g}")
+    print(
+        f"layer {layer.name}: mean coefficient {layer.coefficient_mean:.3f}, "
+        f"samples cut to less than half {layer.bounded_share:.0%}"
+    )
 # --8<-- [end:record]
