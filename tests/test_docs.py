@@ -7,6 +7,7 @@ may take for granted (`model`, `loader`, `criterion`, `x`, `y`) are small stand-
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import runpy
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_examples_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_readme_has_a_quickstart() -> None:
     assert any("DDPNOpt(" in code for _, code in blocks(ROOT / "README.md"))
+
+
+def test_functions_named_by_the_mathematics_exist() -> None:
+    table = (ROOT / "docs" / "mathematics.md").read_text().split("## Equation by equation")[1]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row.split(" | ")[-1])]
+    assert len(names) >= len(rows) > 15
+    for name in names:
+        pkgutil.resolve_name(f"ddpnopt.{name}")
 
 
 def test_local_links_lead_somewhere() -> None:
