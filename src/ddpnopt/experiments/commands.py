@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: MIT
+"""The commands `ddpnopt train`, `compare` and `demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from ddpnopt.experiments.models import ARCHITECTURE_HELP
+from ddpnopt.experiments.optimizers import OPTIMIZERS
+from ddpnopt.experiments.report import print_optimizers, write_comparison, write_run
+from ddpnopt.experiments.specs import parse_optimizer, parse_option, parse_rates
+from ddpnopt.experiments.store import CsvStore
+from ddpnopt.experiments.sweep import Contender, SweepError, grid, sweep
+from ddpnopt.experiments.training import Epoch, RunConfig, check
+from ddpnopt.experiments.training import train as run_training
+
+app = typer.Typer(
+    name="ddpnopt",
+    help="Train small networks with DDPNOpt and its rivals, and compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+DatasetOption = Annotated[str, typer.Option("--dataset", "-d", help="digits or wine.")]
+ArchOption = Annotated[str, typer.Option("--arch", "-a", help=ARCHITECTURE_HELP + ".")]
+BatchOption = Annotated[int, typer.Option("--batch", "-b", min=1, help="Samples per step.")]
+EpochsOption = Annotated[int, typer.Option("--epochs", "-e", min=1, help="Passes over the data.")]
+ScaleOption = Annotated[
+    str, typer.Option("--scale", help="Scaling of inputs: standard, pooled, unit or none.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for results.")]
+OptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-O",
+        metavar="KEY=VALUE",
+        help="Optimizer option, repeatable: momentum=0.9, grad_clip=1, feedback=open_loop, "
+        "value=low_rank, value.backup=riccati, curvature.alpha=0.9.",
+    ),
+]
+OPTIMIZER_HELP = (
+    "Optimizer, with its own options after a colon (sgd-clip:grad_clip=0.5,momentum=0.9). One of: "
+    + ", ".join(OPTIMIZERS)
+    + "."
+)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Show a wrong name or number as one message, not as a traceback."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise typer.BadParameter(f"{where}: {first['msg']}") from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command(
+    epilog="Example: [bold]ddpnopt train --dataset digits --arch mlp-20x4-tanh "
+    "--optimizer ddpnopt --lr 0.4 --option feedback=open_loop --out results/train[/]"
+)
+def train(
+    dataset: DatasetOption = "digits",
+    arch: ArchOption = "mlp-20x4-tanh",
+    optimizer: Annotated[str, typer.Option("--optimizer", "-m", help=OPTIMIZER_HELP)] = "ddpnopt",
+    lr: Annotated[float, typer.Option("--lr", "-l", help="Learning rate.")] = 0.1,
+    option: OptionsOption = None,
+    epochs: EpochsOption = 5,
+    batch: BatchOption = 8,
+    seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed.")] = 0,
+    scale: ScaleOption = "standard",
+    device: DeviceOption = "cpu",
+    out: OutOption = Path("results/train"),
+) -> None:
+    """Train one network; write its record (JSON), its curve (CSV) and a plot (PNG)."""
+    with _readable_errors():
+        name, options = parse_optimizer(optimizer)
+        options.update(parse_option(text) for text in option or [])
+        config = RunConfig(
+            dataset=dataset,
+            scale=scale,
+            architecture=arch,
+            optimizer=name,
+            lr=lr,
+            options=options,
+            batch=batch,
+            epochs=epochs,
+            seed=seed,
+            device=device,
+        )
+        check(config)
+
+    with console.status(f"{config.label} on {dataset}, lr {lr:g}"):
+
+        def show(record: Epoch) -> None:
+            console.print(
+                f"epoch {record.epoch}/{epochs}: training loss {record.train_loss:.4f}, "
+                f"test accuracy {100 * record.test_accuracy:.1f} %, {record.seconds:.2f} s"
+            )
+
+        result = run_training(config, show)
+    if result.diverged:
+        console.print(f"[yellow]diverged: {result.reason}[/]")
+    for path in write_run(result, out):
+        console.print(f"written: {path}")
+
+
+@app.command(
+    epilog="Example: [bold]ddpnopt compare --dataset digits --arch cnn --optimizer sgd "
+    "--optimizer sgd-clip:grad_clip=0.5 --optimizer ddpnopt --lr 0.1,0.2,0.6 --seeds 4 "
+    "--jobs 2 --out results/cnn[/]"
+)
+def compare(
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", "-d", help="digits or wine; repeatable.")
+    ] = None,
+    arch: ArchOption = "mlp-20x4-tanh",
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--optimizer",
+            "-m",
+            help=OPTIMIZER_HELP + " Repeatable; own rates after an at-sign (adam@0.001,0.01).",
+        ),
+    ] = None,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option("--lr", "-l", help="Learning rates, repeatable or separated by commas."),
+    ] = None,
+    option: OptionsOption = None,
+    epochs: EpochsOption = 5,
+    batch: BatchOption = 8,
+    seeds: Annotated[int, typer.Option("--seeds", "-s", min=1, help="Seeds 0 ... N - 1.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Parallel processes.")] = 1,
+    scale: ScaleOption = "standard",
+    device: DeviceOption = "cpu",
+    out: OutOption = Path("results/compare"),
+) -> None:
+    """Compare optimizers over learning rates and seeds; resumes where it was interrupted."""
+    with _readable_errors():
+        shared = dict(parse_option(text) for text in option or [])
+        rates = parse_rates(lr or ["0.1"])
+        contenders: list[Contender] = []
+        for text in optimizer or ["sgd", "ddpnopt"]:
+            spec, _, own = text.partition("@")
+            name, options = parse_optimizer(spec)
+            chosen = tuple(sorted({**shared, **options}.items()))
+            contenders.append(Contender(name, parse_rates([own]) if own else rates, chosen))
+        configs: list[RunConfig] = []
+        for data in dataset or ["digits"]:
+            base = RunConfig(
+                dataset=data,
+                architecture=arch,
+                epochs=epochs,
+                batch=batch,
+                scale=scale,
+                device=device,
+            )
+            configs += grid(base, contenders, range(seeds))
+        for config in {(c.dataset, c.label): c for c in configs}.values():
+            check(config)
+        store = CsvStore(out / "runs.csv")
+    try:
+        runs = sweep(configs, store, jobs=jobs, title="comparing", console=console)
+    except SweepError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        raise typer.Exit(1) from error
+    print_optimizers(runs, console)
+    for path in write_comparison(runs, out):
+        console.print(f"written: {path}")
+
+
+@app.command(epilog="Example: [bold]ddpnopt demo --jobs 2 --out results/demo[/]")
+def demo(
+    out: OutOption = Path("results/demo"),
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Parallel processes.")] = 2,
+    budget: Annotated[
+        float,
+        typer.Option("--budget", min=0.0, help="Seconds after which no further seed is begun."),
+    ] = 130.0,
+    seeds: Annotated[int, typer.Option("--seeds", "-s", min=1, help="Most seeds to run.")] = 3,
+) -> None:
+    """Train SGD, SGD + clipping, RMSprop, Adam and DDPNOpt on WINE and DIGITS (3 minutes)."""
+    from ddpnopt.experiments.demo import run_demo
+
+    try:
+        written = run_demo(out, jobs=jobs, budget=budget, seeds=seeds, console=console)
+    except SweepError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        raise typer.Exit(1) from error
+    for path in written:
+        console.print(f"written: {path}")

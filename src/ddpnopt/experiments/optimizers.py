@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""The optimizers that can be compared: one registry, from names to factories.
+
+An option is a plain value. Options named `value.<option>` and `curvature.<option>` go to
+DDPNOpt's value and curvature objects; `grad_clip` (any optimizer) is the threshold of
+`torch.nn.utils.clip_grad_norm_` in the training loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddpnopt.experiments.names import lookup
+
+OptionValue = bool | int | float | str | None
+Options = dict[str, OptionValue]
+Factory = Callable[[nn.Module, float, Options], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """One row of the registry.
+
+    Attributes:
+        build: Factory (model, lr, options) -> optimizer.
+        label: Name in tables and plots.
+        defaults: Options that make up this choice; the user's own options override them.
+    """
+
+    build: Factory
+    label: str
+    defaults: Mapping[str, OptionValue] = field(default_factory=dict)
+
+
+def _call(target: Callable[..., Any], *args: Any, options: Mapping[str, Any]) -> Any:
+    """Call `target`, turning an unknown option into an error that lists the known ones."""
+    known = [
+        p.name
+        for p in inspect.signature(target).parameters.values()
+        if p.name not in ("self", "params", "model", "lr", "args", "kwargs")
+    ]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        name = getattr(target, "__name__", str(target))
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {', '.join(known)}.")
+    return target(*args, **options)
+
+
+def _torch(kind: Callable[..., torch.optim.Optimizer]) -> Factory:
+    def build(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+        # The multi-tensor kernels cost less Python time on small networks.
+        built: torch.optim.Optimizer = _call(
+            kind, model.parameters(), lr, options={"foreach": True, **options}
+        )
+        return built
+
+    return build
+
+
+def _split(options: Options, prefix: str) -> tuple[Options, Options]:
+    """Split off the options `prefix.name`; return them without the prefix, and the rest."""
+    own = {
+        k.removeprefix(prefix + "."): v for k, v in options.items() if k.startswith(prefix + ".")
+    }
+    return own, {k: v for k, v in options.items() if not k.startswith(prefix + ".")}
+
+
+def _ddpnopt(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+    from ddpnopt import PAPER, DDPNOpt
+    from ddpnopt import curvature as curvatures
+    from ddpnopt import value as values
+
+    value_options, rest = _split(options, "value")
+    curvature_options, rest = _split(rest, "curvature")
+    arguments: dict[str, Any] = dict(rest)
+    value_kinds = {
+        "moreau": values.Moreau,
+        "gauss_newton": values.GaussNewton,
+        "low_rank": values.LowRank,
+        "dense": values.Dense,
+    }
+    curvature_kinds = {"identity": curvatures.Identity, "rmsprop": curvatures.RMSprop}
+    value_name = str(arguments.pop("value", "moreau"))
+    if value_name == "paper":
+        if value_options:
+            raise ValueError("value=paper has fixed options; use value=gauss_newton to set them")
+        arguments["value"] = PAPER
+    else:
+        kind = lookup(value_kinds, value_name, "value function")
+        arguments["value"] = _call(kind, options=value_options)
+    curvature_kind = lookup(
+        curvature_kinds, str(arguments.pop("curvature", "identity")), "curvature"
+    )
+    arguments["curvature"] = _call(curvature_kind, options=curvature_options)
+    built: torch.optim.Optimizer = _call(DDPNOpt, model, lr, options=arguments)
+    return built
+
+
+def _ddp(label: str, **defaults: OptionValue) -> OptimizerChoice:
+    dotted = {k.replace("__", "."): v for k, v in defaults.items()}
+    return OptimizerChoice(_ddpnopt, label, dotted)
+
+
+OPTIMIZERS: dict[str, OptimizerChoice] = {
+    "sgd": OptimizerChoice(_torch(torch.optim.SGD), "SGD"),
+    "sgd-clip": OptimizerChoice(_torch(torch.optim.SGD), "SGD + clip", {"grad_clip": 1.0}),
+    "momentum": OptimizerChoice(_torch(torch.optim.SGD), "SGD momentum", {"momentum": 0.9}),
+    "rmsprop": OptimizerChoice(_torch(torch.optim.RMSprop), "RMSprop"),
+    "adam": OptimizerChoice(_torch(torch.optim.Adam), "Adam"),
+    "adamw": OptimizerChoice(_torch(torch.optim.AdamW), "AdamW"),
+    "ddpnopt": _ddp("DDPNOpt"),
+    "ddpnopt-open-loop": _ddp("DDPNOpt open loop", feedback="open_loop"),
+    "ddpnopt-off": _ddp("DDPNOpt without feedback", feedback=False),
+    "ddpnopt-no-own-layer": _ddp("DDPNOpt own_layer=False", value__own_layer=False),
+    "ddpnopt-no-coupling": _ddp("DDPNOpt coupling=False", value__coupling=False),
+    "ddpnopt-momentum": _ddp("DDPNOpt momentum", momentum=0.9),
+    "ddpnopt-rmsprop": _ddp("DDPNOpt RMSprop", curvature="rmsprop"),
+    "ddpnopt-rmsprop-open-loop": _ddp(
+        "DDPNOpt RMSprop open loop", curvature="rmsprop", feedback="open_loop"
+    ),
+    "ddpnopt-gauss-newton": _ddp("DDPNOpt Gauss-Newton", value="gauss_newton"),
+    "ddpnopt-low-rank": _ddp("DDPNOpt low rank", value="low_rank"),
+    "ddpnopt-dense": _ddp("DDPNOpt dense", value="dense"),
+    "ddpnopt-paper": _ddp("DDPNOpt paper", value="paper"),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """An optimizer and what the training loop must do for it.
+
+    Attributes:
+        optimizer: The optimizer.
+        grad_clip: Threshold for `clip_grad_norm_`, in units of the loss's gradient; None: off.
+    """
+
+    optimizer: torch.optim.Optimizer
+    grad_clip: float | None
+
+
+def build_optimizer(
+    name: str, model: nn.Module, lr: float, options: Mapping[str, OptionValue] | None = None
+) -> Built:
+    """Build the optimizer `name` for `model`.
+
+    Args:
+        name: A name in `OPTIMIZERS`.
+        model: The network whose parameters it trains.
+        lr: Learning rate.
+        options: Options that override the choice's defaults.
+
+    Returns:
+        The optimizer and the clipping threshold.
+
+    Raises:
+        ValueError: Unknown name or option (the message lists the known ones).
+    """
+    choice = lookup(OPTIMIZERS, name, "optimizer")
+    merged: Options = {**choice.defaults, **(options or {})}
+    grad_clip = merged.pop("grad_clip", None)
+    if grad_clip is not None and (isinstance(grad_clip, (bool, str)) or not float(grad_clip) > 0.0):
+        raise ValueError(f"grad_clip must be a positive number, got {grad_clip!r}")
+    threshold = None if grad_clip is None else float(grad_clip)
+    return Built(choice.build(model, lr, merged), threshold)
+
+
+def label_of(name: str, options: Mapping[str, OptionValue] | None = None) -> str:
+    """Return the name for tables and plots: the choice's label and the options set by hand."""
+    label = lookup(OPTIMIZERS, name, "optimizer").label
+    extra = ", ".join(f"{k}={v}" for k, v in sorted((options or {}).items()))
+    return f"{label} ({extra})" if extra else label
