@@ -183,7 +183,7 @@ def test_one_cycle_with_feedback(feedback: object, momentum: float) -> None:
     opt = DDPNOpt(model, lr=0.1, momentum=momentum, feedback=feedback)
     cycle = OneCycleLR(opt, max_lr=0.1, total_steps=STEPS, cycle_momentum=momentum > 0)
     fit(model, opt, scheduler=cycle)
-    assert opt.param_groups[0]["lr"] < 1e-4
+    assert opt.param_groups[0]["lr"] < 1e-3
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert not torch.equal(before.layers[0].weight, model.layers[0].weight)
 

@@ -2,7 +2,8 @@
 """A dense differential-dynamic-programming step in float64 with explicit Jacobians.
 
 Everything is formed that an efficient implementation avoids: per sample the Jacobians g_x, g_u,
-sigma_h over all parameters, V_xx (X by X), and the Q terms of the paper's equations 2 to 5 in u-space.
+sigma_h over all parameters, V_xx (X by X), and the Q terms
+of the paper's equations 2 to 5 in u-space.
 """
 
 from __future__ import annotations
