@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: MIT
+"""DDPNOpt: the Differential Dynamic Programming Neural Optimizer for PyTorch."""
+
+from ddpnopt import curvature, value
+from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError, UnsupportedModelError
+from ddpnopt.optimizer import DDPNOpt
+from ddpnopt.recognition import MSE
+from ddpnopt.report import LayerReport, StepReport
+from ddpnopt.value import PAPER
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MSE",
+    "PAPER",
+    "DDPNOpt",
+    "DDPNOptWarning",
+    "LayerReport",
+    "NonFiniteError",
+    "StepReport",
+    "TerminalError",
+    "UnsupportedModelError",
+    "__version__",
+    "curvature",
+    "value",
+]

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""The borrowed optimizer's own update of a parameter, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ddpnopt.curvature import CURVATURES, Curvature
+from ddpnopt.layers import Gain
+from ddpnopt.typing import Tensor
+
+
+def curvature_options(curvature: str | Mapping[str, Any] | Curvature) -> dict[str, Any]:
+    """A curvature as the plain values that ``param_groups`` carry.
+
+    Raises:
+        ValueError: Unknown name; the message lists the names.
+    """
+    if isinstance(curvature, Curvature):
+        return {"name": curvature.name, **asdict(curvature)}  # type: ignore[call-overload]
+    options = {"name": curvature} if isinstance(curvature, str) else dict(curvature)
+    name = options.pop("name", None)
+    if name not in CURVATURES:
+        raise ValueError(f"curvature={name!r}: choose from {', '.join(CURVATURES)}")
+    return curvature_options(CURVATURES[name](**options))
+
+
+@lru_cache(maxsize=64)
+def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
+    known = dict(options)
+    return CURVATURES[known.pop("name")](**known)
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """One parameter's hyperparameters in this step."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    curvature: Curvature
+
+    @property
+    def life(self) -> float:
+        """eta / (1 - momentum): the step's total effect over the momentum's life."""
+        return self.lr / (1 - self.momentum)
+
+
+def hyperparameters(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Hyper]:
+    """By parameter, from the parameter groups as they are now."""
+    return {
+        p: Hyper(
+            float(group["lr"]),
+            float(group["momentum"]),
+            float(group["weight_decay"]),
+            _curvature(tuple(sorted(group["curvature"].items()))),
+        )
+        for group in groups
+        for p in group["params"]
+    }
+
+
+class Borrowed:
+    """Updates parameters in place and can take everything back.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        state: The optimizer's state by parameter; written only by `commit`.
+    """
+
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+    ) -> None:
+        self.hyper = hyperparameters(groups)
+        self._state = state
+        self._saved: dict[Tensor, Tensor] = {}
+        self._new: dict[Tensor, dict[str, Any]] = {}
+
+    def state(self, p: Tensor) -> dict[str, Any]:
+        """The parameter's state before the step."""
+        return self._state.get(p, {})
+
+    def decayed(self, p: Tensor, g: Tensor) -> Tensor:
+        """Coupled weight decay, as torch.optim adds it."""
+        decay = self.hyper[p].weight_decay
+        return g.add(p, alpha=decay) if decay else g
+
+    def moment(
+        self, p: Tensor, g: Tensor, squares: tuple[Tensor, int] | None = None
+    ) -> Tensor | None:
+        """M's statistics after gradient g of the batch.
+
+        Args:
+            p: The parameter.
+            g: Batch gradient, without weight decay.
+            squares: Sum over samples of the squared gradients, and the number of samples.
+        """
+        hyper = self.hyper[p]
+        mean = None
+        if squares is not None and hyper.curvature.statistics == "squares":
+            # E (G_i B + lambda u)^2 in the batch gradient's units, G_i carrying its own 1/B.
+            mean = squares[0] * squares[1]
+            if hyper.weight_decay:
+                mean = mean + hyper.weight_decay * p * (2 * g + hyper.weight_decay * p)
+        return hyper.curvature.moment(self.state(p), self.decayed(p, g), mean)
+
+    def gain(self, p: Tensor, moment: Tensor | None, rescale: float) -> Gain:
+        """P = r eta / (1 - momentum) M^-1."""
+        inverse = self.hyper[p].curvature.inverse(moment)
+        life = rescale * self.hyper[p].life
+        return life if inverse is None else inverse * life
+
+    def step(self, p: Tensor, d: Tensor, moment: Tensor | None, plain: Tensor | None) -> None:
+        """u <- u - eta M^-1 d.
+
+        Args:
+            p: The parameter.
+            d: Gradient to step on, without weight decay.
+            moment: M's statistics.
+            plain: The plain gradient where M was fed with it, so that M may follow d.
+        """
+        hyper = self.hyper[p]
+        if p not in self._saved:
+            self._saved[p] = p.detach().clone()
+        state = self.state(p)
+        d = self.decayed(p, d)
+        if plain is not None:
+            moment = hyper.curvature.follow(state, self.decayed(p, plain), d, moment)
+        self._new[p] = hyper.curvature.update(p, d, state, moment, hyper.lr, hyper.momentum)
+
+    def rollback(self) -> None:
+        """Restore every parameter; the state was never written."""
+        for p, saved in self._saved.items():
+            p.copy_(saved)
+
+    def updated(self) -> list[Tensor]:
+        """Parameters updated so far."""
+        return list(self._saved)
+
+    def commit(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Write the new state."""
+        for p, new in self._new.items():
+            state[p].update(new)
+
+
+def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
+    """Norms of many tensors, stacked, in one fused call."""
+    found: list[Tensor] = list(torch._foreach_norm(tensors, order))
+    return torch.stack([n.to(found[0].device, torch.float64 if n.dtype == torch.float64 else torch.float32) for n in found])

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""Input that must not be accepted, each with an error that names the place and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.trajectory import Trajectory
+from ddpnopt.typing import Tensor
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models that can't be recorded.
+
+    Raises:
+        TypeError: Not a module.
+        ValueError: No parameters, or not yet initialised ones.
+        UnsupportedModelError: Compiled or replicated by DataParallel.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"DDPNOpt(model): expected a torch.nn.Module, got {type(model).__name__}; parameters "
+            "go to params="
+        )
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(f"'{name}' is not initialised: run one forward pass first")
+    if next(model.parameters(), None) is None:
+        raise ValueError("DDPNOpt(model): the model has no parameters")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise UnsupportedModelError(f"'{name or 'model'}' is nn.DataParallel: not supported")
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or type(module).__name__ == "OptimizedModule":
+            raise UnsupportedModelError(
+                f"'{name or 'model'}' is compiled by torch.compile, which hides the layers; give "
+                "DDPNOpt the uncompiled module"
+            )
+
+
+def refuse_distributed() -> None:
+    """Refuse more than one rank: the replicas would drift apart silently.
+
+    Raises:
+        UnsupportedModelError: torch.distributed runs with several ranks.
+    """
+    d = torch.distributed
+    if d.is_available() and d.is_initialized() and d.get_world_size() > 1:
+        raise UnsupportedModelError(
+            "torch.distributed is initialised with several ranks: the rollout is not reduced over "
+            "them yet and the replicas would drift apart; train in one process"
+        )
+
+
+def check_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
+    """Check a parameter group's members and numbers.
+
+    Raises:
+        ValueError: A parameter is not the model's, or a number is out of range.
+    """
+    for number, p in enumerate(group["params"]):
+        known = isinstance(p, Tensor) and p in names
+        if not known:
+            shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+            raise ValueError(
+                f"params: parameter {number} of the group (shape {shape}) does not belong to the "
+                "model; give DDPNOpt the module that owns all of them"
+            )
+    for option, low, high in (("lr", 0, None), ("momentum", 0, 1), ("weight_decay", 0, None)):
+        number = float(group[option])
+        if not number >= low or (high is not None and number >= high) or number == float("inf"):
+            bound = "must not be negative" if high is None else f"must lie in [{low}, {high})"
+            raise ValueError(f"{option}={group[option]}: {bound}")
+
+
+def first_nonfinite(trajectories: Sequence[Trajectory], names: Mapping[Tensor, str]) -> str:
+    """The first layer, from the output, whose gradient is not finite; else the parameter; or ''."""
+    for trajectory in trajectories:
+        for stage in reversed(trajectory.stages):
+            if stage.G is not None and not bool(stage.G.isfinite().all()):
+                return stage.name
+    return _first(names.items())
+
+
+def _first(named: Iterable[tuple[Tensor, str]]) -> str:
+    for p, name in reversed(list(named)):
+        grad = p.grad
+        if grad is None:
+            continue
+        values = grad.coalesce().values() if grad.is_sparse else grad
+        if not bool(values.isfinite().all()):
+            return name
+    return ""
+
+
+def verify_chain(trajectory: Trajectory) -> None:
+    """Once a structure: the gradient at each state must come from its layer alone.
+
+    A state that reaches the loss on another way too (a returned feature, an auxiliary head) is
+    no state of a chain, and its feedback would be wrong without a sign of it.
+
+    Raises:
+        UnsupportedModelError: The layer is named.
+    """
+    for stage in trajectory.active:
+        if stage.g_x is None or stage.rule is None or stage.G is None:
+            continue
+        dtype = next(stage.module.parameters()).dtype
+        g_x = stage.g_x.to(dtype)
+        pulled = stage.rule.pull(stage.module, stage.x.to(dtype), stage.G.to(dtype)[None])[0]
+        tolerance = max(64 * torch.finfo(stage.G.dtype).eps, 1e-4)
+        if not bool((pulled - g_x).norm() <= tolerance * (g_x.norm() + pulled.norm())):
+            raise UnsupportedModelError(
+                f"the input of '{stage.name}' reaches the loss on another way than through "
+                f"'{stage.name}' (a feature that is returned and used, an auxiliary loss): "
+                "feedback is for chains; use feedback=False"
+            )

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: MIT
+"""Curvatures: what M_t is, by name."""
+
+from ddpnopt.curvature.base import Curvature
+from ddpnopt.curvature.identity import Identity
+from ddpnopt.curvature.rmsprop import RMSprop
+
+#: Every curvature by the name that users write.
+CURVATURES: dict[str, type[Curvature]] = {c.name: c for c in (Identity, RMSprop)}
+
+__all__ = ["CURVATURES", "Curvature", "Identity", "RMSprop"]

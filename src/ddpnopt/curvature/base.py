@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""The curvature M_t that the recursion borrows: Q_uu = M_t / eta (Table 2).
+
+A curvature is a frozen set of options; its state lives in ``optimizer.state[p]`` and is passed
+in and returned. A new curvature is one file here and one row in the registry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ddpnopt.typing import Tensor
+
+State = Mapping[str, Any]
+
+
+class Curvature(ABC):
+    """M_t of one parameter, and the borrowed optimizer's own step with it."""
+
+    #: The name users write and ``param_groups`` carry.
+    name: ClassVar[str]
+    #: The factor c on S that suits this M (``Moreau(strength=None)``).
+    strength: ClassVar[float]
+
+    @property
+    def statistics(self) -> str:
+        """What feeds M: "none", "gradient" (of the batch) or "squares" (of each sample)."""
+        return "none"
+
+    @abstractmethod
+    def moment(self, state: State, gradient: Tensor, squares: Tensor | None) -> Tensor | None:
+        """M's statistics after this step's gradient, without storing them.
+
+        Args:
+            state: The parameter's state, read only.
+            gradient: Gradient of the batch, weight decay included.
+            squares: Mean over samples of the squared gradient, in the batch gradient's units.
+        """
+
+    @abstractmethod
+    def inverse(self, moment: Tensor | None) -> Tensor | None:
+        """The diagonal of M^-1; None for the identity."""
+
+    @abstractmethod
+    def update(
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+    ) -> dict[str, Any]:
+        """Apply u <- u - eta M^-1 d in place; returns the parameter's new state.
+
+        The order of operations is the borrowed torch optimizer's, so that equal d give equal bits.
+        """
+
+    def follow(
+        self, state: State, gradient: Tensor, d: Tensor, moment: Tensor | None
+    ) -> Tensor | None:
+        """Statistics to store once the re-weighted gradient d is known (default: as they are)."""
+        return moment

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""M = I: gradient descent, with heavy-ball momentum as torch.optim.SGD has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ddpnopt.curvature.base import Curvature, State
+from ddpnopt.typing import Tensor
+
+
+@dataclass(frozen=True)
+class Identity(Curvature):
+    """The curvature of SGD."""
+
+    name: ClassVar[str] = "identity"
+    strength: ClassVar[float] = 1.0
+
+    def moment(self, state: State, gradient: Tensor, squares: Tensor | None) -> None:
+        """No statistics."""
+        return None
+
+    def inverse(self, moment: Tensor | None) -> None:
+        """The identity."""
+        return None
+
+    def update(
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+    ) -> dict[str, Any]:
+        """b <- mu b + d, u <- u - eta b."""
+        if momentum == 0:
+            p.add_(d, alpha=-lr)
+            return {}
+        buffer = state.get("momentum_buffer")
+        buffer = d.clone() if buffer is None else buffer.mul(momentum).add_(d)
+        p.add_(buffer, alpha=-lr)
+        return {"momentum_buffer": buffer}

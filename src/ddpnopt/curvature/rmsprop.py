@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""M = diag(sqrt(v) + eps), v a running mean of squared gradients, as torch.optim.RMSprop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ddpnopt.curvature.base import Curvature, State
+from ddpnopt.typing import Tensor
+
+SECOND_MOMENTS = ("batch", "per_sample")
+
+
+@dataclass(frozen=True)
+class RMSprop(Curvature):
+    """The curvature of RMSprop.
+
+    Args:
+        alpha: Decay of the running mean v.
+        eps: Added to sqrt(v).
+        second_moment: "batch" squares the mean gradient, as torch does; "per_sample" takes the
+            mean of the samples' squared gradients (Table 2), larger and far more robust.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    alpha: float | int = 0.99
+    eps: float | int = 1e-8
+    second_moment: str = "batch"
+
+    name: ClassVar[str] = "rmsprop"
+    strength: ClassVar[float] = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not 0.0 <= self.alpha < 1.0:
+            raise ValueError(f"RMSprop(alpha={self.alpha}): must lie in [0, 1)")
+        if not self.eps >= 0.0:
+            raise ValueError(f"RMSprop(eps={self.eps}): must not be negative")
+        if self.second_moment not in SECOND_MOMENTS:
+            raise ValueError(
+                f"RMSprop(second_moment={self.second_moment!r}): choose from "
+                f"{', '.join(SECOND_MOMENTS)}"
+            )
+
+    @property
+    def statistics(self) -> str:
+        """Squares of the batch gradient or of each sample's."""
+        return "gradient" if self.second_moment == "batch" else "squares"
+
+    def moment(self, state: State, gradient: Tensor, squares: Tensor | None) -> Tensor:
+        """v <- alpha v + (1 - alpha) g^2."""
+        v = state.get("square_avg")
+        v = torch.zeros_like(gradient) if v is None else v.mul(self.alpha)
+        if squares is not None:
+            return v.add_(squares, alpha=1 - self.alpha)
+        return v.addcmul_(gradient, gradient, value=1 - self.alpha)
+
+    def inverse(self, moment: Tensor | None) -> Tensor:
+        """1 / (sqrt(v) + eps); a coordinate that never had a gradient does not move (0, not inf).
+
+        With eps = 0 and v = 0 the limit of s = g^2 / M is 0, since g^2 <= v / (1 - alpha).
+        """
+        assert moment is not None
+        M = moment.sqrt().add_(self.eps)
+        return torch.where(moment > 0, M.reciprocal(), torch.zeros_like(M))
+
+    def update(
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+    ) -> dict[str, Any]:
+        """b <- mu b + M^-1 d, u <- u - eta b."""
+        assert moment is not None
+        M = moment.sqrt().add_(self.eps)
+        if momentum == 0:
+            p.addcdiv_(d, M, value=-lr)
+            return {"square_avg": moment}
+        buffer = state.get("momentum_buffer")
+        buffer = torch.zeros_like(d) if buffer is None else buffer.mul(momentum)
+        buffer.addcdiv_(d, M)
+        p.add_(buffer, alpha=-lr)
+        return {"square_avg": moment, "momentum_buffer": buffer}
+
+    def follow(
+        self, state: State, gradient: Tensor, d: Tensor, moment: Tensor | None
+    ) -> Tensor | None:
+        """Feed v with max(g^2, d^2): what shrinks d must not be divided out again by sqrt(v)."""
+        if self.second_moment == "per_sample":
+            return moment
+        larger = torch.where(d.abs() > gradient.abs(), d, gradient)
+        return self.moment(state, larger, None)

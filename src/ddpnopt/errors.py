@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: MIT
+"""Errors and warnings of the library; each message names the place and the way out."""
+
+
+class UnsupportedModelError(RuntimeError):
+    """The model, or the way it is called, is outside what feedback can handle."""
+
+
+class TerminalError(ValueError):
+    """A terminal cost named by the user contradicts the output or its gradient."""
+
+
+class NonFiniteError(FloatingPointError, RuntimeError):
+    """A loss, gradient or new weight is infinite or not a number; nothing was changed."""
+
+
+class DDPNOptWarning(UserWarning):
+    """Something runs differently from what was asked (said once)."""

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""What happens to p.grad between backward and step, and whether a backward has happened at all."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+
+from ddpnopt.borrowed import norms
+from ddpnopt.typing import Tensor
+
+#: Two ratios are the same rescaling within this (half-precision gradients are rounded).
+SAME = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def dense_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients that are there and not sparse."""
+    return [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+
+
+class Fingerprint:
+    """Norms of the gradients when backward ended, to find a uniform rescaling afterwards.
+
+    Version counters miss fused kernels, and a copy would cost memory; a rescaling (clipping,
+    unscaling) multiplies the 1-norm and the 2-norm of every gradient alike, and noise, an added
+    term or value clipping does not.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[Tensor, tuple[float, float]] = {}
+
+    @staticmethod
+    def _take(parameters: list[Tensor]) -> dict[Tensor, tuple[float, float]]:
+        with_gradient = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
+        if not with_gradient:
+            return {}
+        gradients = dense_gradients(with_gradient)
+        both = torch.stack([norms(gradients), norms(gradients, 1.0)], 1).tolist()
+        return {p: (two, one) for p, (two, one) in zip(with_gradient, both, strict=True)}
+
+    def take(self, parameters: Iterable[Tensor]) -> None:
+        """Note the gradients as backward left them."""
+        self._before = self._take(list(parameters))
+
+    def clear(self) -> None:
+        """Forget."""
+        self._before = {}
+
+    def rescaling(self) -> float:
+        """r: the factor all gradients were multiplied by; 1 if none or not one for all."""
+        now = self._take(list(self._before))
+        ratios: list[float] = []
+        tolerance = 0.0
+        for p, (two, one) in now.items():
+            assert p.grad is not None
+            tolerance = max(tolerance, SAME.get(p.grad.dtype, 1e-2))
+            if self._before[p][0] > 0 and self._before[p][1] > 0:
+                ratios += [two / self._before[p][0], one / self._before[p][1]]
+        if not ratios or not all(r < float("inf") for r in ratios):
+            return 1.0
+        r = sorted(ratios)[len(ratios) // 2]
+        if any(abs(ratio - r) > tolerance * r for ratio in ratios):
+            return 1.0
+        return 1.0 if abs(r - 1) <= 1e-6 else r
+
+
+class Consumed:
+    """Remembers which gradients a step has used, so that a second step without backward is seen."""
+
+    def __init__(self) -> None:
+        self._used: list[tuple[weakref.ref[Tensor], int]] = []
+
+    def mark(self, parameters: Iterable[Tensor]) -> None:
+        """The present gradients have been used."""
+        self._used = [
+            (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None
+        ]
+
+    def fresh(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether any gradient is new since the last step."""
+        used = {id(t): version for ref, version in self._used if (t := ref()) is not None}
+        return any(
+            used.get(id(p.grad)) != p.grad._version for p in parameters if p.grad is not None
+        )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""Products of per-sample weight gradients, for layers that apply one matrix at many positions.
+
+A dense layer applied along a sequence and a convolution are the same thing: at each position t
+of a sample, inputs ``U[b, g, t, i]`` are multiplied by the weight ``W[g, o, i]`` of their group.
+A vector v in h-space pulls back to the weight gradient ``sum_t v[t, o] U[t, i]`` of that sample.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ddpnopt.typing import Float, Tensor
+
+#: A gain P = eta M^-1: a number for M = I, a tensor of the parameter's shape for a diagonal M.
+Gain = float | Tensor
+
+
+def sample_gradients(
+    U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"]
+) -> Float[Tensor, "r b g o i"]:
+    """Weight gradients of every sample and column."""
+    return torch.einsum("bgti,rbgto->rbgoi", U, V)
+
+
+def weight_gram(
+    U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"], gain: Gain
+) -> Float[Tensor, "b r r"]:
+    """Gram matrices V_u^T P V_u of r columns pulled back to the weight, per sample.
+
+    Three exact ways, the cheapest is taken: with one position the per-sample gradient is an
+    outer product and never formed; with few positions and a scalar gain, (U U^T) . (V V^T) over
+    pairs of positions; else the per-sample gradients themselves.
+
+    Args:
+        U: Inputs at each position.
+        V: Columns in h-space.
+        gain: P, a number or a tensor of shape (g, o, i).
+    """
+    _, groups, positions, inputs = U.shape
+    columns, outputs = V.shape[0], V.shape[-1]
+    if isinstance(gain, Tensor) and positions == 1:
+        D = torch.einsum("bgi,goi->bgo", U[:, :, 0].square(), gain)
+        v = V[:, :, :, 0]
+        return torch.einsum("rbgo,sbgo->brs", v * D, v)
+    pairs = positions * (inputs + columns * outputs)
+    if not isinstance(gain, Tensor) and pairs <= columns * inputs * outputs:
+        K = U @ U.transpose(-1, -2)
+        return torch.einsum("rbgto,sbgto->brs", K @ V, V) * gain
+    G = sample_gradients(U, V)
+    if isinstance(gain, Tensor):
+        return torch.einsum("rbgoi,sbgoi->brs", G * gain, G)
+    return torch.einsum("rbgoi,sbgoi->brs", G, G) * gain
+
+
+def bias_gram(V: Float[Tensor, "r b g t o"], gain: Gain) -> Float[Tensor, "b r r"]:
+    """The same for the bias, whose gradient is the sum over positions; ``gain`` (g, o)."""
+    v = V.sum(3)
+    return torch.einsum("rbgo,sbgo->brs", v * gain, v)
+
+
+def weight_squares(
+    U: Float[Tensor, "b g t i"], V: Float[Tensor, "b g t o"]
+) -> Float[Tensor, "g o i"]:
+    """Sum over samples of the squared weight gradient."""
+    if U.shape[2] == 1:
+        return torch.einsum("bgti,bgto->goi", U.square(), V.square())
+    return sample_gradients(U, V[None])[0].square().sum(0)

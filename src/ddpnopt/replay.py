@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""Runs a recorded call again as it ran: arguments, autocast, randomness, training flags, buffers.
+
+Several recorded calls (accumulation) run interleaved: each stops where it reaches a layer, so
+that a layer's new weights can be computed from all of them before any goes on.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.typing import Tensor
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """States of the generators that a forward pass may draw from."""
+
+    torch_cpu: Tensor
+    torch_cuda: list[Tensor] | None
+    python: Any
+    numpy: Any
+
+    @staticmethod
+    def capture() -> Randomness:
+        """The present states; NumPy's only if it is imported, CUDA's only if it is in use."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        numpy = sys.modules.get("numpy")
+        state = numpy.random.get_state() if numpy is not None else None
+        return Randomness(torch.get_rng_state(), cuda, random.getstate(), state)
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        torch.set_rng_state(self.torch_cpu)
+        if self.torch_cuda is not None:
+            torch.cuda.set_rng_state_all(self.torch_cuda)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
+    """Arguments as detached aliases; tensors and their versions are added to ``watched``."""
+    if isinstance(value, Tensor):
+        alias = value.detach()
+        if not alias.is_inference():
+            watched.append((alias, alias._version))
+        return alias
+    if type(value) in (tuple, list):
+        return type(value)(frozen(v, watched) for v in value)
+    if type(value) is dict:
+        return {k: frozen(v, watched) for k, v in value.items()}
+    return value
+
+
+@dataclass
+class Call:
+    """One recorded call of the module that owns all layers."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    watched: list[tuple[Tensor, int]]
+    randomness: Randomness
+    autocast: dict[str, tuple[bool, torch.dtype]]
+    training: tuple[bool, ...]
+
+    @staticmethod
+    def capture(
+        name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
+        """Record a call before it runs."""
+        watched: list[tuple[Tensor, int]] = []
+        devices = ["cpu"] + (["cuda"] if torch.cuda.is_initialized() else [])
+        autocast = {
+            d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices
+        }
+        training = tuple(m.training for m in module.modules())
+        args, kwargs = frozen(args, watched), frozen(kwargs, watched)
+        random_state = Randomness.capture()
+        return Call(name, module, args, kwargs, watched, random_state, autocast, training)
+
+    def check_inputs(self) -> None:
+        """Raise if an argument has been overwritten since the nominal pass."""
+        for number, (tensor, version) in enumerate(self.watched):
+            if tensor._version != version:
+                raise UnsupportedModelError(
+                    f"input tensor {number} of '{self.name or 'the model'}' was modified in place "
+                    "after the forward pass, so the pass can't be run again with the new weights; "
+                    "modify a copy, or use feedback='open_loop'"
+                )
+
+    def run(self) -> None:
+        """Run the module again, without gradients and without the autocast weight cache."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device, (enabled, dtype) in self.autocast.items():
+                # A cached half-precision copy of a weight would be the old weight's.
+                stack.enter_context(
+                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+                )
+            self.module(*self.args, **self.kwargs)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Leave buffers, training flags and generators as they are before the block."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    training = [(module, module.training) for module in model.modules()]
+    outside = Randomness.capture()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        with torch.no_grad():
+            for module, name, buffer, saved in buffers:
+                module._buffers[name] = buffer
+                buffer.copy_(saved)
+        outside.restore()
+
+
+class Stopped(BaseException):
+    """Ends a replay's thread when another part of the step has failed."""
+
+
+@dataclass
+class Replay:
+    """A call being run again, one layer at a time.
+
+    Args:
+        call: What to run.
+        arrive: With a single replay, called in place where a layer is reached; None runs the
+            call in a thread of its own that waits at each layer (autocast and grad mode are the
+            thread's; only one thread runs at any moment).
+    """
+
+    call: Call
+    arrive: Callable[[str, Tensor], None] | None = None
+    at: tuple[str, Tensor] | None = None
+    error: BaseException | None = None
+    done: bool = False
+    stopped: bool = False
+    random: Randomness | None = None
+    thread: threading.Thread | None = None
+    here: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    there: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+    def prepare(self) -> None:
+        """Set the global state to what the call saw."""
+        (self.random or self.call.randomness).restore()
+        for module, flag in zip(self.call.module.modules(), self.call.training, strict=True):
+            module.training = flag
+
+    def run_in_place(self) -> None:
+        """Run the whole call, with ``arrive`` called at each layer."""
+        self.prepare()
+        self.call.run()
+
+    def advance(self) -> None:
+        """Run until the next layer or the end; ``at`` is where it stands."""
+        self.at = None
+        self.prepare()
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._body, daemon=True)
+            self.thread.start()
+        else:
+            self.there.release()
+        self.here.acquire()
+        self.random = Randomness.capture()
+        if self.error is not None:
+            raise self.error
+
+    def stop(self) -> None:
+        """End a thread that waits at a layer."""
+        if self.thread is not None and not self.done:
+            self.stopped = True
+            self.there.release()
+            self.thread.join()
+
+    def reach(self, name: str, x: Tensor) -> None:
+        """Called by the layer's hook, in the replay's own thread."""
+        if self.arrive is not None:
+            self.arrive(name, x)
+            return
+        self.at = (name, x)
+        self.here.release()
+        self.there.acquire()
+        if self.stopped:
+            raise Stopped
+
+    def _body(self) -> None:
+        """The thread: what goes wrong in it is raised in `advance`."""
+        try:
+            self.call.run()
+        except Stopped:
+            pass
+        except BaseException as error:  # handed over, never swallowed
+            self.error = error
+        finally:
+            self.done = True
+            self.here.release()
+
+
+def interleave(
+    replays: Mapping[int, Replay],
+    meet: Callable[[str, dict[int, Tensor]], None],
+    running: list[Replay],
+) -> None:
+    """Run several calls, stopping all of them at every layer.
+
+    Args:
+        replays: The calls by number.
+        meet: Called once a layer with the state that each call has brought there.
+        running: Holds the replay that is running, for the layers' hooks.
+
+    Raises:
+        UnsupportedModelError: The calls reach different layers.
+    """
+    try:
+        while True:
+            for replay in replays.values():
+                running[:] = [replay]
+                replay.advance()
+            names = {replay.at[0] if replay.at else None for replay in replays.values()}
+            if len(names) > 1:
+                raise UnsupportedModelError(
+                    "the accumulated passes reach different layers "
+                    f"({', '.join(sorted(str(n) for n in names))}); accumulate passes that run "
+                    "the same layers, or use feedback='open_loop'"
+                )
+            (name,) = names
+            if name is None:
+                return
+            meet(name, {i: replay.at[1] for i, replay in replays.items() if replay.at})
+    finally:
+        for replay in replays.values():
+            replay.stop()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""The feedback rollout (Algorithm 3, step 4): one more forward pass that writes the weights.
+
+Each layer, before it computes, sees how far the earlier layers' updates have moved its state,
+dx = x^ - x, and takes its own step u* = u + du(dx).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from ddpnopt.bellman import Layer
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.replay import Replay, interleave, preserved
+from ddpnopt.trajectory import Recorder, Stage, Trajectory
+from ddpnopt.typing import Tensor
+from ddpnopt.value.base import Blocks
+
+
+def rollout(
+    recorder: Recorder,
+    trajectories: Sequence[Trajectory],
+    layers: dict[str, Layer],
+    apply: Callable[[Layer, Blocks | None], None],
+) -> None:
+    """Run the recorded calls again with the new weights.
+
+    Args:
+        recorder: Sees the layers being reached.
+        trajectories: The passes, all of one structure.
+        layers: The layers that take part, in execution order.
+        apply: Updates a layer, given dx (None where its state can't have moved).
+
+    Raises:
+        UnsupportedModelError: The calls can't be repeated, or take another path.
+    """
+    for trajectory in trajectories:
+        _check(trajectory)
+    order = list(layers)
+    reached: list[str] = []
+
+    def meet(name: str, states: dict[int, Tensor]) -> None:
+        if len(reached) >= len(order) or order[len(reached)] != name:
+            raise _other_path(order, [*reached, name])
+        reached.append(name)
+        blocks = layers[name].blocks
+        apply(layers[name], _changes(blocks, [states[i] for i in range(len(blocks))]))
+
+    with ExitStack() as stack:
+        recorder.paused = True
+        stack.callback(setattr, recorder, "paused", False)
+        stack.enter_context(preserved(recorder.model))
+        current: list[Replay] = []
+        for handle in recorder.hook_replays(order, lambda name, x: current[0].reach(name, x)):
+            stack.callback(handle.remove)
+        calls = [t.call for t in trajectories if t.call is not None]
+        if len(calls) == 1:
+            current.append(Replay(calls[0], arrive=lambda name, x: meet(name, {0: x})))
+            current[0].run_in_place()
+        else:
+            interleave({i: Replay(call) for i, call in enumerate(calls)}, meet, current)
+    if reached != order:
+        raise _other_path(order, reached)
+
+
+def _check(trajectory: Trajectory) -> None:
+    if not trajectory.owned:
+        names = ", ".join(f"'{s.name}'" for s in trajectory.stages)
+        raise UnsupportedModelError(
+            f"{names} ran outside any call that contains all layers, so the pass can't be run "
+            "again; call one module that owns them all, or use feedback='open_loop'"
+        )
+    assert trajectory.call is not None
+    trajectory.call.check_inputs()
+
+
+def _changes(blocks: Sequence[Stage], states: Sequence[Tensor]) -> Blocks | None:
+    """dx of each pass; None where no layer lies below (q = 0)."""
+    changes = []
+    for stage, x in zip(blocks, states, strict=True):
+        x = x[None] if stage.unbatched else x
+        if x.shape != stage.x.shape:
+            raise UnsupportedModelError(
+                f"'{stage.name}' received {tuple(x.shape)} in the rollout but "
+                f"{tuple(stage.x.shape)} before: the model takes another path when run again; "
+                "use feedback='open_loop'"
+            )
+        if stage.g_x is None and stage.Z_x is None and stage.J is None:
+            return None
+        changes.append(x - stage.x)
+    return changes
+
+
+def _other_path(order: list[str], reached: list[str]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the model took another path when run again: expected layers "
+        f"{', '.join(order)}, reached {', '.join(reached) or 'none'}; use feedback='open_loop'"
+    )
+

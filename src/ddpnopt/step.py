@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: MIT
+"""One step: from recorded passes to layers with gains and policies, and their updates.
+
+`Step` is made anew for every step (and, in open loop, for every backward pass) and holds nothing
+that outlives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ddpnopt.bellman import Layer, backward
+from ddpnopt.borrowed import Borrowed
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.report import LayerReport
+from ddpnopt.terminal import concatenated
+from ddpnopt.trajectory import Stage, Trajectory
+from ddpnopt.typing import Tensor
+from ddpnopt.value.base import Blocks, ValueFunction
+
+#: Decay of the running coupling where the plain gradient is not computed.
+COUPLING_DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step needs to know besides the passes.
+
+    Attributes:
+        value: The value function.
+        rescale: r, the uniform rescaling of p.grad, in the gains.
+        correction_scale: What the re-weighting is multiplied by to match p.grad as it is now.
+        weight_gradients: Whether p.grad holds the plain weight gradients.
+        sketch: Generator of sketched Gram matrices, or None.
+        diagnose: Compute the norms of the feedforward and feedback steps.
+    """
+
+    value: ValueFunction
+    rescale: float
+    correction_scale: float
+    weight_gradients: bool
+    sketch: torch.Generator | None
+    diagnose: bool
+
+
+@dataclass(eq=False)
+class PlainRecord:
+    """A recorded layer that takes the plain step: what p.grad does not hold."""
+
+    name: str
+    layer: Layer
+    curvature_statistics: str
+
+    def gradient(self, scale: float) -> Tensor:
+        """The plain gradient by the layer's rule, in p.grad's units."""
+        return self.layer.weighted(self.layer.plain_vectors())[self.name] * scale
+
+    def squares(self, scale: float) -> tuple[Tensor, int] | None:
+        """Sum of the samples' squared gradients and their number, where M is fed with them."""
+        if self.curvature_statistics != "squares":
+            return None
+        squares = self.layer.squares(self.layer.plain_vectors())[self.name]
+        return squares * scale**2, sum(self.layer.counts)
+
+
+@dataclass(eq=False)
+class Step:
+    """Layers of one step.
+
+    Args:
+        trajectories: Recorded passes with a terminal cost.
+        borrowed: The borrowed optimizer.
+        settings: Options of this step.
+        trainable: Whether a parameter belongs to the optimizer.
+        running: rho by layer of the previous steps; updated where it is needed.
+        base: Gradients that p.grad held before this backward pass (open loop under accumulation).
+    """
+
+    trajectories: Sequence[Trajectory]
+    borrowed: Borrowed
+    settings: Settings
+    trainable: Callable[[Tensor], bool]
+    running: dict[str, float]
+    base: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    moments: dict[Tensor, Tensor | None] = field(default_factory=dict)
+    extra: dict[Tensor, Tensor] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+    _plain: dict[Tensor, Tensor] = field(default_factory=dict)
+    _weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def build(self) -> None:
+        """Gather each active layer's executions over all passes.
+
+        Raises:
+            UnsupportedModelError: Accumulated passes run different layers.
+        """
+        orders = [[s.name for s in t.active] for t in self.trajectories]
+        if any(order != orders[0] for order in orders):
+            raise UnsupportedModelError(
+                "the accumulated passes run different layers "
+                f"({'; '.join(', '.join(o) for o in orders)}); accumulate passes that run the "
+                "same layers, or use feedback=False"
+            )
+        counts = [t.samples for t in self.trajectories]
+        for index, name in enumerate(orders[0] if orders else []):
+            blocks = [t.active[index] for t in self.trajectories]
+            self.layers[name] = self._layer(blocks, counts)
+
+    def _layer(self, blocks: list[Stage], counts: list[int]) -> Layer:
+        first = blocks[0]
+        assert first.rule is not None
+        params = {
+            k: p for k, p in first.module._parameters.items() if p is not None and self.trainable(p)
+        }
+        factor = self.settings.value.linearization == "factor"
+        sketch = self.settings.sketch
+        return Layer(
+            first.name, first.module, first.rule, blocks, counts, params, factor, self.couple, sketch
+        )
+
+    def plain_layers(self) -> dict[Tensor, PlainRecord]:
+        """By parameter, the recorded layers outside the feedback."""
+        found: dict[str, tuple[list[Stage], list[int]]] = {}
+        for trajectory in self.trajectories:
+            for stage in trajectory.stages:
+                if stage.rule is None or stage.G is None or stage.name in self.layers:
+                    continue
+                blocks, counts = found.setdefault(stage.name, ([], []))
+                blocks.append(stage)
+                whole = trajectory.samples and stage.rows % trajectory.samples == 0
+                counts.append(trajectory.samples if whole else stage.rows)
+        return {
+            p: PlainRecord(name, layer, self.borrowed.hyper[p].curvature.statistics)
+            for blocks, counts in found.values()
+            for layer in (self._layer(blocks, counts),)
+            for name, p in layer.params.items()
+        }
+
+    def recurse(self) -> None:
+        """The Bellman backward pass: every layer's gain and policy."""
+        if not self.layers:
+            return
+        cost = concatenated([t.cost for t in self.trajectories if t.cost is not None])
+        hyper = self.borrowed.hyper
+        strengths = [
+            hyper[p].curvature.strength for layer in self.layers.values() for p in layer.params.values()
+        ]
+        recursion = self.settings.value.start(cost, min(strengths))
+        backward(self.layers, recursion, self.feed, self.settings.value.statistics)
+
+    # Statistics -----------------------------------------------------------------------------
+
+    def plain_gradient(self, layer: Layer, name: str, p: nn.Parameter) -> Tensor | None:
+        """The plain batch gradient in p.grad's present units; None where it is not computed."""
+        if p.grad is not None and not self._is_held(name, p):
+            return p.grad - self.base[p] if p in self.base else p.grad
+        return self._plain.get(p)
+
+    def _is_held(self, name: str, p: nn.Parameter) -> bool:
+        return not self.settings.weight_gradients and name == "weight"
+
+    def _compute_plain(self, layer: Layer) -> None:
+        """The plain gradient by the layer's rule, where autograd was told not to make it."""
+        total = layer.weighted(layer.plain_vectors())
+        for name, p in layer.params.items():
+            if self.plain_gradient(layer, name, p) is None:
+                self._plain[p] = total[name] * self.settings.correction_scale
+
+    def feed(self, layer: Layer, correction: Blocks | None) -> None:
+        """M's statistics with Q_u = gbar + correction, and the gain."""
+        kinds = {self.borrowed.hyper[p].curvature.statistics for p in layer.params.values()}
+        vectors = layer.plain_vectors()
+        extra: dict[str, Tensor] = {}
+        squares: dict[str, Tensor] = {}
+        if kinds != {"none"}:
+            if any(self.plain_gradient(layer, n, p) is None for n, p in layer.params.items()):
+                self._compute_plain(layer)
+            if correction is not None:
+                extra = layer.weighted(correction)
+                vectors = [g + v for g, v in zip(vectors, correction, strict=True)]
+            if "squares" in kinds:
+                squares = layer.squares(vectors)
+        scale = self.settings.correction_scale
+        for name, p in layer.params.items():
+            moment = None
+            if self.borrowed.hyper[p].curvature.statistics != "none":
+                g = self.plain_gradient(layer, name, p)
+                assert g is not None
+                if name in extra:
+                    self.extra[p] = extra[name]
+                    g = g + scale * extra[name]
+                known = (squares[name] * scale**2, sum(layer.counts)) if name in squares else None
+                moment = self.borrowed.moment(p, g, known)
+            self.moments[p] = moment
+            layer.gain[name] = self.borrowed.gain(p, moment, self.settings.rescale)
+
+    def couple(self, layer: Layer, weight: Tensor) -> Tensor:
+        """rho = gbar^T P gbar / sum_i w_i s_i, between 1 and B.
+
+        Where the plain gradient is not computed: the running ratio of the previous steps, and
+        1^T Gram 1 the first time.
+        """
+        self._weights[layer.name] = weight
+        gradients = {n: self.plain_gradient(layer, n, p) for n, p in layer.params.items()}
+        if any(g is None for g in gradients.values()):
+            if layer.name in self.running:
+                return weight.new_tensor(self.running[layer.name])
+            self._compute_plain(layer)
+            gradients = {n: self.plain_gradient(layer, n, p) for n, p in layer.params.items()}
+        scale = self.settings.correction_scale
+        return self._ratio(layer, {n: g / scale for n, g in gradients.items() if g is not None}, weight)
+
+    @staticmethod
+    def _ratio(layer: Layer, gradients: dict[str, Tensor], weight: Tensor) -> Tensor:
+        together = sum(
+            ((g.square() * layer.gain[name]).sum() for name, g in gradients.items()),
+            start=weight.new_zeros(()),
+        )
+        alone = weight.sum()
+        ratio = torch.where(alone > 0, together / alone, 1.0)
+        return ratio.clamp(1, sum(layer.counts))
+
+    # Update ---------------------------------------------------------------------------------
+
+    def corrections(self, layer: Layer, dx: Blocks | None) -> dict[Tensor, Tensor]:
+        """d - gbar by parameter, in the units in which backward left p.grad."""
+        assert layer.policy is not None
+        vectors = layer.policy(layer, dx)
+        self._report(layer, vectors, dx)
+        total = layer.weighted(vectors)
+        return {p: total[name] for name, p in layer.params.items()}
+
+    def apply(self, layer: Layer, dx: Blocks | None) -> None:
+        """u <- u - eta M^-1 d with d = p.grad + r sum_i g_u^T v_i."""
+        assert layer.policy is not None
+        vectors = layer.policy(layer, dx)
+        self._report(layer, vectors, dx)
+        scale = self.settings.correction_scale
+        held = any(self._is_held(n, p) for n, p in layer.params.items())
+        if held:
+            joint = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
+            total = layer.weighted(joint)
+            self._remember_coupling(layer, total)
+            bias = sum((layer.rule.bias_gradient(v) for v in vectors), start=torch.zeros(()).to(vectors[0]))
+        else:
+            total = layer.weighted(vectors)
+        for name, p in layer.params.items():
+            if self._is_held(name, p) or p.grad is None:
+                d = scale * total[name] if held else total[name] * scale
+            else:
+                d = p.grad + scale * (bias if held else total[name])
+            plain = self.plain_gradient(layer, name, p)
+            follow = plain if self.settings.value.statistics == "plain" else None
+            self.borrowed.step(p, d, self.moments[p], follow)
+
+    def _remember_coupling(self, layer: Layer, total: dict[str, Tensor]) -> None:
+        """rho of this step, as seen from the re-weighted samples, for the next."""
+        weight = self._weights.get(layer.name)
+        coefficient = layer.policy.coefficient if layer.policy is not None else None
+        if weight is None or coefficient is None:
+            return
+        used = {n: g for n, g in total.items() if n in layer.gain}
+        ratio = float(self._ratio(layer, used, weight * coefficient.square()))
+        before = self.running.get(layer.name, ratio)
+        self.running[layer.name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
+
+    def _report(self, layer: Layer, vectors: Blocks, dx: Blocks | None) -> None:
+        policy = layer.policy
+        assert policy is not None
+        k = Kdx = None
+        coefficient = policy.coefficient
+        if self.settings.diagnose:
+            forward = policy(layer, None)
+            joint = [g + v for g, v in zip(layer.plain_vectors(), forward, strict=True)]
+            feedback = [v - f for v, f in zip(vectors, forward, strict=True)]
+            k, Kdx = (self._step_norm(layer, part) for part in (joint, feedback))
+        self.reports.append(LayerReport(layer.name, coefficient, policy.S, k, Kdx))
+
+    @staticmethod
+    def _step_norm(layer: Layer, vectors: Blocks) -> Tensor:
+        total = layer.weighted(vectors)
+        parts = [(total[n] * P).square().sum() for n, P in layer.gain.items()]
+        return torch.stack(parts).sum().sqrt()

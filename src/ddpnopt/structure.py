@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""What the recorded computation looks like: is it a chain, who owns which rows, who mixes samples.
+
+All three are found from the autograd graph of the pass itself, not from the user's annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ddpnopt.typing import Tensor
+
+if TYPE_CHECKING:
+    from ddpnopt.trajectory import Trajectory
+
+REENTRANT = "CheckpointFunctionBackward"
+
+
+class Ledger:
+    """Nodes and edges of the stages while a forward pass runs; dropped when it ends."""
+
+    def __init__(self) -> None:
+        self.edges: list[GradientEdge | None] = []
+        self._latest: set[Node] = set()
+        self._outputs: dict[Node, int] = {}
+        self._leaves: dict[int, int] = {}
+        self._skips: list[tuple[int, int]] = []
+        self._reentrant: int | None = None
+
+    def enter(
+        self,
+        index: int,
+        module: nn.Module,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        boundary: bool,
+    ) -> None:
+        """Enter a stage, and note connections that lead past the layer before it.
+
+        Walks the graph back from the stage's inputs to the output of the last layer that takes
+        part in feedback. Whatever else lies between (frozen and plain modules, activations, their
+        own branches) is one function of that output; a path to an earlier layer skips it.
+
+        Args:
+            index: Number of the stage.
+            module: The layer.
+            inputs: Its input tensors.
+            outputs: Its output tensors.
+            boundary: The layer can take part in feedback.
+        """
+        stack = [t.grad_fn for t in inputs if t.grad_fn is not None]
+        seen: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen or node in self._latest:
+                continue
+            seen.add(node)
+            source = self._outputs.get(node)
+            if source is None:
+                source = self._leaves.get(id(getattr(node, "variable", None)))
+            if source is not None:
+                self._skips.append((source, index))
+                continue
+            if node.name() == REENTRANT:
+                self._reentrant = index
+            stack += [child for child, _ in node.next_functions]
+        out = outputs[0]
+        self.edges.append(get_gradient_edge(out) if out.requires_grad else None)
+        if boundary:
+            self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
+            self._outputs.update({node: index for node in self._latest})
+            self._leaves.update(
+                {id(p): index for p in module._parameters.values() if p is not None}
+            )
+
+    def refusal(self, trajectory: Trajectory) -> str:
+        """Why the layers that take part in feedback are no chain, or ''."""
+        stages = trajectory.stages
+        if self._reentrant is not None:
+            return (
+                f"'{stages[self._reentrant].name}' comes behind reentrant activation "
+                "checkpointing, which hides the layers inside it; call "
+                "checkpoint(..., use_reentrant=False)"
+            )
+        for source, target in self._skips:
+            if not stages[source].plain:
+                between = [s.name for s in stages[source + 1 : target] if not s.plain]
+                return (
+                    f"layers do not run one after another: '{stages[target].name}' receives the "
+                    f"output of '{stages[source].name}' past {', '.join(map(repr, between))}. "
+                    "Feedback is for chains; train this model with feedback=False"
+                )
+        return ""
+
+    def mark(
+        self, trajectory: Trajectory, shared: set[int], trainable: Callable[[Tensor], bool]
+    ) -> None:
+        """Note the stages that can't take part in feedback, and why."""
+        uses: dict[str, int] = {}
+        for stage in trajectory.stages:
+            uses[stage.name] = uses.get(stage.name, 0) + 1
+        for stage in trajectory.stages:
+            own = [p for p in stage.module._parameters.values() if p is not None]
+            if not any(trainable(p) for p in own):
+                stage.plain = "frozen"
+            elif stage.rule is None:
+                stage.plain = f"{type(stage.module).__name__} has no rule"
+            elif uses[stage.name] > 1 or any(id(p) in shared for p in own):
+                stage.plain = "its parameters are used more than once"
+
+    def samples(self, trajectory: Trajectory) -> int:
+        """B: rows of the output, or of an active stage of which the output's are a multiple."""
+        assert trajectory.z is not None
+        last = trajectory.stages[-1].rows
+        rows = [s.rows for s in trajectory.stages if not s.plain and last % s.rows == 0]
+        samples = min([last, *rows])
+        for stage in trajectory.stages:
+            if not stage.plain and (stage.rows % samples or stage.x.shape[0] % samples):
+                stage.plain = f"its {stage.rows} rows are not a multiple of {samples} samples"
+        return samples
+
+
+def mixing_start(
+    trajectory: Trajectory, edges: list[GradientEdge | None]
+) -> tuple[int, bool]:
+    """The first stage from which on no layer mixes samples on the way to the output.
+
+    One sample is perturbed at the output, in the adjoint direction: one backward pass with a
+    seed on its rows alone shows at every stage whether the gradient stays in that sample's rows.
+    Both mixing (BatchNorm) and another ownership of rows (time-major folding) show up.
+
+    Returns:
+        The index of the first unmixed stage, and whether the finding is conclusive (a zero
+        gradient, as behind a layer that starts at zero, shows nothing).
+    """
+    samples, z = trajectory.samples, trajectory.z
+    assert z is not None and edges[-1] is not None
+    indices = [i for i, s in enumerate(trajectory.stages) if not s.plain and edges[i] is not None]
+    if samples == 1 or not indices:
+        return 0, False
+    chosen = samples // 2
+    rows = z.shape[0] // samples
+    seed = torch.zeros_like(z)
+    generator = torch.Generator().manual_seed(0)
+    part = slice(chosen * rows, (chosen + 1) * rows)
+    seed[part] = torch.randn(seed[part].shape, generator=generator).to(seed)
+    targets: list[Any] = [edges[i] for i in indices]
+    gradients = torch.autograd.grad(
+        (edges[-1],), targets, (seed,), retain_graph=True, allow_unused=True
+    )
+    start, conclusive = 0, True
+    for index, gradient in zip(indices, gradients, strict=True):
+        if gradient is None or not bool(gradient.any()):
+            conclusive = False
+            continue
+        per_sample = gradient.reshape(samples, -1).ne(0).any(1)
+        per_sample[chosen] = False
+        if bool(per_sample.any()):
+            start = index + 1
+    return start, conclusive

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: MIT
+"""Records nominal passes: states, gradients and the call that made them. The only file with hooks.
+
+A trajectory belongs to the output that receives gradients: during the forward pass only the
+recorder holds it, afterwards only the autograd graph does (through the tensor hooks), and once a
+gradient has arrived the recorder takes it until the step. It holds detached aliases alone; a hook
+closure over its own graph would be a cycle that can't be collected.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ddpnopt.layers import LayerRule, rule_for
+from ddpnopt.replay import Call
+from ddpnopt.structure import Ledger, mixing_start
+from ddpnopt.terminal import Cost
+from ddpnopt.typing import Tensor
+
+
+@dataclass(eq=False)
+class Stage:
+    """One execution of a parametrised layer (time step t).
+
+    Attributes:
+        name: Module path.
+        module: The layer.
+        rule: Its linear maps; None where the layer takes the plain step.
+        x: State that entered it (alias), with its version.
+        rows: Dimension 0 of the output.
+        unbatched: The input is a single sample without a batch axis; the record adds it.
+        G: Gradient at the pre-activation; None until it arrives.
+        g_x: Gradient at the state.
+        Z_h, Z_x: The terminal factor's columns pulled back to h and x.
+        J: Jacobian of the next active layer's state (or the output) by h, (B, X', H).
+        plain: Why this stage takes the plain step; empty if it takes part in feedback.
+    """
+
+    name: str
+    module: nn.Module
+    rule: LayerRule | None
+    x: Tensor
+    version: int
+    rows: int
+    unbatched: bool = False
+    G: Tensor | None = None
+    g_x: Tensor | None = None
+    Z_h: Tensor | None = None
+    Z_x: Tensor | None = None
+    J: Tensor | None = None
+    plain: str = ""
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """One recorded pass.
+
+    Attributes:
+        stages: Executions in order.
+        z: Output of the last parametrised layer.
+        call: How to run the pass again; None in open loop.
+        samples: B.
+        refusal: Why no feedback is possible; raised when a step needs it.
+        owned: One call contains all layers.
+        key: The structure; passes with the same key behave alike.
+        cost: Its terminal cost; None if not recognised.
+        error: What the terminal cost found wrong; raised at the step.
+    """
+
+    stages: list[Stage] = field(default_factory=list)
+    z: Tensor | None = None
+    call: Call | None = None
+    samples: int = 0
+    refusal: str = ""
+    owned: bool = False
+    key: tuple[Any, ...] = ()
+    cost: Cost | None = None
+    error: Exception | None = None
+
+    @property
+    def active(self) -> list[Stage]:
+        """Stages that take part in feedback."""
+        return [s for s in self.stages if not s.plain and s.G is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """Edges of the stages upstream of a gradient hook, newest first (a list that shares tails)."""
+
+    stage: Stage
+    x: GradientEdge | None
+    h: GradientEdge | None
+    before: Link | None
+
+
+class Hook:
+    """A weak callable on a module: inert once the recorder is gone, and in copies and pickles."""
+
+    def __init__(self, recorder: Recorder | None = None, method: str = "", name: str = "") -> None:
+        self.recorder = weakref.ref(recorder) if recorder is not None else None
+        self.method, self.name = method, name
+
+    def __call__(self, *args: Any) -> Any:
+        """Forward to the recorder, unless the call is being traced by a compiler."""
+        recorder = self.recorder() if self.recorder is not None else None
+        if recorder is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        return getattr(recorder, self.method)(self.name, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """An inert hook."""
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        """An inert hook."""
+        return (Hook, ())
+
+
+class _Anchor(torch.autograd.Function):
+    """Identity in place that gives an output a gradient where no input or bias has one."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, token: Tensor) -> Tensor:
+        """Return h itself, so that nothing is copied and later in-place operations work."""
+        ctx.mark_dirty(h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Pass the gradient on."""
+        return gradients[0], None
+
+
+class Recorder:
+    """Hooks on one model.
+
+    Args:
+        model: The network.
+        trainable: Tells whether a parameter belongs to the optimizer.
+        closed_loop: Record the calls, for the rollout.
+        state_gradients: The rollout needs the gradients at the states.
+        links: Edges of the graph are needed when the output's gradient arrives.
+        weight_gradients: False: the layers' weights get no gradient.
+        at_output: Called with (trajectory, link) when the output's gradient has arrived.
+        backward_started: Called when the first gradient of a backward pass arrives.
+        backward_ended: Called at the end of each backward pass with its trajectories.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: Callable[[Tensor], bool],
+        closed_loop: bool,
+        state_gradients: bool,
+        links: bool,
+        weight_gradients: bool,
+        at_output: Callable[[Trajectory, Link | None], None],
+        backward_started: Callable[[], None],
+        backward_ended: Callable[[list[Trajectory]], None],
+    ) -> None:
+        self.model, self.trainable = model, trainable
+        self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
+        self.weight_gradients = weight_gradients
+        self.at_output = at_output
+        self.backward_started, self.backward_ended = backward_started, backward_ended
+        self.completed: list[Trajectory] = []
+        self.paused = False
+        self._open: Trajectory | None = None
+        self._depth: list[nn.Module] = []
+        self._ledger = Ledger()
+        self._link: Link | None = None
+        self._last: Tensor | None = None
+        self._held: dict[str, nn.Parameter] = {}
+        self._task: int | None = None
+        self._mixing: dict[tuple[Any, ...], int] = {}
+        self._owners: tuple[tuple[bool, ...], set[int]] = ((), set())
+        self._during: list[Trajectory] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._attach()
+
+    # Structure of the model -----------------------------------------------------------------
+
+    def _attach(self) -> None:
+        users: dict[int, int] = {}
+        self.hooked: dict[str, nn.Module] = {}
+        for name, module in self.model.named_modules():
+            own = [p for p in module._parameters.values() if p is not None]
+            for p in own:
+                users[id(p)] = users.get(id(p), 0) + 1
+            inner = any(True for m in module.children() for _ in m.parameters())
+            if own and not inner:
+                self.hooked[name] = module
+            if inner or module is self.model:
+                pre = module.register_forward_pre_hook(
+                    Hook(self, "_enter", name), prepend=True, with_kwargs=True
+                )
+                post = module.register_forward_hook(
+                    Hook(self, "_leave", name), with_kwargs=True, always_call=True
+                )
+                self._handles += [pre, post]
+        self.shared = {i for i, n in users.items() if n > 1}
+        for name, module in self.hooked.items():
+            hook = Hook(self, "_record", name)
+            self._handles.append(
+                module.register_forward_hook(
+                    hook, prepend=True, with_kwargs=True, always_call=not self.weight_gradients
+                )
+            )
+            if not self.weight_gradients and rule_for(module) is not None:
+                self._handles.append(
+                    module.register_forward_pre_hook(
+                        Hook(self, "_hold", name), with_kwargs=True
+                    )
+                )
+
+    def detach(self) -> None:
+        """Remove every hook and forget everything recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.completed.clear()
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Modules with a rule and a parameter to optimise, now."""
+        return {
+            name: module
+            for name, module in self.hooked.items()
+            if rule_for(module) is not None
+            and any(p is not None and self.trainable(p) for p in module._parameters.values())
+        }
+
+    def _owns_all(self, module: nn.Module) -> bool:
+        """Whether a module contains every layer; looked up anew at each outermost call."""
+        if not self._depth:
+            state = tuple(
+                p.requires_grad
+                for m in self.hooked.values()
+                for p in m._parameters.values()
+                if p is not None
+            )
+            if self._owners[0] != state:
+                wanted = {id(m) for m in self.layers().values()}
+                owners = {
+                    id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
+                }
+                self._owners = (state, owners)
+        return id(module) in self._owners[1]
+
+    # Forward pass ---------------------------------------------------------------------------
+
+    def _recording(self) -> bool:
+        return (
+            torch.is_grad_enabled()
+            and not self.paused
+            and torch._C._current_graph_task_id() == -1  # recomputation inside a backward pass
+        )
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is called: begin a trajectory, or take this call as the deeper owner."""
+        if not self._recording():
+            return
+        if module in self._depth:  # an interrupted call never left
+            self._depth.clear()
+        if not self._owns_all(module):
+            return
+        if self._open is None or not self._depth:
+            self._begin(owned=True)
+        assert self._open is not None
+        self._depth.append(module)
+        if self.closed_loop and not any(s.rule for s in self._open.stages):
+            self._open.call = Call.capture(name, module, args, kwargs)
+
+    def _begin(self, owned: bool) -> None:
+        self._drop_stale()
+        self._open = Trajectory(owned=owned)
+        self._ledger, self._link, self._last = Ledger(), None, None
+
+    def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """The owner returns: the graph alone keeps the trajectory from here on."""
+        if self.paused or not self._depth or self._depth[-1] is not module:
+            return
+        self._depth.pop()
+        if not self._depth:
+            self._close(complete=output is not None)
+
+    def _close(self, complete: bool) -> None:
+        trajectory = self._open
+        if complete and trajectory is not None and trajectory.stages and self._ledger.edges:
+            self._classify(trajectory)
+        self._open, self._link, self._last = None, None, None
+        self._ledger = Ledger()
+
+    def _classify(self, trajectory: Trajectory) -> None:
+        """Which stages take the plain step: mixing of samples, shared use, no rule."""
+        assert self._last is not None
+        z = self._last.detach()
+        trajectory.z = z[None] if trajectory.stages[-1].unbatched else z
+        self._ledger.mark(trajectory, self.shared, self.trainable)
+        trajectory.samples = self._ledger.samples(trajectory)
+        key = (
+            tuple(s.name for s in trajectory.stages),
+            tuple(m.training for m in self.model.modules()),
+            tuple(s.rows // trajectory.samples for s in trajectory.stages),
+        )
+        start = self._mixing.get(key)
+        if start is None:
+            self.paused = True
+            try:
+                start, conclusive = mixing_start(trajectory, self._ledger.edges)
+            finally:
+                self.paused = False
+            if conclusive:
+                self._mixing[key] = start
+        for stage in trajectory.stages[:start]:
+            stage.plain = stage.plain or "samples are mixed behind it"
+        trajectory.key = key
+        trajectory.refusal = self._ledger.refusal(trajectory)
+
+    def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before a layer: its weight asks for no gradient while the layer runs."""
+        weight = module._parameters.get("weight")
+        if (
+            torch.is_grad_enabled()
+            and not self.paused
+            and weight is not None
+            and weight.requires_grad
+            and id(weight) not in self.shared
+            and self.trainable(weight)
+        ):
+            weight.requires_grad_(False)
+            self._held[name] = weight
+
+    def _record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """After a layer: note its state, and ask for its gradients."""
+        held = self._held.pop(name, None)
+        if held is not None:
+            held.requires_grad_(True)
+        if not self._recording() or output is None:
+            return None
+        replaced = None
+        if held is not None and not output.requires_grad:
+            token = torch.zeros((), requires_grad=True, device=output.device)
+            output = replaced = _Anchor.apply(output, token)  # type: ignore[no-untyped-call]
+        inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        tensors = [output] if isinstance(output, Tensor) else _tensors(output)
+        if not any(t.requires_grad for t in tensors):
+            return replaced
+        orphan = self._open is None
+        if orphan:
+            self._begin(owned=False)
+        self._add(name, module, inputs, tensors)
+        if orphan:
+            self._close(complete=True)
+        return replaced
+
+    def _add(self, name: str, module: nn.Module, inputs: list[Tensor], tensors: list[Tensor]) -> None:
+        trajectory = self._open
+        assert trajectory is not None
+        x, out = (inputs or tensors)[0], tensors[0]
+        rule = rule_for(module) if len(inputs) == 1 and len(tensors) == 1 else None
+        unbatched = rule is not None and x.dim() < rule.batched_dim
+        rows = out.shape[0] if out.dim() and not unbatched else 1
+        version = -1 if x.is_inference() else x._version
+        state = x.detach()[None] if unbatched else x.detach()
+        stage = Stage(name, module, rule, state, version, rows, unbatched)
+        index = len(trajectory.stages)
+        boundary = rule is not None and any(
+            p is not None and self.trainable(p) for p in module._parameters.values()
+        )
+        self._ledger.enter(index, module, inputs, tensors, boundary)
+        trajectory.stages.append(stage)
+        self._last = out
+        if not out.requires_grad:
+            return
+        x_edge = get_gradient_edge(x) if x.requires_grad and inputs else None
+        upstream = Link(stage, x_edge, None, self._link) if self.links else None
+        ref = weakref.ref(self)
+        out.register_hook(partial(_gradient_at_h, ref, trajectory, stage, upstream))
+        if self.state_gradients and index > 0 and rule is not None and x.requires_grad:
+            x.register_hook(partial(_gradient_at_x, ref, stage))
+        if self.links:
+            self._link = Link(stage, x_edge, get_gradient_edge(out), self._link)
+
+    # Backward pass --------------------------------------------------------------------------
+
+    def received(self, trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor) -> None:
+        """A gradient has arrived at a stage's output."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self._drop_stale()
+            self.backward_started()
+            self._during: list[Trajectory] = []
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(_ended, weakref.ref(self)))
+        last = stage is trajectory.stages[-1]
+        if stage.rule is None and not last:
+            return
+        G = G.detach()[None] if stage.unbatched else G.detach()
+        stage.G = G if stage.G is None else stage.G + G
+        if trajectory not in self._during:
+            self._during.append(trajectory)
+        if trajectory not in self.completed:
+            self.completed.append(trajectory)
+        if last and not trajectory.refusal:
+            self.paused = True
+            try:
+                self.at_output(trajectory, link)
+            finally:
+                self.paused = False
+
+    def _drop_stale(self) -> None:
+        """Forget trajectories whose gradients were thrown away (a skipped step, zero_grad)."""
+        if not self.completed:
+            return
+        used = [p for p in self.model.parameters() if self.trainable(p)]
+        if not self.weight_gradients:
+            held = {id(m._parameters["weight"]) for m in self.layers().values()} - self.shared
+            used = [p for p in used if id(p) not in held]
+        if used and not any(p.grad is not None and bool(p.grad.any()) for p in used):
+            self.completed.clear()
+
+    def end_backward(self) -> None:
+        """The backward pass is over; p.grad is complete."""
+        self._task = None
+        during, self._during = self._during, []
+        self.backward_ended(during)
+
+    # Rollout --------------------------------------------------------------------------------
+
+    def hook_replays(
+        self, names: Iterable[str], reach: Callable[[str, Tensor], None]
+    ) -> list[torch.utils.hooks.RemovableHandle]:
+        """Call ``reach(name, x)`` before each of the named layers computes."""
+
+        def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            reach(name, inputs[0])
+
+        return [
+            self.hooked[name].register_forward_pre_hook(partial(before, name), with_kwargs=True)
+            for name in names
+        ]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
+
+
+def _gradient_at_h(
+    ref: weakref.ref[Recorder], trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor
+) -> None:
+    recorder = ref()
+    # With create_graph the gradient is itself part of a loss: not the one to step on.
+    if recorder is not None and not recorder.paused and not torch.is_grad_enabled():
+        recorder.received(trajectory, stage, link, G)
+
+
+def _gradient_at_x(ref: weakref.ref[Recorder], stage: Stage, G: Tensor) -> None:
+    recorder = ref()
+    if recorder is not None and not recorder.paused and not torch.is_grad_enabled():
+        G = G.detach()[None] if stage.unbatched else G.detach()
+        stage.g_x = G if stage.g_x is None else stage.g_x + G
+
+
+def _ended(ref: weakref.ref[Recorder]) -> None:
+    recorder = ref()
+    if recorder is not None:
+        recorder.end_backward()

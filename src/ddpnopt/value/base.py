@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""What a value function is asked for, and the linear maps it may use.
+
+The value at layer t is carried in coordinates of the form's own choice. Values never see layers
+or curvatures: a `Maps` object gives them the products they need, per sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+from ddpnopt.typing import Tensor
+
+#: A vector in h-space or x-space: one tensor for each recorded pass, in the layer's own shapes.
+Blocks = Sequence[Tensor]
+STATISTICS = ("plain", "value")
+
+
+class Maps(Protocol):
+    """One layer's linear maps over all samples B of the step (the passes are concatenated).
+
+    Columns are [g, Z_1 .. Z_r]: the ordinary gradient and the pulled-back factor (r may be 0).
+    """
+
+    def gram(self) -> Tensor:
+        """(B, 1+r, 1+r) Gram matrix eta (g, Z)_u^T M^-1 (g, Z)_u."""
+
+    def h_gram(self) -> Tensor:
+        """(B, 1+r, 1+r) inner products of the same columns in h-space."""
+
+    def project(self, dx: Blocks) -> Tensor:
+        """(B, r) the columns' Z_x . dx; (B, 1) with g itself where there is no factor."""
+
+    def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
+        """The h-space vectors a g + Z b, a (B,), b (B, r)."""
+
+    def coupling(self, weight: Tensor) -> Tensor:
+        """rho: how far the samples' own steps add up, between 1 and B.
+
+        Args:
+            weight: (B,) w_i s_i, the samples' own squared step lengths.
+        """
+
+    def gradient(self) -> Tensor:
+        """(B, H) the gradient g in h-space."""
+
+    def curvature(self) -> Tensor:
+        """(B, H, H) D = eta g_u M^-1 g_u^T."""
+
+    def push(self, dx: Blocks) -> Tensor:
+        """(B, H) the map g_x dx."""
+
+    def pull(self, V: Tensor) -> Tensor:
+        """(B, H, k) columns in h-space to (B, X, k): g_x^T V."""
+
+    def through(self, V: Tensor) -> Tensor:
+        """(B, X', k) columns at the next layer's state to (B, H, k): sigma_h^T V."""
+
+    def split(self, v: Tensor) -> Blocks:
+        """(B, H) to h-space vectors, one for each pass."""
+
+
+class TerminalCost(Protocol):
+    """The recognised or named terminal cost phi of the step's samples, at the output z."""
+
+    @property
+    def w(self) -> Tensor:
+        """(B,) the factor of each sample's plain loss in the loss that autograd sees."""
+
+    @property
+    def kappa(self) -> Tensor:
+        """(B,) curvature of the plain loss along its gradient, per slope squared."""
+
+    @property
+    def excess(self) -> Tensor | None:
+        """(B,) Lambda - 1 of the logistic line; None where the quadratic is right."""
+
+    def hessian_factor(self) -> Tensor:
+        """(B, Z, r) the exact factor S S^T = phi_xx in the units of the loss."""
+
+
+class Policy(ABC):
+    """du_t(dx_t): turns what earlier layers did to the state into this layer's gradient."""
+
+    #: (B,) diagnostics, None where the form has no such scalar.
+    S: Tensor | None = None
+    coefficient: Tensor | None = None
+
+    @abstractmethod
+    def __call__(self, maps: Maps, dx: Blocks | None) -> Blocks:
+        """The h-space vectors v_i with d_t = sum_i (g + v)_u,i; dx None for q = 0."""
+
+
+class Recursion(ABC):
+    """The value function at one layer's output, on its way backwards."""
+
+    @abstractmethod
+    def correction(self, maps: Maps) -> Blocks | None:
+        """V_h - g at this layer, before its own step; None for zero (``statistics="value"``)."""
+
+    @abstractmethod
+    def back(self, maps: Maps, bottom: bool) -> Policy:
+        """The layer's policy; afterwards the recursion stands at the layer's input.
+
+        Args:
+            maps: The layer.
+            bottom: No layer lies below, so nothing has to be backed up.
+        """
+
+
+class ValueFunction(ABC):
+    """A form of the value function: a frozen set of options that starts a recursion."""
+
+    name: ClassVar[str]
+    #: What has to be linearised: "gradient", "factor" (S pulled back) or "jacobian" (segments).
+    linearization: ClassVar[str]
+    statistics: str
+    #: Columns of the factor kept (None: exact).
+    rank: int | None = None
+
+    @abstractmethod
+    def start(self, terminal: TerminalCost, strength: float) -> Recursion:
+        """The recursion at the output; ``strength`` is the curvature's default c on S."""
+
+
+def check_choice(owner: str, option: str, given: str, names: Sequence[str]) -> None:
+    """Raise ValueError naming the allowed values."""
+    if given not in names:
+        raise ValueError(f"{owner}({option}={given!r}): choose from {', '.join(names)}")

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""The value function as a Moreau envelope of the loss along each sample's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ddpnopt.typing import Tensor
+from ddpnopt.value.base import (
+    STATISTICS,
+    Blocks,
+    Maps,
+    Policy,
+    Recursion,
+    TerminalCost,
+    ValueFunction,
+    check_choice,
+)
+from ddpnopt.value.line import Line, coefficient
+
+LINES = ("auto", "quadratic")
+
+
+@dataclass(frozen=True)
+class Moreau(ValueFunction):
+    """One bounded scalar model a sample; the default.
+
+    Args:
+        own_layer: S_t includes the layer's own step (Q_uu contains f_u^T V_xx f_u).
+        line: "auto" takes the logistic line where the terminal cost has a bounded slope;
+            "quadratic" takes l' = 1 + kappa delta always.
+        coupling: Multiply s_k by rho, the mean-field of the samples' joint step.
+        strength: The factor c on S; None takes the curvature's own.
+        statistics: "plain": M is fed with the plain gradient; "value": with Q_u.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    own_layer: bool = True
+    line: str = "auto"
+    coupling: bool = True
+    strength: float | int | None = None
+    statistics: str = "plain"
+
+    name: ClassVar[str] = "moreau"
+    linearization: ClassVar[str] = "gradient"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_choice("Moreau", "line", self.line, LINES)
+        check_choice("Moreau", "statistics", self.statistics, STATISTICS)
+        if self.strength is not None and not self.strength >= 0:
+            raise ValueError(f"Moreau(strength={self.strength}): must not be negative")
+
+    def start(self, terminal: TerminalCost, strength: float) -> Recursion:
+        """S = 0 at the output."""
+        excess = terminal.excess if self.line == "auto" else None
+        strength = strength if self.strength is None else float(self.strength)
+        return _Envelope(self, Line(terminal.kappa, excess), terminal.w, strength)
+
+
+class _Envelope(Recursion):
+    """S_t grows by every layer's own step; envelopes add."""
+
+    def __init__(self, options: Moreau, line: Line, w: Tensor, strength: float) -> None:
+        self.options, self.line, self.w, self.strength = options, line, w, strength
+        self.S = torch.zeros_like(w)
+
+    def correction(self, maps: Maps) -> Blocks | None:
+        """(V_{t+1}'(0) - 1) g."""
+        return maps.combine(coefficient(self.line, self.S, torch.zeros_like(self.S)) - 1, None)
+
+    def back(self, maps: Maps, bottom: bool) -> Policy:
+        """S_t = S_{t+1} + c rho s_t, s_t = eta G_u^T M^-1 G_u / w."""
+        squares = maps.gram()[:, 0, 0]
+        s = squares / self.w * self.strength
+        if self.options.coupling:
+            s = s * maps.coupling(squares)
+        # An overflow to infinity would make q - S l' undefined; any huge S gives the same step.
+        after = (self.S + s).clamp(max=torch.finfo(s.dtype).max ** 0.5)
+        S = after if self.options.own_layer else self.S
+        self.S = after
+        return _EnvelopePolicy(self.line, S, self.w)
+
+
+class _EnvelopePolicy(Policy):
+    """d_t = sum_i w V_t'(q_t) g_u,i, q_t = g_x . dx_t in units of the plain loss."""
+
+    def __init__(self, line: Line, S: Tensor, w: Tensor) -> None:
+        self.line, self.S, self.w = line, S, w
+
+    def __call__(self, maps: Maps, dx: Blocks | None) -> Blocks:
+        """The h-space vectors (coefficient - 1) g."""
+        assert self.S is not None
+        q = torch.zeros_like(self.S) if dx is None else maps.project(dx)[:, 0] / self.w
+        self.coefficient = coefficient(self.line, self.S, q)
+        return maps.combine(self.coefficient - 1, None)
