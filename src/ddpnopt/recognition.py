@@ -189,7 +189,8 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int) -> Fit:
     rows = z.movedim(axis, -1).reshape(-1, classes)
     g = G.movedim(axis, -1).reshape(-1, classes).to(rows.dtype)
     p = torch.softmax(rows, -1)
-    y = g.argmin(-1)
+    # The label has the smallest entry; of several zeros (a confident row) it is the likeliest.
+    y = torch.where(g == g.amin(-1, keepdim=True), p, -1.0).argmax(-1)
     off = torch.ones_like(p).scatter_(-1, y[:, None], 0.0)
     used = g.abs().amax(-1) > 0
     eps, tiny = _precision(G), torch.finfo(p.dtype).tiny

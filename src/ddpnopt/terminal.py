@@ -16,6 +16,9 @@ import torch
 from ddpnopt.errors import TerminalError
 from ddpnopt.typing import Tensor
 
+#: Floor of |g| in kappa and the excess: their squares must stay inside float32.
+SMALLEST = 1e-15
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -226,7 +229,6 @@ def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
     """
     size = g.abs().amax((1, 2))
     zero = size == 0
-    size = torch.where(zero, 1.0, size.clamp(min=1e-15))
-    g = g / size[:, None, None]
+    g = g / torch.where(zero, 1.0, size)[:, None, None]
     g[:, 0, 0] = torch.where(zero, 1.0, g[:, 0, 0])
-    return g, size
+    return g, torch.where(zero, 1.0, size.clamp(min=SMALLEST))
