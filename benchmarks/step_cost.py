@@ -28,7 +28,8 @@ from cases import BASELINE, NETS, VARIANTS
 from measure import Footprint, Timing, footprint, time_steps
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+# A table in a log is not cut to the 80 columns of a terminal that is not there.
+console = Console(width=None if sys.stdout.isatty() else 100)
 
 
 def _footprint_apart(net: int, variant: str, threads: int, device: str) -> Footprint:
@@ -54,15 +55,9 @@ def _table(net: int, timings: dict[str, Timing], footprints: dict[str, Footprint
     case = NETS[net]
     table = Table(title=f"net {net}: {case.title}, batch {case.batch}", title_justify="left")
     table.add_column("optimizer", no_wrap=True)
-    for heading in (
-        "ms",
-        "time / SGD",
-        "quartiles",
-        "GFLOP / SGD",
-        "memory / SGD",
-        "process / SGD",
-    ):
-        table.add_column(heading, justify="right")
+    table.caption = "time, flop, memory, process: over SGD's; process: the whole process's memory"
+    for heading in ("ms", "time", "quartiles", "flop", "memory", "process"):
+        table.add_column(heading, justify="right", no_wrap=True)
     base = footprints.get(BASELINE)
     for name, timing in timings.items():
         cells = [
