@@ -164,17 +164,37 @@ def test_accumulation_with_a_buffer() -> None:
 
 
 class InPlaceInput(nn.Module):
-    def __init__(self) -> None:
+    """Scales its input in place, then runs the layers: itself, or in one call that owns them."""
+
+    def __init__(self, inside: bool) -> None:
         super().__init__()
         self.net = mlp()
+        self.inside = inside
 
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(1.5)
-        return self.net(x)
+        if not self.inside:
+            return self.net(x)
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+@quiet
+def test_input_modified_before_the_call_that_owns_the_layers() -> None:
+    """The deepest such call is run again, with the arguments that it got."""
+    model, twin = InPlaceInput(inside=False), mlp()
+    opt, other = DDPNOpt(model, lr=LR), DDPNOpt(twin, lr=LR)
+    backward(model)
+    opt.step()
+    x, y = data()
+    F.cross_entropy(twin(1.5 * x), y).backward()
+    other.step()
+    assert_same(model.net, twin, 1e-14)
 
 
 def test_input_modified_by_the_model_is_refused() -> None:
-    model = InPlaceInput()
+    model = InPlaceInput(inside=True)
     opt = DDPNOpt(model, lr=LR)
     before = snapshot(model)
     with pytest.raises(UnsupportedModelError, match="in.place"):
