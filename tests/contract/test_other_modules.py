@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.errors import DDPNOptWarning
+from ddpnopt.value import Dense, LowRank
 from oracles.common import (
     assert_params,
     assert_same,
@@ -24,6 +25,7 @@ from oracles.common import (
     mlp,
     steps,
 )
+from oracles.dense_ddp import DenseDDP
 from oracles.flat import Chain, Inner
 from oracles.moreau_scalar import softmax_line
 from oracles.moreau_step import MoreauStep
@@ -181,3 +183,60 @@ def test_embedding(feedback: object) -> None:
     assert distance(model[2:], twin[2:]) > 1e-4
     if feedback == "open_loop":  # no rollout: the embedding's step is not seen by the others
         assert_same(model[2:], fixed[2:], 1e-13)
+
+
+def normed() -> Chain:
+    """Linear, LayerNorm with parameters, Linear, Linear."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 3)]
+    return Chain(layers, [identity, torch.tanh, torch.tanh, identity]).double()
+
+
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("curvature", ["identity", "rmsprop"])
+@pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
+def test_layers_around_a_plain_one_moreau(feedback: object, curvature: str) -> None:
+    """The norm's own step moves the states behind it; S and rho leave it out."""
+    model, lr = normed(), LR if curvature == "identity" else 0.05
+    x = input_for(model, 4)
+    y, loss, _ = cross_entropy(x, 3)
+    reference = MoreauStep(
+        copy.deepcopy(model),
+        Inner(lr, curvature=curvature),
+        feedback=feedback is True,
+        strength=1.0 if curvature == "identity" else 0.5,
+        plain=(1,),
+    )
+    for _ in range(2):
+        reference.step(x, loss, torch.full((4,), 0.25).double(), softmax_lines(y))
+    options = {"lr": lr, "curvature": curvature, "terminal": "cross_entropy"}
+    steps(model, x, loss, 2, feedback=feedback, **options)
+    assert_params(model, reference.params, 1e-9)
+
+
+@pytest.mark.parametrize("value", [LowRank(), Dense()])
+@pytest.mark.parametrize("plain", [(1,), (0, 1), (0, 1, 2)])
+@pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
+def test_layers_around_a_plain_one_quadratic(value: object, plain: tuple[int, ...]) -> None:
+    """Modules without a rule step plainly; feedback sees what their steps do to the states."""
+    model = normed()
+    x = input_for(model, 4)
+    _, loss, hessian = cross_entropy(x, 3)
+    for t in (k for k in plain if k != 1):
+        model.layers[t] = Affine(model.layers[t])
+    reference = DenseDDP(copy.deepcopy(model), Inner(LR), plain=plain)
+    for _ in range(2):
+        reference.step(x, loss, hessian)
+    steps(model, x, loss, 2, lr=LR, value=value, terminal="cross_entropy")
+    assert_params(model, reference.params)
+
+
+class Affine(nn.Module):
+    """A linear map that the library has no rule for."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(linear.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.T

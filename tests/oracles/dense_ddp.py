@@ -46,6 +46,7 @@ class DenseDDP:
         weight_decay: Coupled decay.
         second_moment: "batch" or "per_sample".
         statistics: "value" (M from Q_u) or "plain" (M from the loss gradient).
+        plain: Indices of layers that take the borrowed optimizer's step: no control to back up.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class DenseDDP:
         weight_decay: float = 0.0,
         second_moment: str = "batch",
         statistics: str = "value",
+        plain: tuple[int, ...] = (),
     ) -> None:
         """Copy the parameters."""
         self.model, self.inner, self.backup = model, inner, backup
         self.own_layer, self.clip, self.regularization = own_layer, clip, regularization
         self.weight_decay, self.second_moment = weight_decay, second_moment
-        self.statistics = statistics
+        self.statistics, self.plain = statistics, plain
         self.params = [u.clone() for u in flat_parameters(model)]
 
     def step(
@@ -111,11 +113,14 @@ class DenseDDP:
         plain_h = torch.einsum("bjh,bj->bh", sigma_h, plain)
         q_u = torch.einsum("bhu,bh->bu", g_u, v_h)
         plain_u = torch.einsum("bhu,bh->bu", g_u, plain_h)
-        m = self._curvature(t, u, plain_u if self.statistics == "plain" else q_u)
+        from_loss = self.statistics == "plain" or t in self.plain
+        m = self._curvature(t, u, plain_u if from_loss else q_u)
         p = self.inner.gain / m
         q_x, q_xx = g_x.mT @ v_h[..., None], g_x.mT @ v_hh @ g_x
         q_ux, q_uu = g_u.mT @ v_hh @ g_x, g_u.mT @ v_hh @ g_u
         k, gain = self._optimal(p, q_uu, q_u[..., None], q_ux)
+        if t in self.plain:
+            k, gain = torch.zeros_like(k), torch.zeros_like(gain)
         new_x = q_x + q_ux.mT @ k
         new_xx = q_xx + q_ux.mT @ gain
         if self.backup == "closed_loop":  # value of the policy, without the proximity cost
@@ -159,6 +164,11 @@ class DenseDDP:
                 bound = self.clip * base.norm(dim=1) / feedback.norm(dim=1)
                 feedback = feedback * torch.nan_to_num(bound, nan=1.0).clamp(max=1.0)[:, None]
             decay = self.weight_decay * stage.u
+            if t in self.plain:
+                d = stage.plain + decay
+                self.params[t] = self.inner.update(t, stage.u, d, stage.m)
+                new = self.model.after[t](apply(self.model.layers[t], self.params[t], new))
+                continue
             d = torch.einsum("bhu,bh->u", stage.g_u, base + feedback) + decay
             m = stage.m
             if self.statistics == "plain":

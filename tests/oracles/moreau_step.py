@@ -23,6 +23,7 @@ class MoreauStep:
         strength: The factor on S.
         weight_decay: Coupled decay.
         feedback: False: q = 0 in every coefficient.
+        plain: Indices of layers that take the borrowed optimizer's step, with no part in S.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class MoreauStep:
         strength: float = 1.0,
         weight_decay: float = 0.0,
         feedback: bool = True,
+        plain: tuple[int, ...] = (),
     ) -> None:
         """Copy the parameters."""
         self.model, self.inner = model, inner
         self.own_layer, self.coupling, self.strength = own_layer, coupling, strength
-        self.weight_decay, self.feedback = weight_decay, feedback
+        self.weight_decay, self.feedback, self.plain = weight_decay, feedback, plain
         self.params = [u.clone() for u in flat_parameters(model)]
 
     def step(
@@ -73,7 +75,8 @@ class MoreauStep:
             s.append(self.strength * rho * own / weights.clamp(min=1e-300))
         coefficients, new = [], x
         for t in range(depth):
-            reach = range(t if self.own_layer else t + 1, depth)
+            above = range(t if self.own_layer else t + 1, depth)
+            reach = [k for k in above if k not in self.plain]
             total = sum((s[k] for k in reach), torch.zeros(batch, dtype=x.dtype))
             dx = (new - states[t]).flatten(1)
             q = (grads[t][0].flatten(1) * dx).sum(1) / weights.clamp(min=1e-300)
@@ -81,7 +84,7 @@ class MoreauStep:
                 q = torch.zeros_like(q)
             row = [
                 implicit_coefficient(models[i], float(total[i]), float(q[i]))
-                if rows[-1][i].abs().max() > 0
+                if rows[-1][i].abs().max() > 0 and t not in self.plain
                 else 1.0
                 for i in range(batch)
             ]
