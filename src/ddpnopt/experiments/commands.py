@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from pydantic import ValidationError
 from rich.console import Console
@@ -85,6 +86,10 @@ def train(
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed.")] = 0,
     scale: ScaleOption = "standard",
     device: DeviceOption = "cpu",
+    threads: Annotated[
+        int,
+        typer.Option("--threads", min=1, help="CPU threads; small networks are fastest with 1."),
+    ] = 1,
     out: OutOption = Path("results/train"),
 ) -> None:
     """Train one network; write its record (JSON), its curve (CSV) and a plot (PNG)."""
@@ -105,6 +110,7 @@ def train(
         )
         check(config)
 
+    torch.set_num_threads(threads)
     with console.status(f"{config.label} on {dataset}, lr {lr:g}"):
 
         def show(record: Epoch) -> None:
