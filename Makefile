@@ -41,8 +41,9 @@ types: env
 unit: env
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
+# Not --quiet: warnings that are not shown do not fail a strict build either.
 docs: env  ## Build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: env  ## Step time and memory against SGD and Adam on three networks
 	$(BIN)/python benchmarks/step_cost.py --nets 1 --nets 2 --nets 3 --out results/bench.json
