@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
+from ddpnopt import DDPNOpt
 from ddpnopt.curvature import Identity, RMSprop
 from ddpnopt.value import Dense, GaussNewton, LowRank, Moreau
 from oracles.common import (
@@ -153,3 +155,27 @@ def test_open_loop_is_closed_loop_on_one_layer(
     if own_layer and curvature == "identity":
         difference = (plain.layers[0].weight - models[0].layers[0].weight).abs().max()
         assert float(difference) > 1e-3
+
+
+def test_many_classes_rank() -> None:
+    """The bounded factor tends to the exact one; C - 1 columns are exact."""
+    classes = 12
+    widths, batch = [5, 6, classes], 8
+    y = torch.arange(batch) % classes
+    x = input_for(dense_chain(widths), batch)
+
+    def weights(rank: int | None, value: object = None) -> Tensor:
+        model = dense_chain(widths)
+        opt = DDPNOpt(model, lr=1.5, value=value or LowRank(rank=rank))
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    exact = weights(None)
+    torch.testing.assert_close(weights(None, "dense"), exact, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(weights(classes - 1), exact, rtol=1e-10, atol=1e-10)
+    errors = [float((weights(rank) - exact).norm()) for rank in (1, 3, 5, 8, 10)]
+    assert errors[0] > 0
+    assert errors[-1] < 0.5 * errors[0]
+    assert all(b <= 1.25 * a for a, b in zip(errors, errors[1:], strict=False)), errors

@@ -90,6 +90,7 @@ def test_copy_does_not_disturb_the_original(copier: object) -> None:
     F.cross_entropy(twin(data(3)[0]), data(3)[1]).backward()
     F.cross_entropy(z, y).backward()
     twin(data(4)[0])
+    F.cross_entropy(twin(data(5)[0]), data(5)[1]).backward()
     opt.step()
     iterate(reference, other, [0])
     assert_same(model, reference)
