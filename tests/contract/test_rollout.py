@@ -331,3 +331,17 @@ def test_users_backward_hooks_see_only_the_loss(value: str) -> None:
     opt.step(), sgd.step()
     assert len(seen[0]) == len(seen[1]) == 1
     torch.testing.assert_close(seen[0][0], seen[1][0])
+
+
+@quiet
+@pytest.mark.parametrize("value", ["moreau", "low_rank"])
+def test_rollout_starts_from_the_buffers_of_its_pass(value: str) -> None:
+    """With an idle rate nothing moves, although the function depends on a buffer it changes."""
+    base = mlp()
+    model = nn.Sequential(base[0], base[1], Counter(), base[2], base[3], base[4])
+    opt = DDPNOpt(model, lr=1e-9, value=value)
+    opt.diagnose = True
+    backward(model)
+    opt.step()
+    for layer in opt.last_step.layers:
+        assert layer.feedback_norm < 1e-6 * layer.k_norm
