@@ -43,8 +43,10 @@ def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: Valu
             last.Z_h = columns
         else:
             last.J = _per_sample(columns, cost.w.numel())
-    if link.before is None or link.x is None:
+    if link.x is None:
         return
+    if factor:
+        link.stage.Z_x = columns = _through_layer(last, columns)
     links: list[Link] = []
     before = link.before
     while before is not None:
@@ -54,14 +56,13 @@ def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: Valu
     if not links:
         return
     if factor:
-        _pull_columns(link, links, _through_layer(last, columns))
+        _pull_columns(link, links, columns)
     else:
         _segment_jacobians(link, links, columns, cost.w.numel())
 
 
 def _pull_columns(link: Link, links: list[Link], Z_x: Tensor) -> None:
     """One batched back-propagation of all columns from the last layer's input to every stage."""
-    link.stage.Z_x = Z_x
     edges = [one.h for one in links] + [one.x for one in links if one.x is not None]
     pulled = iter(_vjp(link.x, edges, Z_x if not link.stage.unbatched else Z_x[:, 0]))
     for one in links:
@@ -158,8 +159,8 @@ class Layer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype, in which all products are made."""
-        return next(iter(self.params.values())).dtype
+        """The layer's dtype, in which all products are made."""
+        return next(self.module.parameters()).dtype
 
     def _columns(self, stage: Stage) -> Tensor:
         assert stage.G is not None

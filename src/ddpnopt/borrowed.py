@@ -23,6 +23,10 @@ def curvature_options(curvature: str | Mapping[str, Any] | Curvature) -> dict[st
     """
     if isinstance(curvature, Curvature):
         return {"name": curvature.name, **asdict(curvature)}  # type: ignore[call-overload]
+    if not isinstance(curvature, str | Mapping):
+        raise ValueError(
+            f"curvature={curvature!r}: choose from {', '.join(CURVATURES)}, or give an object"
+        )
     options = {"name": curvature} if isinstance(curvature, str) else dict(curvature)
     name = options.pop("name", None)
     if name not in CURVATURES:

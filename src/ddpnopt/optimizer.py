@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self, overload
 
 import torch
 from torch import nn
@@ -66,7 +65,7 @@ class DDPNOpt(torch.optim.Optimizer):
         ValueError: An option is out of range or unknown, or a parameter is not the model's.
         UnsupportedModelError: The model can't be handled (named).
 
-    Example:
+    Examples:
         >>> opt = DDPNOpt(model, lr=0.1)
         >>> opt.zero_grad(); criterion(model(x), y).backward(); opt.step()
     """
@@ -93,7 +92,6 @@ class DDPNOpt(torch.optim.Optimizer):
         self.options = Options(
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
         )
-        self._names = {p: name for name, p in model.named_parameters()}
         self._members: set[int] = set()
         self.last_step: StepReport | None = None
         self.diagnose = False
@@ -132,6 +130,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self._recorder = Recorder(
             self.model,
             self._trainable,
+            self._refresh,
             closed_loop=self.options.closed_loop,
             state_gradients=self.options.closed_loop and gradient,
             links=feedback and not gradient,
@@ -153,9 +152,13 @@ class DDPNOpt(torch.optim.Optimizer):
         given = param_group["params"]
         group["params"] = [given] if isinstance(given, Tensor) else list(given)
         group["curvature"] = curvature_options(group["curvature"])
-        check_group(group, self._names)
+        check_group(group, self._names())
         super().add_param_group(group)
-        self._members |= {id(p) for p in group["params"]}
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Parameters are looked up anew for each pass and step: FSDP and others swap them."""
+        self._members = {id(p) for p in self._parameters()}
 
     def _trainable(self, p: Tensor) -> bool:
         return p.requires_grad and id(p) in self._members
@@ -166,13 +169,13 @@ class DDPNOpt(torch.optim.Optimizer):
             self._recorder.detach()
             self._recorder = None
 
-    @contextmanager
-    def attached(self) -> Iterator[DDPNOpt]:
-        """Context manager that detaches at its end."""
-        try:
-            yield self
-        finally:
-            self.detach()
+    def __enter__(self) -> Self:
+        """As a context manager: detaches at the end of the block."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Detach."""
+        self.detach()
 
     # Backward pass --------------------------------------------------------------------------
 
@@ -264,6 +267,7 @@ class DDPNOpt(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         refuse_distributed()
+        self._refresh()
         trajectories = list(self._recorder.completed) if self._recorder is not None else []
         device = next(iter(self._parameters())).device.type
         try:
@@ -288,6 +292,12 @@ class DDPNOpt(torch.optim.Optimizer):
         rescale = self._fingerprint.rescaling()
         self._check_finite(trajectories)
         usable = self._usable(trajectories)
+        if rescale != 1.0 and not self.options.weight_gradients and usable:
+            self._say(
+                "p.grad was rescaled with weight_gradients=False: the weights' steps get the same "
+                "factor, but clip_grad_norm_ has seen the norm of the biases alone. To clip, use "
+                "weight_gradients=True"
+            )
         step = self._new_step(trajectories, rescale, rescale)
         running = dict(self._running)
         sketch = self._sketch.get_state()
@@ -362,7 +372,9 @@ class DDPNOpt(torch.optim.Optimizer):
             step.borrowed.step(p, gradient, moment, plain if follow else None)
 
     def _check_backward(self, trajectories: list[Trajectory]) -> None:
-        parameters = self._parameters()
+        parameters = [p for p in self._parameters() if p.requires_grad]
+        if not parameters:
+            return
         fresh = self._consumed.fresh(parameters)
         if not fresh and not trajectories:
             raise RuntimeError(
@@ -380,7 +392,7 @@ class DDPNOpt(torch.optim.Optimizer):
         gradients = dense_gradients(self._parameters())
         held = not self.options.weight_gradients
         if gradients and not bool(norms(gradients).isfinite().all()) or held:
-            place = first_nonfinite(trajectories, self._names)
+            place = first_nonfinite(trajectories, self._names())
             if place:
                 raise NonFiniteError(
                     f"the gradient at '{place}' is not finite (seen first there, going backwards "
@@ -392,7 +404,7 @@ class DDPNOpt(torch.optim.Optimizer):
         if updated and not bool(norms(updated).isfinite().all()):
             bad = next(p for p in updated if not bool(p.isfinite().all()))
             raise NonFiniteError(
-                f"the new weights of '{self._names.get(bad, 'a parameter')}' are not finite; "
+                f"the new weights of '{self._names().get(bad, 'a parameter')}' are not finite; "
                 "nothing was changed. Lower lr, or use nonfinite='skip'"
             )
 
@@ -412,16 +424,16 @@ class DDPNOpt(torch.optim.Optimizer):
         for trajectory in trajectories:
             if trajectory.error is not None:
                 raise trajectory.error
-            if not any(not s.plain for s in trajectory.stages):
-                continue
             if trajectory.refusal:
                 raise UnsupportedModelError(trajectory.refusal)
-            if not trajectory.owned:
-                names = ", ".join(f"'{s.name}'" for s in trajectory.stages)
-                raise UnsupportedModelError(
-                    f"{names} ran outside any call that contains all layers, so the pass can't "
-                    "be run again; call one module that owns them all, or use feedback=False"
-                )
+        parts = [
+            f"'{s.name}'" for t in trajectories if not t.owned for s in t.stages if not s.plain
+        ]
+        if parts:
+            raise UnsupportedModelError(
+                f"{', '.join(parts)} ran outside any call that contains all layers, so the pass "
+                "can't be run again; call one module that owns them all, or use feedback=False"
+            )
         for trajectory in trajectories:
             self._say_plain(trajectory)
         if any(t.cost is None for t in trajectories):
@@ -465,6 +477,9 @@ class DDPNOpt(torch.optim.Optimizer):
             tuple(plain.items()),
             self.skipped,
         )
+
+    def _names(self) -> dict[Tensor, str]:
+        return {p: name for name, p in self.model.named_parameters()}
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -511,4 +526,4 @@ class DDPNOpt(torch.optim.Optimizer):
         self._running.update(own["coupling"])
         self._recogniser.load_state_dict(own["recogniser"])
         self._sketch.set_state(own["sketch"].cpu())
-        self._members = {id(p) for p in self._parameters()}
+        self._refresh()

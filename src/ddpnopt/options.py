@@ -79,6 +79,8 @@ def value_from(value: str | Mapping[str, Any] | ValueFunction) -> ValueFunction:
     """
     if isinstance(value, ValueFunction):
         return value
+    if not isinstance(value, str | Mapping):
+        raise ValueError(f"value={value!r}: choose from {', '.join(VALUES)}, or give an object")
     options = {"name": value} if isinstance(value, str) else dict(value)
     name = options.pop("name", None)
     if name not in VALUES:

@@ -119,7 +119,7 @@ class Recogniser:
         if self.terminal == "mse":
             return squared_cost(logits, G, MSE().curvature(z.numel()), samples)
         if self.terminal in (SOFTMAX, "nll"):
-            w = _named_softmax(logits, G, axis)
+            w = _named_softmax(self.terminal, logits, G, axis)
             return softmax_cost(self.terminal, logits, G, w, axis, samples)
         if self.terminal == LOGISTIC:
             return logistic_cost(logits, G, _named_logistic(logits, G), samples)
@@ -195,7 +195,7 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int) -> Fit:
     used = g.abs().amax(-1) > 0
     eps, tiny = _precision(G), torch.finfo(p.dtype).tiny
     spread = rows.amax(-1, keepdim=True) - rows
-    slack = eps * (8 + 2 * spread.clamp(max=100))  # relative error of exp(log p) and rounding
+    slack = eps + _exp_error(p.dtype, spread)
     w = torch.where(used, (g * off).sum(-1) / (p * off).sum(-1).clamp(min=tiny), 0.0)
     w = w.clamp(min=0)
     step = torch.finfo(G.dtype).smallest_normal * torch.finfo(G.dtype).eps
@@ -213,7 +213,8 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int) -> Fit:
         shows_form = bool(((low < 0.99 * (p * off).amax(-1)) & used).any())
     else:
         shows_form = True
-    tolerance = eps * (32 + 2 * float(spread[used].amax().clamp(max=100)) if used.any() else 0)
+    widest = spread[used].amax() if bool(used.any()) else spread.new_zeros(())
+    tolerance = 2 * eps + 4 * float(_exp_error(p.dtype, widest))
     uniform, redundant = _uniform(w, y, (p * off).sum(-1), informative, tolerance)
     return Fit(w, y, True, uniform, shows_form and redundant)
 
@@ -259,8 +260,8 @@ def fit_logistic(z: Tensor, G: Tensor) -> Fit:
     clear = informative & (slope > 1e-2)
     informative = clear if bool(clear.any()) else informative
     columns = torch.arange(z[0].numel(), device=z.device).expand(z.shape[0], -1)
-    tolerance = eps * 64 / float(slope[informative].amin()) if informative.any() else 0.0
-    tolerance = min(max(tolerance, 64 * eps), 0.05)
+    lowest = float(slope[informative].amin()) if bool(informative.any()) else 1.0
+    tolerance = min(2 * eps + 64 * torch.finfo(z.dtype).eps / lowest, 0.05)
     flat = (w.flatten(), y.flatten(), slope.flatten(), informative.flatten())
     uniform, redundant = _uniform(*flat, tolerance)
     if redundant and not uniform:
@@ -295,15 +296,20 @@ def _uniform(
     return bool((spread(w, groups) <= tolerance).all()), bool(moved.any())
 
 
+def _exp_error(dtype: torch.dtype, spread: Tensor) -> Tensor:
+    """Relative error of exp(log p) as losses compute it, with some rounding around it."""
+    return torch.finfo(dtype).eps * (8 + 2 * spread.clamp(max=100))
+
+
 def _precision(G: Tensor) -> float:
     return float(torch.finfo(G.dtype).eps)
 
 
-def _named_softmax(z: Tensor, G: Tensor, axis: int) -> Tensor:
+def _named_softmax(name: str, z: Tensor, G: Tensor, axis: int) -> Tensor:
     """w of a cross-entropy that the user names: fitted, or 1/N for soft targets."""
     if z.dim() < 2 or z.shape[axis] < 2:
         raise TerminalError(
-            f"terminal='cross_entropy': the last layer's output has shape {tuple(z.shape)}, "
+            f"terminal='{name}': the last layer's output has shape {tuple(z.shape)}, "
             "not a row of class scores; use 'bce_with_logits' for one logit"
         )
     fit = fit_softmax(z, G, axis)
@@ -317,7 +323,7 @@ def _named_softmax(z: Tensor, G: Tensor, axis: int) -> Tensor:
     sums = g.sum(-1).abs() <= slack * w
     if not bool((sums[..., None] & (target > -slack) & (target < 1 + slack)).all()):
         raise TerminalError(
-            "terminal='cross_entropy' contradicts the output's gradient: it is not w (p - target) "
+            f"terminal='{name}' contradicts the output's gradient: it is not w (p - target) "
             "for a target distribution (soft targets are taken as a mean over the batch); name "
             "the loss that is used, or pass a callable output -> factor of its Hessian"
         )

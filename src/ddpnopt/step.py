@@ -115,7 +115,11 @@ class Step:
         first = blocks[0]
         assert first.rule is not None
         params = {
-            k: p for k, p in first.module._parameters.items() if p is not None and self.trainable(p)
+            name: p
+            for name, p in first.module._parameters.items()
+            if p is not None
+            and self.trainable(p)
+            and (p.grad is not None or self._is_held(name, p))
         }
         factor = self.settings.value.linearization == "factor"
         sketch = self.settings.sketch
@@ -250,9 +254,10 @@ class Step:
         else:
             total = layer.weighted(vectors)
         for name, p in layer.params.items():
-            if self._is_held(name, p) or p.grad is None:
-                d = scale * total[name] if held else total[name] * scale
+            if self._is_held(name, p):
+                d = scale * total[name]
             else:
+                assert p.grad is not None
                 d = p.grad + scale * (bias if held else total[name])
             plain = self.plain_gradient(layer, name, p)
             follow = plain if self.settings.value.statistics == "plain" else None

@@ -78,15 +78,19 @@ class Ledger:
                 {id(p): index for p in module._parameters.values() if p is not None}
             )
 
+    def hidden(self, trajectory: Trajectory) -> str:
+        """Why layers may have run unseen, or ''."""
+        if self._reentrant is None:
+            return ""
+        return (
+            f"'{trajectory.stages[self._reentrant].name}' comes behind reentrant activation "
+            "checkpointing, which hides the layers inside it; call "
+            "checkpoint(..., use_reentrant=False)"
+        )
+
     def refusal(self, trajectory: Trajectory) -> str:
         """Why the layers that take part in feedback are no chain, or ''."""
         stages = trajectory.stages
-        if self._reentrant is not None:
-            return (
-                f"'{stages[self._reentrant].name}' comes behind reentrant activation "
-                "checkpointing, which hides the layers inside it; call "
-                "checkpoint(..., use_reentrant=False)"
-            )
         for source, target in self._skips:
             if not stages[source].plain:
                 between = [s.name for s in stages[source + 1 : target] if not s.plain]

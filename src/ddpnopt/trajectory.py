@@ -9,8 +9,11 @@ closure over its own graph would be a cycle that can't be collected.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -139,12 +142,30 @@ class _Anchor(torch.autograd.Function):
         return gradients[0], None
 
 
+class _Probes(threading.local):
+    running = False
+
+
+_probes = _Probes()
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """The library's own backward passes: no recorder, of whatever optimizer, takes notice."""
+    outer, _probes.running = _probes.running, True
+    try:
+        yield
+    finally:
+        _probes.running = outer
+
+
 class Recorder:
     """Hooks on one model.
 
     Args:
         model: The network.
         trainable: Tells whether a parameter belongs to the optimizer.
+        refresh: Called before a pass, so that swapped parameters are known.
         closed_loop: Record the calls, for the rollout.
         state_gradients: The rollout needs the gradients at the states.
         links: Edges of the graph are needed when the output's gradient arrives.
@@ -158,6 +179,7 @@ class Recorder:
         self,
         model: nn.Module,
         trainable: Callable[[Tensor], bool],
+        refresh: Callable[[], None],
         closed_loop: bool,
         state_gradients: bool,
         links: bool,
@@ -166,7 +188,7 @@ class Recorder:
         backward_started: Callable[[], None],
         backward_ended: Callable[[list[Trajectory]], None],
     ) -> None:
-        self.model, self.trainable = model, trainable
+        self.model, self.trainable, self.refresh = model, trainable, refresh
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
         self.weight_gradients = weight_gradients
         self.at_output = at_output
@@ -181,7 +203,8 @@ class Recorder:
         self._held: dict[str, nn.Parameter] = {}
         self._task: int | None = None
         self._mixing: dict[tuple[Any, ...], int] = {}
-        self._owners: tuple[tuple[bool, ...], set[int]] = ((), set())
+        self._owners: tuple[tuple[Any, ...], set[int]] = ((), set())
+        self.shared: set[int] = set()
         self._during: list[Trajectory] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._attach()
@@ -189,12 +212,9 @@ class Recorder:
     # Structure of the model -----------------------------------------------------------------
 
     def _attach(self) -> None:
-        users: dict[int, int] = {}
         self.hooked: dict[str, nn.Module] = {}
         for name, module in self.model.named_modules():
             own = [p for p in module._parameters.values() if p is not None]
-            for p in own:
-                users[id(p)] = users.get(id(p), 0) + 1
             inner = any(True for m in module.children() for _ in m.parameters())
             if own and not inner:
                 self.hooked[name] = module
@@ -206,7 +226,6 @@ class Recorder:
                     Hook(self, "_leave", name), with_kwargs=True, always_call=True
                 )
                 self._handles += [pre, post]
-        self.shared = {i for i, n in users.items() if n > 1}
         for name, module in self.hooked.items():
             hook = Hook(self, "_record", name)
             self._handles.append(
@@ -240,13 +259,16 @@ class Recorder:
     def _owns_all(self, module: nn.Module) -> bool:
         """Whether a module contains every layer; looked up anew at each outermost call."""
         if not self._depth:
+            self.refresh()
             state = tuple(
-                p.requires_grad
+                (id(p), p.requires_grad)
                 for m in self.hooked.values()
                 for p in m._parameters.values()
                 if p is not None
             )
             if self._owners[0] != state:
+                uses = Counter(i for i, _ in state)
+                self.shared = {i for i, n in uses.items() if n > 1}
                 wanted = {id(m) for m in self.layers().values()}
                 owners = {
                     id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
@@ -260,6 +282,7 @@ class Recorder:
         return (
             torch.is_grad_enabled()
             and not self.paused
+            and not _probes.running
             and torch._C._current_graph_task_id() == -1  # recomputation inside a backward pass
         )
 
@@ -304,6 +327,9 @@ class Recorder:
         z = self._last.detach()
         trajectory.z = z[None] if trajectory.stages[-1].unbatched else z
         self._ledger.mark(trajectory, self.shared, self.trainable)
+        trajectory.refusal = self._ledger.hidden(trajectory)
+        if trajectory.refusal:
+            return
         trajectory.samples = self._ledger.samples(trajectory)
         key = (
             tuple(s.name for s in trajectory.stages),
@@ -312,11 +338,8 @@ class Recorder:
         )
         start = self._mixing.get(key)
         if start is None:
-            self.paused = True
-            try:
+            with probing():
                 start, conclusive = mixing_start(trajectory, self._ledger.edges)
-            finally:
-                self.paused = False
             if conclusive:
                 self._mixing[key] = start
         for stage in trajectory.stages[:start]:
@@ -343,12 +366,12 @@ class Recorder:
         held = self._held.pop(name, None)
         if held is not None:
             held.requires_grad_(True)
-        if not self._recording() or output is None:
-            return None
         replaced = None
-        if held is not None and not output.requires_grad:
+        if held is not None and isinstance(output, Tensor) and not output.requires_grad:
             token = torch.zeros((), requires_grad=True, device=output.device)
             output = replaced = _Anchor.apply(output, token)  # type: ignore[no-untyped-call]
+        if not self._recording() or output is None:
+            return replaced
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         tensors = [output] if isinstance(output, Tensor) else _tensors(output)
         if not any(t.requires_grad for t in tensors):
@@ -411,11 +434,8 @@ class Recorder:
         if trajectory not in self.completed:
             self.completed.append(trajectory)
         if last and not trajectory.refusal:
-            self.paused = True
-            try:
+            with probing():
                 self.at_output(trajectory, link)
-            finally:
-                self.paused = False
 
     def _drop_stale(self) -> None:
         """Forget trajectories whose gradients were thrown away (a skipped step, zero_grad)."""
@@ -464,13 +484,13 @@ def _gradient_at_h(
 ) -> None:
     recorder = ref()
     # With create_graph the gradient is itself part of a loss: not the one to step on.
-    if recorder is not None and not recorder.paused and not torch.is_grad_enabled():
+    if recorder is not None and not _probes.running and not torch.is_grad_enabled():
         recorder.received(trajectory, stage, link, G)
 
 
 def _gradient_at_x(ref: weakref.ref[Recorder], stage: Stage, G: Tensor) -> None:
     recorder = ref()
-    if recorder is not None and not recorder.paused and not torch.is_grad_enabled():
+    if recorder is not None and not _probes.running and not torch.is_grad_enabled():
         G = G.detach()[None] if stage.unbatched else G.detach()
         stage.g_x = G if stage.g_x is None else stage.g_x + G
 

@@ -56,7 +56,7 @@ class _Matrices(Recursion):
         else:
             V_x, V_xx = self.V
             V_h = maps.through(V_x[..., None])[..., 0]
-            V_hh = maps.through(symmetric(maps.through(V_xx).transpose(-1, -2)))
+            V_hh = symmetric(maps.through(maps.through(V_xx).transpose(-1, -2)))
         self.at = (maps, V_h, V_hh)
         return V_h, V_hh
 
