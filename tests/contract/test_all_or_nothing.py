@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from oracles.common import (
     assert_same,
     assert_unchanged,
     data,
+    generators,
     iterate,
     mlp,
     snapshot,
@@ -29,15 +33,6 @@ quiet = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 def backward(model: nn.Module, seed: int = 0) -> None:
     x, y = data(seed)
     F.cross_entropy(model(x), y).backward()
-
-
-def generators() -> tuple[bytes, tuple, tuple]:
-    state = np.random.get_state()
-    return (
-        torch.get_rng_state().numpy().tobytes(),
-        random.getstate(),
-        (state[1].tobytes(), *state[2:]),
-    )
 
 
 class Bomb(nn.Module):
@@ -134,3 +129,15 @@ def test_rollout_does_not_touch_gradients_or_grad_mode() -> None:
     for p, g in zip(model.parameters(), gradients, strict=True):
         assert torch.equal(p.grad, g)
         assert p.requires_grad and p.is_leaf
+
+
+def test_without_type_checks() -> None:
+    """The tests that watch Python's generator, where no type checker draws from it."""
+    here = Path(__file__).parent
+    files = [str(here / name) for name in ("test_all_or_nothing.py", "test_rollout.py")]
+    chosen = "test_all_or_nothing[2-moreau or test_randomness"
+    command = [sys.executable, "-m", "pytest", "-q", "-k", chosen, *files]
+    command += ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    run = subprocess.run(command, cwd=here.parent.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "8 passed" in run.stdout

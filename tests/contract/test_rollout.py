@@ -19,6 +19,7 @@ from oracles.common import (
     assert_unchanged,
     data,
     distance,
+    generators,
     iterate,
     mlp,
     snapshot,
@@ -54,15 +55,6 @@ class Noise(nn.Module):
 def noisy(source: str) -> nn.Sequential:
     base = mlp()
     return nn.Sequential(base[0], base[1], Noise(source), base[2], base[3], base[4])
-
-
-def generators() -> tuple[bytes, tuple, tuple]:
-    state = np.random.get_state()
-    return (
-        torch.get_rng_state().numpy().tobytes(),
-        random.getstate(),
-        (state[1].tobytes(), *state[2:]),
-    )
 
 
 @quiet

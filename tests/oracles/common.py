@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -214,3 +217,15 @@ def distance(first: nn.Module, second: nn.Module) -> float:
     """The largest difference between two modules' parameters."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def generators() -> tuple[object, ...]:
+    """States of the torch, NumPy and Python generators.
+
+    Run-time type checkers pick the list items that they look at by Python's generator, so its
+    state is left out while they are at work (a test runs again without them).
+    """
+    numpy = np.random.get_state()
+    checked = any(type(finder).__module__.startswith("jaxtyping") for finder in sys.meta_path)
+    python = None if checked else random.getstate()
+    return torch.get_rng_state().numpy().tobytes(), numpy[1].tobytes(), *numpy[2:], python
