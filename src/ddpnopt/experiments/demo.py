@@ -28,7 +28,7 @@ CONTENDERS = (
 )
 
 PROBLEMS = (
-    RunConfig(dataset="wine", architecture="mlp-20x4-tanh", batch=8, epochs=12),
+    RunConfig(dataset="wine", architecture="mlp-20x4-tanh", batch=8, epochs=6),
     RunConfig(dataset="digits", architecture="mlp-20x4-tanh", batch=16, epochs=4),
 )
 
