@@ -17,8 +17,8 @@ from torch import nn
 
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.layers import Gain, LayerRule
+from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.terminal import Cost
-from ddpnopt.trajectory import Link, Stage, Trajectory
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks, Policy, Recursion, ValueFunction
 
@@ -181,8 +181,7 @@ class Layer:
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""
         flat = [
-            _per_sample(self._columns(s), n)
-            for s, n in zip(self.blocks, self.counts, strict=True)
+            _per_sample(self._columns(s), n) for s, n in zip(self.blocks, self.counts, strict=True)
         ]
         return torch.cat([v @ v.transpose(-1, -2) for v in flat])
 
@@ -266,7 +265,9 @@ class Layer:
     def split(self, v: Tensor) -> Blocks:
         """(B, H) to one tensor for each pass."""
         parts = v.split(self.counts)
-        return [p.reshape(self._G(s)[0].shape) for p, (s, _) in zip(parts, self._pairs(), strict=True)]
+        return [
+            p.reshape(self._G(s)[0].shape) for p, (s, _) in zip(parts, self._pairs(), strict=True)
+        ]
 
     def weighted(self, vectors: Blocks) -> dict[str, Tensor]:
         """The weight gradient sum_i g_u^T v_i over all passes."""

@@ -40,6 +40,11 @@ def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
     return CURVATURES[known.pop("name")](**known)
 
 
+def needs_squares(options: Mapping[str, Any]) -> bool:
+    """Whether a group's curvature is fed with the samples' squared gradients."""
+    return _curvature(tuple(sorted(options.items()))).statistics == "squares"
+
+
 @dataclass(frozen=True)
 class Hyper:
     """One parameter's hyperparameters in this step."""
@@ -155,4 +160,5 @@ class Borrowed:
 def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """Norms of many tensors, stacked, in one fused call."""
     found: list[Tensor] = list(torch._foreach_norm(tensors, order))
-    return torch.stack([n.to(found[0].device, torch.float64 if n.dtype == torch.float64 else torch.float32) for n in found])
+    wide = torch.float64 if any(n.dtype == torch.float64 for n in found) else torch.float32
+    return torch.stack([n.to(found[0].device, wide) for n in found])

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.trajectory import Trajectory
+from ddpnopt.borrowed import norms
+from ddpnopt.errors import NonFiniteError, UnsupportedModelError
+from ddpnopt.gradients import dense_gradients
+from ddpnopt.stages import Trajectory
+from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 
 
@@ -76,6 +79,99 @@ def check_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
         if not number >= low or (high is not None and number >= high) or number == float("inf"):
             bound = "must not be negative" if high is None else f"must lie in [{low}, {high})"
             raise ValueError(f"{option}={group[option]}: {bound}")
+
+
+def check_backward(
+    fresh: bool, trajectories: Sequence[Trajectory], recorder: Recorder | None
+) -> None:
+    """Refuse a step that has nothing to step on.
+
+    Args:
+        fresh: Some gradient is new since the last step (or there is nothing to optimise).
+        trajectories: Passes whose gradients have arrived.
+        recorder: The recorder, where feedback is on.
+
+    Raises:
+        RuntimeError: No backward pass, or none through a recorded forward pass.
+    """
+    if not fresh and not trajectories:
+        raise RuntimeError(
+            "step() without a backward pass since the last step: call loss.backward() first"
+        )
+    if recorder is not None and not trajectories and recorder.layers():
+        raise RuntimeError(
+            "gradients arrived, but no forward pass of the model was recorded: was it called "
+            "through torch.compile, torch.func, or not at all? Train the uncompiled module, or use "
+            "feedback=False"
+        )
+
+
+def check_finite(
+    parameters: Sequence[Tensor],
+    trajectories: Sequence[Trajectory],
+    names: Callable[[], dict[Tensor, str]],
+    held: bool,
+) -> None:
+    """Refuse gradients that are not finite, by the layer where they appear first.
+
+    Args:
+        parameters: Parameters to be stepped on.
+        trajectories: The passes.
+        names: Paths of the parameters.
+        held: Weight gradients are not computed, so the layers themselves are looked at.
+
+    Raises:
+        NonFiniteError: The layer or parameter is named.
+    """
+    gradients = dense_gradients(parameters)
+    if held or (gradients and not bool(norms(gradients).isfinite().all())):
+        place = first_nonfinite(trajectories, names())
+        if place:
+            raise NonFiniteError(
+                f"the gradient at '{place}' is not finite (seen first there, going backwards from "
+                "the loss); nothing was changed. Lower lr, or use nonfinite='skip'"
+            )
+
+
+def check_weights(updated: Sequence[Tensor], names: Callable[[], dict[Tensor, str]]) -> None:
+    """Refuse new weights that are not finite.
+
+    Raises:
+        NonFiniteError: The parameter is named.
+    """
+    if updated and not bool(norms(list(updated)).isfinite().all()):
+        bad = next((p for p in updated if not bool(p.isfinite().all())), None)
+        if bad is not None:  # a norm may overflow where no entry does
+            raise NonFiniteError(
+                f"the new weights of '{names().get(bad, 'a parameter')}' are not finite; nothing "
+                "was changed. Lower lr, or use nonfinite='skip'"
+            )
+
+
+def usable(trajectory: Trajectory) -> bool:
+    """Whether a pass can take part in feedback."""
+    clean = trajectory.error is None and not trajectory.refusal
+    return clean and trajectory.owned and trajectory.cost is not None
+
+
+def check_usable(trajectories: Sequence[Trajectory]) -> None:
+    """Raise what has been found wrong with a pass.
+
+    Raises:
+        TerminalError: The terminal cost contradicts the output.
+        UnsupportedModelError: No chain, or parts called from the loop (named).
+    """
+    for trajectory in trajectories:
+        if trajectory.error is not None:
+            raise trajectory.error
+        if trajectory.refusal:
+            raise UnsupportedModelError(trajectory.refusal)
+    parts = [f"'{s.name}'" for t in trajectories if not t.owned for s in t.stages if not s.plain]
+    if parts:
+        raise UnsupportedModelError(
+            f"{', '.join(parts)} ran outside any call that contains all layers, so the pass can't "
+            "be run again; call one module that owns them all, or use feedback=False"
+        )
 
 
 def first_nonfinite(trajectories: Sequence[Trajectory], names: Mapping[Tensor, str]) -> str:

@@ -202,7 +202,9 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int) -> Fit:
     residual = (g - w[:, None] * p).abs() * off
     allowed = slack * (w[:, None] * p + g.abs()) + 4 * eps * eps * w[:, None] + 2 * step
     label = g.gather(-1, y[:, None])[:, 0]
-    sums = (label + (g * off).sum(-1)).abs() <= 16 * eps * label.abs() + 4 * eps * w + classes * step
+    sums = (
+        label + (g * off).sum(-1)
+    ).abs() <= 16 * eps * label.abs() + 4 * eps * w + classes * step
     fits = bool(((residual <= allowed).all(-1) & sums & (w > 0) | ~used).all())
     if not fits:
         return _fit_smoothed(p, g, y, off, used, slack)
@@ -219,9 +221,7 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int) -> Fit:
     return Fit(w, y, True, uniform, shows_form and redundant)
 
 
-def _fit_smoothed(
-    p: Tensor, g: Tensor, y: Tensor, off: Tensor, used: Tensor, slack: Tensor
-) -> Fit:
+def _fit_smoothed(p: Tensor, g: Tensor, y: Tensor, off: Tensor, used: Tensor, slack: Tensor) -> Fit:
     """Label smoothing: one w and one c for the batch, by regression of G on p off the label."""
     eps = float(slack.min())
     mask = (off > 0) & used[:, None]

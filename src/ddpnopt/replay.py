@@ -22,6 +22,11 @@ from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.typing import Tensor
 
 
+def cuda_in_use() -> bool:
+    """Whether CUDA has been initialised; asking does not initialise it."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class Randomness:
     """States of the generators that a forward pass may draw from."""
@@ -34,7 +39,7 @@ class Randomness:
     @staticmethod
     def capture() -> Randomness:
         """The present states; NumPy's only if it is imported, CUDA's only if it is in use."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        cuda = torch.cuda.get_rng_state_all() if cuda_in_use() else None
         numpy = sys.modules.get("numpy")
         state = numpy.random.get_state() if numpy is not None else None
         return Randomness(torch.get_rng_state(), cuda, random.getstate(), state)
@@ -75,6 +80,7 @@ class Call:
     randomness: Randomness
     autocast: dict[str, tuple[bool, torch.dtype]]
     training: tuple[bool, ...]
+    buffers: list[tuple[nn.Module, str, Tensor]]
 
     @staticmethod
     def capture(
@@ -82,14 +88,13 @@ class Call:
     ) -> Call:
         """Record a call before it runs."""
         watched: list[tuple[Tensor, int]] = []
-        devices = ["cpu"] + (["cuda"] if torch.cuda.is_initialized() else [])
-        autocast = {
-            d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices
-        }
+        devices = ["cpu"] + (["cuda"] if cuda_in_use() else [])
+        autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices}
         training = tuple(m.training for m in module.modules())
         args, kwargs = frozen(args, watched), frozen(kwargs, watched)
-        random_state = Randomness.capture()
-        return Call(name, module, args, kwargs, watched, random_state, autocast, training)
+        buffers = [(m, n, b.detach().clone()) for m, n, b in buffers_of(module)]
+        state = Randomness.capture()
+        return Call(name, module, args, kwargs, watched, state, autocast, training, buffers)
 
     def check_inputs(self) -> None:
         """Raise if an argument has been overwritten since the nominal pass."""
@@ -113,15 +118,20 @@ class Call:
             self.module(*self.args, **self.kwargs)
 
 
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Leave buffers, training flags and generators as they are before the block."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
+def buffers_of(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every buffer with the module and the name that hold it."""
+    return [
+        (module, name, buffer)
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Leave buffers, training flags and generators as they are before the block."""
+    buffers = [(m, name, b, b.detach().clone()) for m, name, b in buffers_of(model)]
     training = [(module, module.training) for module in model.modules()]
     outside = Randomness.capture()
     try:
@@ -165,6 +175,10 @@ class Replay:
     def prepare(self) -> None:
         """Set the global state to what the call saw."""
         (self.random or self.call.randomness).restore()
+        if self.thread is None:
+            with torch.no_grad():
+                for module, name, saved in self.call.buffers:
+                    module._buffers[name].copy_(saved)  # type: ignore[union-attr]
         for module, flag in zip(self.call.module.modules(), self.call.training, strict=True):
             module.training = flag
 

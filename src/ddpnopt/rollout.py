@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from ddpnopt.bellman import Layer
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.replay import Replay, interleave, preserved
-from ddpnopt.trajectory import Recorder, Stage, Trajectory
+from ddpnopt.stages import Stage, Trajectory
+from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
@@ -97,4 +98,3 @@ def _other_path(order: list[str], reached: list[str]) -> UnsupportedModelError:
         "the model took another path when run again: expected layers "
         f"{', '.join(order)}, reached {', '.join(reached) or 'none'}; use feedback='open_loop'"
     )
-

@@ -17,8 +17,8 @@ from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.report import LayerReport
+from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.terminal import concatenated
-from ddpnopt.trajectory import Stage, Trajectory
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks, ValueFunction
 
@@ -124,7 +124,15 @@ class Step:
         factor = self.settings.value.linearization == "factor"
         sketch = self.settings.sketch
         return Layer(
-            first.name, first.module, first.rule, blocks, counts, params, factor, self.couple, sketch
+            first.name,
+            first.module,
+            first.rule,
+            blocks,
+            counts,
+            params,
+            factor,
+            self.couple,
+            sketch,
         )
 
     def plain_layers(self) -> dict[Tensor, PlainRecord]:
@@ -150,11 +158,9 @@ class Step:
         if not self.layers:
             return
         cost = concatenated([t.cost for t in self.trajectories if t.cost is not None])
-        hyper = self.borrowed.hyper
-        strengths = [
-            hyper[p].curvature.strength for layer in self.layers.values() for p in layer.params.values()
-        ]
-        recursion = self.settings.value.start(cost, min(strengths))
+        parameters = [p for layer in self.layers.values() for p in layer.params.values()]
+        strength = min((self.borrowed.hyper[p].curvature.strength for p in parameters), default=1.0)
+        recursion = self.settings.value.start(cost, strength)
         backward(self.layers, recursion, self.feed, self.settings.value.statistics)
 
     # Statistics -----------------------------------------------------------------------------
@@ -217,7 +223,10 @@ class Step:
             self._compute_plain(layer)
             gradients = {n: self.plain_gradient(layer, n, p) for n, p in layer.params.items()}
         scale = self.settings.correction_scale
-        return self._ratio(layer, {n: g / scale for n, g in gradients.items() if g is not None}, weight)
+        if scale != 1.0:
+            gradients = {n: g / scale for n, g in gradients.items() if g is not None}
+        known = {n: g for n, g in gradients.items() if g is not None}
+        return self._ratio(layer, known, weight)
 
     @staticmethod
     def _ratio(layer: Layer, gradients: dict[str, Tensor], weight: Tensor) -> Tensor:
@@ -250,15 +259,17 @@ class Step:
             joint = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
             total = layer.weighted(joint)
             self._remember_coupling(layer, total)
-            bias = sum((layer.rule.bias_gradient(v) for v in vectors), start=torch.zeros(()).to(vectors[0]))
+            biases = [layer.rule.bias_gradient(v) for v in vectors]
+            total["bias"] = torch.stack(biases).sum(0)  # p.grad holds the bias's plain gradient
         else:
             total = layer.weighted(vectors)
         for name, p in layer.params.items():
+            correction = total[name] if scale == 1.0 else total[name] * scale
             if self._is_held(name, p):
-                d = scale * total[name]
+                d = correction
             else:
                 assert p.grad is not None
-                d = p.grad + scale * (bias if held else total[name])
+                d = p.grad + correction
             plain = self.plain_gradient(layer, name, p)
             follow = plain if self.settings.value.statistics == "plain" else None
             self.borrowed.step(p, d, self.moments[p], follow)

@@ -7,16 +7,14 @@ All three are found from the autograd graph of the pass itself, not from the use
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
-
-if TYPE_CHECKING:
-    from ddpnopt.trajectory import Trajectory
 
 REENTRANT = "CheckpointFunctionBackward"
 
@@ -53,7 +51,7 @@ class Ledger:
             outputs: Its output tensors.
             boundary: The layer can take part in feedback.
         """
-        stack = [t.grad_fn for t in inputs if t.grad_fn is not None]
+        stack: list[Node | None] = [t.grad_fn for t in inputs]
         seen: set[Node] = set()
         while stack:
             node = stack.pop()
@@ -129,9 +127,7 @@ class Ledger:
         return samples
 
 
-def mixing_start(
-    trajectory: Trajectory, edges: list[GradientEdge | None]
-) -> tuple[int, bool]:
+def mixing_start(trajectory: Trajectory, edges: list[GradientEdge | None]) -> tuple[int, bool]:
     """The first stage from which on no layer mixes samples on the way to the output.
 
     One sample is perturbed at the output, in the adjoint direction: one backward pass with a

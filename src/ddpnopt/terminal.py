@@ -62,9 +62,7 @@ def concatenated(costs: list[Cost]) -> Cost:
     )
 
 
-def softmax_cost(
-    name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples: int
-) -> Cost:
+def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples: int) -> Cost:
     """Cross-entropy of softmax, with any target distribution.
 
     Args:
@@ -181,9 +179,7 @@ def squared_cost(z: Tensor, G: Tensor, curvature: float, samples: int) -> Cost:
     return Cost("mse", w, kappa, None, factor)
 
 
-def callable_cost(
-    function: Callable[[Tensor], Tensor], z: Tensor, G: Tensor, samples: int
-) -> Cost:
+def callable_cost(function: Callable[[Tensor], Tensor], z: Tensor, G: Tensor, samples: int) -> Cost:
     """A cost known by a user's factor S(z), (B, C, r) with S S^T = phi_xx of each sample.
 
     Raises:
@@ -209,9 +205,7 @@ def callable_cost(
     along = torch.einsum("bcr,bc->br", S, gradient).square().sum(1)
     floor = torch.finfo(z.dtype).tiny ** 0.25
     kappa = w * along / square.clamp(min=floor).square()
-    return Cost(
-        "callable", w, kappa, None, lambda rank: S.permute(2, 0, 1).reshape(-1, *z.shape)
-    )
+    return Cost("callable", w, kappa, None, lambda rank: S.permute(2, 0, 1).reshape(-1, *z.shape))
 
 
 def _sample_weight(w: Tensor) -> Tensor:

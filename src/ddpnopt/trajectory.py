@@ -9,154 +9,22 @@ closure over its own graph would be a cycle that can't be collected.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
-from ddpnopt.layers import LayerRule, rule_for
+from ddpnopt.inert import Anchor, Hook, probes, probing
+from ddpnopt.layers import rule_for
 from ddpnopt.replay import Call
+from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import Ledger, mixing_start
-from ddpnopt.terminal import Cost
 from ddpnopt.typing import Tensor
-
-
-@dataclass(eq=False)
-class Stage:
-    """One execution of a parametrised layer (time step t).
-
-    Attributes:
-        name: Module path.
-        module: The layer.
-        rule: Its linear maps; None where the layer takes the plain step.
-        x: State that entered it (alias), with its version.
-        rows: Dimension 0 of the output.
-        unbatched: The input is a single sample without a batch axis; the record adds it.
-        G: Gradient at the pre-activation; None until it arrives.
-        g_x: Gradient at the state.
-        Z_h, Z_x: The terminal factor's columns pulled back to h and x.
-        J: Jacobian of the next active layer's state (or the output) by h, (B, X', H).
-        plain: Why this stage takes the plain step; empty if it takes part in feedback.
-    """
-
-    name: str
-    module: nn.Module
-    rule: LayerRule | None
-    x: Tensor
-    version: int
-    rows: int
-    unbatched: bool = False
-    G: Tensor | None = None
-    g_x: Tensor | None = None
-    Z_h: Tensor | None = None
-    Z_x: Tensor | None = None
-    J: Tensor | None = None
-    plain: str = ""
-
-
-@dataclass(eq=False)
-class Trajectory:
-    """One recorded pass.
-
-    Attributes:
-        stages: Executions in order.
-        z: Output of the last parametrised layer.
-        call: How to run the pass again; None in open loop.
-        samples: B.
-        refusal: Why no feedback is possible; raised when a step needs it.
-        owned: One call contains all layers.
-        key: The structure; passes with the same key behave alike.
-        cost: Its terminal cost; None if not recognised.
-        error: What the terminal cost found wrong; raised at the step.
-    """
-
-    stages: list[Stage] = field(default_factory=list)
-    z: Tensor | None = None
-    call: Call | None = None
-    samples: int = 0
-    refusal: str = ""
-    owned: bool = False
-    key: tuple[Any, ...] = ()
-    cost: Cost | None = None
-    error: Exception | None = None
-
-    @property
-    def active(self) -> list[Stage]:
-        """Stages that take part in feedback."""
-        return [s for s in self.stages if not s.plain and s.G is not None]
-
-
-@dataclass(frozen=True, eq=False)
-class Link:
-    """Edges of the stages upstream of a gradient hook, newest first (a list that shares tails)."""
-
-    stage: Stage
-    x: GradientEdge | None
-    h: GradientEdge | None
-    before: Link | None
-
-
-class Hook:
-    """A weak callable on a module: inert once the recorder is gone, and in copies and pickles."""
-
-    def __init__(self, recorder: Recorder | None = None, method: str = "", name: str = "") -> None:
-        self.recorder = weakref.ref(recorder) if recorder is not None else None
-        self.method, self.name = method, name
-
-    def __call__(self, *args: Any) -> Any:
-        """Forward to the recorder, unless the call is being traced by a compiler."""
-        recorder = self.recorder() if self.recorder is not None else None
-        if recorder is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return None
-        return getattr(recorder, self.method)(self.name, *args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        """An inert hook."""
-        return Hook()
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        """An inert hook."""
-        return (Hook, ())
-
-
-class _Anchor(torch.autograd.Function):
-    """Identity in place that gives an output a gradient where no input or bias has one."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, token: Tensor) -> Tensor:
-        """Return h itself, so that nothing is copied and later in-place operations work."""
-        ctx.mark_dirty(h)
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Pass the gradient on."""
-        return gradients[0], None
-
-
-class _Probes(threading.local):
-    running = False
-
-
-_probes = _Probes()
-
-
-@contextmanager
-def probing() -> Iterator[None]:
-    """The library's own backward passes: no recorder, of whatever optimizer, takes notice."""
-    outer, _probes.running = _probes.running, True
-    try:
-        yield
-    finally:
-        _probes.running = outer
 
 
 class Recorder:
@@ -235,9 +103,7 @@ class Recorder:
             )
             if not self.weight_gradients and rule_for(module) is not None:
                 self._handles.append(
-                    module.register_forward_pre_hook(
-                        Hook(self, "_hold", name), with_kwargs=True
-                    )
+                    module.register_forward_pre_hook(Hook(self, "_hold", name), with_kwargs=True)
                 )
 
     def detach(self) -> None:
@@ -282,7 +148,7 @@ class Recorder:
         return (
             torch.is_grad_enabled()
             and not self.paused
-            and not _probes.running
+            and not probes.running
             and torch._C._current_graph_task_id() == -1  # recomputation inside a backward pass
         )
 
@@ -369,7 +235,7 @@ class Recorder:
         replaced = None
         if held is not None and isinstance(output, Tensor) and not output.requires_grad:
             token = torch.zeros((), requires_grad=True, device=output.device)
-            output = replaced = _Anchor.apply(output, token)  # type: ignore[no-untyped-call]
+            output = replaced = Anchor.apply(output, token)  # type: ignore[no-untyped-call]
         if not self._recording() or output is None:
             return replaced
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -384,7 +250,9 @@ class Recorder:
             self._close(complete=True)
         return replaced
 
-    def _add(self, name: str, module: nn.Module, inputs: list[Tensor], tensors: list[Tensor]) -> None:
+    def _add(
+        self, name: str, module: nn.Module, inputs: list[Tensor], tensors: list[Tensor]
+    ) -> None:
         trajectory = self._open
         assert trajectory is not None
         x, out = (inputs or tensors)[0], tensors[0]
@@ -484,13 +352,13 @@ def _gradient_at_h(
 ) -> None:
     recorder = ref()
     # With create_graph the gradient is itself part of a loss: not the one to step on.
-    if recorder is not None and not _probes.running and not torch.is_grad_enabled():
+    if recorder is not None and not probes.running and not torch.is_grad_enabled():
         recorder.received(trajectory, stage, link, G)
 
 
 def _gradient_at_x(ref: weakref.ref[Recorder], stage: Stage, G: Tensor) -> None:
     recorder = ref()
-    if recorder is not None and not _probes.running and not torch.is_grad_enabled():
+    if recorder is not None and not probes.running and not torch.is_grad_enabled():
         G = G.detach()[None] if stage.unbatched else G.detach()
         stage.g_x = G if stage.g_x is None else stage.g_x + G
 

@@ -137,13 +137,13 @@ def test_detach_removes_every_hook(feedback: object) -> None:
 
 def test_context_manager_detaches() -> None:
     model, reference = mlp(), mlp()
-    with DDPNOpt(model, lr=LR).attached() as opt:
+    with DDPNOpt(model, lr=LR) as opt:
         iterate(model, opt, range(2))
     assert hooks(model) == 0
     iterate(reference, DDPNOpt(reference, lr=LR), range(2))
     assert_same(model, reference)
     other = mlp()
-    with pytest.raises(ZeroDivisionError), DDPNOpt(other).attached():
+    with pytest.raises(ZeroDivisionError), DDPNOpt(other):
         raise ZeroDivisionError
     assert hooks(other) == 0
 

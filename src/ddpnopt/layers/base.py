@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -75,8 +75,8 @@ class LayerRule(ABC):
         """Pull-back to the state, g_x^T V for columns V (r, *h.shape); returns (r, *x.shape)."""
         columns = V.shape[0]
         tiled = x.new_zeros((columns * x.shape[0], *x.shape[1:]))
-        _, vjp = torch.func.vjp(lambda s: self.linear(module, s), tiled)
-        (pulled,) = vjp(V.reshape(-1, *V.shape[2:]))
+        vjp: Any = torch.func.vjp(lambda s: self.linear(module, s), tiled)[1]
+        pulled: Tensor = vjp(V.reshape(-1, *V.shape[2:]))[0]
         return pulled.reshape(columns, *x.shape)
 
 

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.grad import conv2d_weight
 
 from ddpnopt.layers.base import LayerRule, register
 from ddpnopt.layers.positions import Gain, bias_gram, weight_gram, weight_squares
@@ -45,7 +46,7 @@ class Conv2dRule(LayerRule):
         conv = cast(nn.Conv2d, module)
         shape = list(conv.weight.shape)
         gradient = {
-            "weight": torch.nn.grad.conv2d_weight(
+            "weight": conv2d_weight(  # type: ignore[no-untyped-call]
                 padded(conv, x), shape, V, conv.stride, 0, conv.dilation, conv.groups
             )
         }

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: MIT
+"""What happens between a recorded pass and new weights; the optimizer's shell is `optimizer.py`.
+
+The engine holds what outlives a step: the recorder, the recognised loss, the running coupling, and
+in open loop what has been added to p.grad.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddpnopt.bellman import linearise
+from ddpnopt.borrowed import Borrowed
+from ddpnopt.checks import (
+    check_backward,
+    check_finite,
+    check_usable,
+    check_weights,
+    usable,
+    verify_chain,
+)
+from ddpnopt.errors import DDPNOptWarning, TerminalError
+from ddpnopt.gradients import Consumed, Fingerprint
+from ddpnopt.options import Options
+from ddpnopt.recognition import Recogniser
+from ddpnopt.report import StepReport
+from ddpnopt.rollout import rollout
+from ddpnopt.stages import Link, Trajectory
+from ddpnopt.step import Settings, Step
+from ddpnopt.trajectory import Recorder
+from ddpnopt.typing import Tensor
+
+NOT_RECOGNISED = (
+    "the loss was not recognised from the output's gradient, so the steps are the borrowed "
+    "optimizer's, without feedback. Name it: terminal='cross_entropy', 'mse', 'bce_with_logits', "
+    "or a callable output -> factor of its Hessian"
+)
+CLIPPED_BIASES = (
+    "p.grad was rescaled with weight_gradients=False: the weights' steps get the same factor, but "
+    "clip_grad_norm_ has seen the norm of the biases alone. To clip, use weight_gradients=True"
+)
+
+
+class Engine:
+    """Feedback for one optimizer.
+
+    Args:
+        model: The network.
+        options: The optimizer's choices.
+        groups: Its parameter groups, looked up at each use.
+        state: Its state by parameter, likewise.
+        squares: Some curvature is fed with per-sample squares, so passes are recorded anyway.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        groups: Callable[[], list[dict[str, Any]]],
+        state: Callable[[], dict[Tensor, dict[str, Any]]],
+        squares: bool,
+    ) -> None:
+        self.model, self.options, self.groups, self.state = model, options, groups, state
+        self.diagnose = False
+        self.skipped = 0
+        self.rescale = 1.0
+        self.running: dict[str, float] = {}
+        self.sketch = torch.Generator().manual_seed(0)
+        self.recogniser = Recogniser(options.terminal)
+        self._carried: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
+        self._base: dict[Tensor, Tensor] = {}
+        self._open_report: StepReport | None = None
+        self._verified: set[tuple[Any, ...]] = set()
+        self._said: set[str] = set()
+        self._fingerprint, self._consumed = Fingerprint(), Consumed()
+        self._members: set[int] = set()
+        self.recorder: Recorder | None = None
+        self.refresh()
+        if options.feedback is not False or squares:
+            self._attach()
+
+    def _attach(self) -> None:
+        gradient = self.options.value.linearization == "gradient"
+        feedback = self.options.feedback is not False
+        self.recorder = Recorder(
+            self.model,
+            self.trainable,
+            self.refresh,
+            closed_loop=self.options.closed_loop,
+            state_gradients=self.options.closed_loop and gradient,
+            links=feedback and not gradient,
+            weight_gradients=self.options.weight_gradients or not feedback,
+            at_output=self._at_output,
+            backward_started=self._backward_started,
+            backward_ended=self._backward_ended,
+        )
+
+    def refresh(self) -> None:
+        """Parameters are looked up anew for each pass and step: FSDP and others swap them."""
+        self._members = {id(p) for p in self.parameters()}
+
+    def trainable(self, p: Tensor) -> bool:
+        """Whether a parameter is the optimizer's and not frozen."""
+        return p.requires_grad and id(p) in self._members
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters of the groups."""
+        return [p for group in self.groups() for p in group["params"]]
+
+    def names(self) -> dict[Tensor, str]:
+        """Paths of the model's parameters."""
+        return {p: name for name, p in self.model.named_parameters()}
+
+    @property
+    def in_backward(self) -> bool:
+        """Re-weighted gradients are written to p.grad by backward itself."""
+        return self.options.feedback == "open_loop" and self.options.weight_gradients
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        if self.recorder is not None:
+            self.recorder.detach()
+            self.recorder = None
+
+    def forget(self) -> None:
+        """The gradients are cleared: so are the passes they came from."""
+        self._carried = {}
+        self.forget_passes()
+
+    def forget_passes(self) -> None:
+        """Drop the recorded passes."""
+        if self.recorder is not None:
+            self.recorder.completed.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What outlives a step, as tensors and plain values."""
+        return {
+            "rescale": self.rescale,
+            "coupling": dict(self.running),
+            "recogniser": self.recogniser.state_dict(),
+            "sketch": self.sketch.get_state(),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.rescale, self.skipped = state["rescale"], state["skipped"]
+        self.running = dict(state["coupling"])
+        self.recogniser.load_state_dict(state["recogniser"])
+        self.sketch.set_state(state["sketch"].cpu())
+        self.refresh()
+
+    # Backward pass --------------------------------------------------------------------------
+
+    def _at_output(self, trajectory: Trajectory, link: Link | None) -> None:
+        """The output's gradient has arrived: which loss was it, and what has to be linearised."""
+        last = trajectory.stages[-1]
+        if self.options.feedback is False or trajectory.z is None or last.G is None:
+            return
+        trajectory.cost = None
+        with torch.no_grad():
+            if not bool(last.G.isfinite().all()):
+                return  # GradScaler probes with overflows: the last decision stands
+            axis = last.rule.feature_axis if last.rule is not None else -1
+            try:
+                cost = self.recogniser(trajectory.z, last.G, axis, trajectory.samples)
+            except TerminalError as error:
+                trajectory.error = error
+                return
+        trajectory.cost = cost
+        if cost is not None and trajectory.active:
+            linearise(trajectory, link, cost, self.options.value)
+
+    def _backward_started(self) -> None:
+        """Keep what p.grad holds already, so that this pass's own gradient can be told from it."""
+        if self.in_backward:
+            self._base = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
+            if not any(bool(g.any()) for g in self._base.values()):
+                self._base, self._carried = {}, {}
+
+    @torch.no_grad()
+    def _backward_ended(self, trajectories: list[Trajectory]) -> None:
+        """In open loop: write the re-weighted gradients to p.grad."""
+        if self.in_backward:
+            if trajectories and all(usable(t) for t in trajectories):
+                self._open_loop(trajectories)
+        self._base = {}
+        self._fingerprint.take(self.parameters())
+
+    def _open_loop(self, trajectories: list[Trajectory]) -> None:
+        step = self._new_step(trajectories, self.rescale, 1.0)
+        step.build()
+        step.recurse()
+        corrections = {
+            p: correction
+            for layer in step.layers.values()
+            for p, correction in step.corrections(layer, None).items()
+        }
+        for p, correction in corrections.items():
+            assert p.grad is not None
+            p.grad.add_(correction)
+            if step.borrowed.hyper[p].curvature.statistics != "none":
+                before, extra = self._carried.get(p, (None, None))
+                total = correction if before is None else before + correction
+                statistic = step.extra.get(p)
+                if extra is not None:
+                    statistic = extra if statistic is None else extra + statistic
+                self._carried[p] = (total, statistic)
+        self._open_report = self._report(step, trajectories, "open_loop")
+
+    # Step -----------------------------------------------------------------------------------
+
+    def take(self) -> list[Trajectory]:
+        """The passes whose gradients have arrived since the last step."""
+        return list(self.recorder.completed) if self.recorder is not None else []
+
+    def finish(self) -> None:
+        """After a step, whether taken or skipped."""
+        self.forget_passes()
+        self._consumed.mark(self.parameters())
+        self._fingerprint.clear()
+        self._carried, self._open_report = {}, None
+
+    def step(self, trajectories: list[Trajectory]) -> StepReport:
+        """Take one step; raises before anything is changed, or puts it back."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        fresh = self._consumed.fresh(parameters) or not parameters
+        recording = self.recorder if self.options.feedback is not False else None
+        check_backward(fresh, trajectories, recording)
+        rescale = self._fingerprint.rescaling()
+        check_finite(parameters, trajectories, self.names, not self.options.weight_gradients)
+        in_feedback = self._usable(trajectories)
+        if rescale != 1.0 and not self.options.weight_gradients and in_feedback:
+            self._say(CLIPPED_BIASES)
+        step = self._new_step(trajectories, rescale, rescale)
+        running = dict(self.running)
+        sketch = self.sketch.get_state()
+        open_loop = self.in_backward
+        try:
+            if in_feedback and not open_loop:
+                step.build()
+            self._plain_updates(step, rescale)
+            if step.layers:
+                step.recurse()
+                self._apply(step, trajectories)
+            check_weights(step.borrowed.updated(), self.names)
+        except BaseException:
+            step.borrowed.rollback()
+            self.running = running
+            self.sketch.set_state(sketch)
+            raise
+        step.borrowed.commit(self.state())
+        self.rescale = rescale
+        depth = self.options.depth if in_feedback and (step.layers or open_loop) else "off"
+        report = self._open_report if in_feedback and open_loop else None
+        return report or self._report(step, trajectories, depth, rescale)
+
+    def _apply(self, step: Step, trajectories: list[Trajectory]) -> None:
+        if self.options.closed_loop:
+            for trajectory in trajectories:
+                if trajectory.key not in self._verified:
+                    verify_chain(trajectory)
+                    self._verified.add(trajectory.key)
+            assert self.recorder is not None
+            rollout(self.recorder, trajectories, step.layers, step.apply)
+        else:
+            for layer in step.layers.values():
+                step.apply(layer, None)
+
+    def _new_step(
+        self, trajectories: list[Trajectory], rescale: float, correction_scale: float
+    ) -> Step:
+        settings = Settings(
+            self.options.value,
+            rescale,
+            correction_scale,
+            self.options.weight_gradients,
+            self.sketch if self.options.gram == "sketch" else None,
+            self.diagnose,
+        )
+        borrowed = Borrowed(self.groups(), self.state())
+        return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)
+
+    def _plain_updates(self, step: Step, rescale: float) -> None:
+        """The borrowed optimizer's step for every parameter outside the feedback.
+
+        They come first: a plain layer between two others shows them its new weights in the rollout.
+        """
+        records = step.plain_layers()
+        in_feedback = {p for layer in step.layers.values() for p in layer.params.values()}
+        for p in self.parameters():
+            if p in in_feedback or not p.requires_grad:
+                continue
+            gradient = p.grad
+            if gradient is None and p in records:
+                gradient = records[p].gradient(rescale)
+            if gradient is None:
+                continue
+            squares = records[p].squares(rescale) if p in records else None
+            correction, extra = self._carried.get(p, (None, None))
+            plain = gradient if correction is None else gradient - rescale * correction
+            fed = plain if extra is None else plain + rescale * extra
+            moment = step.borrowed.moment(p, fed, squares)
+            follow = self.options.value.statistics == "plain" and correction is not None
+            step.borrowed.step(p, gradient, moment, plain if follow else None)
+
+    def _usable(self, trajectories: list[Trajectory]) -> bool:
+        """Whether all passes take part in feedback; raises where they must not be ignored."""
+        if self.options.feedback is False:
+            return False
+        check_usable(trajectories)
+        for trajectory in trajectories:
+            self._say_plain(trajectory)
+        if any(t.cost is None for t in trajectories):
+            if self.recogniser.decision == "unrecognised":
+                self._say(NOT_RECOGNISED)
+            return False
+        return bool(trajectories)
+
+    def _say_plain(self, trajectory: Trajectory) -> None:
+        reasons: dict[str, list[str]] = {}
+        for stage in trajectory.stages:
+            if stage.plain and stage.plain != "frozen":
+                reasons.setdefault(stage.plain, []).append(f"'{stage.name}'")
+        for reason, names in reasons.items():
+            self._say(
+                f"{', '.join(names)} take the borrowed optimizer's plain step, without feedback: "
+                f"{reason}"
+            )
+
+    def _say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, DDPNOptWarning, stacklevel=4)
+
+    def _report(
+        self, step: Step, trajectories: list[Trajectory], depth: str, rescale: float = 1.0
+    ) -> StepReport:
+        plain = {s.name: s.plain for t in trajectories for s in t.stages if s.plain}
+        costs = [t.cost.name for t in trajectories if t.cost is not None]
+        terminal = costs[0] if costs else "unrecognised"
+        return StepReport(
+            depth,
+            "none" if self.options.feedback is False else terminal,
+            sum(t.samples for t in trajectories),
+            rescale,
+            tuple(step.reports),
+            tuple(plain.items()),
+            self.skipped,
+        )

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""Pieces that let hooks live on a model without holding on to it, or to each other."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ddpnopt.typing import Tensor
+
+
+class Hook:
+    """A weak callable on a module: inert once the recorder is gone, and in copies and pickles."""
+
+    def __init__(self, recorder: object | None = None, method: str = "", name: str = "") -> None:
+        self.recorder = weakref.ref(recorder) if recorder is not None else None
+        self.method, self.name = method, name
+
+    def __call__(self, *args: Any) -> Any:
+        """Forward to the recorder, unless the call is being traced by a compiler."""
+        recorder = self.recorder() if self.recorder is not None else None
+        if (
+            recorder is None
+            or torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return None
+        return getattr(recorder, self.method)(self.name, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """An inert hook."""
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        """An inert hook."""
+        return (Hook, ())
+
+
+class Anchor(torch.autograd.Function):
+    """Identity in place that gives an output a gradient where no input or bias has one."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, token: Tensor) -> Tensor:
+        """Return h itself, so that nothing is copied and later in-place operations work."""
+        ctx.mark_dirty(h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Pass the gradient on."""
+        return gradients[0], None
+
+
+class Probes(threading.local):
+    """Whether the library's own backward pass is running in this thread."""
+
+    running = False
+
+
+probes = Probes()
+
+
+@contextmanager
+def probing() -> Iterator[None]:
+    """The library's own backward passes: no recorder, of whatever optimizer, takes notice."""
+    outer, probes.running = probes.running, True
+    try:
+        yield
+    finally:
+        probes.running = outer
