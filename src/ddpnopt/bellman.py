@@ -107,8 +107,9 @@ def _through_layer(stage: Stage, columns: Tensor) -> Tensor:
         pulled = stage.rule.pull(stage.module, stage.x.to(dtype), columns.to(dtype))
         return pulled.to(stage.x.dtype)
     columns = columns.to(stage.x.dtype)
-    _, vjp = torch.func.vjp(stage.module, stage.x)
-    return torch.func.vmap(lambda column: vjp(column)[0])(columns)
+    vjp: Any = torch.func.vjp(stage.module, stage.x)[1]
+    back: Tensor = torch.func.vmap(lambda column: vjp(column)[0])(columns)
+    return back
 
 
 def _batched(stage: Stage, columns: Tensor) -> Tensor:
@@ -264,10 +265,9 @@ class Layer:
 
     def split(self, v: Tensor) -> Blocks:
         """(B, H) to one tensor for each pass."""
-        parts = v.split(self.counts)
-        return [
-            p.reshape(self._G(s)[0].shape) for p, (s, _) in zip(parts, self._pairs(), strict=True)
-        ]
+        shapes = [self._G(s)[0].shape for s in self.blocks]
+        parts = torch.split(v, self.counts)
+        return [p.reshape(shape) for p, shape in zip(parts, shapes, strict=True)]
 
     def weighted(self, vectors: Blocks) -> dict[str, Tensor]:
         """The weight gradient sum_i g_u^T v_i over all passes."""

@@ -66,12 +66,12 @@ def check_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
     Raises:
         ValueError: A parameter is not the model's, or a number is out of range.
     """
-    for number, p in enumerate(group["params"]):
+    for place, p in enumerate(group["params"]):
         known = isinstance(p, Tensor) and p in names
         if not known:
             shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
             raise ValueError(
-                f"params: parameter {number} of the group (shape {shape}) does not belong to the "
+                f"params: parameter {place} of the group (shape {shape}) does not belong to the "
                 "model; give DDPNOpt the module that owns all of them"
             )
     for option, low, high in (("lr", 0, None), ("momentum", 0, 1), ("weight_decay", 0, None)):
@@ -98,7 +98,7 @@ def check_backward(
         raise RuntimeError(
             "step() without a backward pass since the last step: call loss.backward() first"
         )
-    if recorder is not None and not trajectories and recorder.layers():
+    if recorder is not None and not trajectories and recorder.anatomy.layers():
         raise RuntimeError(
             "gradients arrived, but no forward pass of the model was recorded: was it called "
             "through torch.compile, torch.func, or not at all? Train the uncompiled module, or use "

@@ -31,7 +31,7 @@ from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
 from ddpnopt.rollout import rollout
 from ddpnopt.stages import Link, Trajectory
-from ddpnopt.step import Settings, Step
+from ddpnopt.step import Settings, Step, report
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 
@@ -211,7 +211,7 @@ class Engine:
                 if extra is not None:
                     statistic = extra if statistic is None else extra + statistic
                 self._carried[p] = (total, statistic)
-        self._open_report = self._report(step, trajectories, "open_loop")
+        self._open_report = report(self.options, step, "open_loop", skipped=self.skipped)
 
     # Step -----------------------------------------------------------------------------------
 
@@ -257,8 +257,9 @@ class Engine:
         step.borrowed.commit(self.state())
         self.rescale = rescale
         depth = self.options.depth if in_feedback and (step.layers or open_loop) else "off"
-        report = self._open_report if in_feedback and open_loop else None
-        return report or self._report(step, trajectories, depth, rescale)
+        if in_feedback and open_loop and self._open_report is not None:
+            return self._open_report
+        return report(self.options, step, depth, rescale, self.skipped)
 
     def _apply(self, step: Step, trajectories: list[Trajectory]) -> None:
         if self.options.closed_loop:
@@ -337,19 +338,3 @@ class Engine:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(message, DDPNOptWarning, stacklevel=4)
-
-    def _report(
-        self, step: Step, trajectories: list[Trajectory], depth: str, rescale: float = 1.0
-    ) -> StepReport:
-        plain = {s.name: s.plain for t in trajectories for s in t.stages if s.plain}
-        costs = [t.cost.name for t in trajectories if t.cost is not None]
-        terminal = costs[0] if costs else "unrecognised"
-        return StepReport(
-            depth,
-            "none" if self.options.feedback is False else terminal,
-            sum(t.samples for t in trajectories),
-            rescale,
-            tuple(step.reports),
-            tuple(plain.items()),
-            self.skipped,
-        )

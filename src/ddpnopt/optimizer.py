@@ -195,7 +195,7 @@ class DDPNOpt(torch.optim.Optimizer):
         self.engine.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values only: readable with ``weights_only=True``, resumes to the bit."""
+        """Tensors and plain values only: loads with ``weights_only=True``, resumes to the bit."""
         state = super().state_dict()
         state["ddpnopt"] = {
             "version": FORMAT_VERSION,

@@ -16,7 +16,8 @@ from torch import nn
 from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.report import LayerReport
+from ddpnopt.options import Options
+from ddpnopt.report import LayerReport, StepReport
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.terminal import concatenated
 from ddpnopt.typing import Tensor
@@ -302,3 +303,21 @@ class Step:
         total = layer.weighted(vectors)
         parts = [(total[n] * P).square().sum() for n, P in layer.gain.items()]
         return torch.stack(parts).sum().sqrt()
+
+
+def report(
+    options: Options, step: Step, depth: str, rescale: float = 1.0, skipped: int = 0
+) -> StepReport:
+    """The record of a step that has been taken."""
+    plain = {s.name: s.plain for t in step.trajectories for s in t.stages if s.plain}
+    costs = [t.cost.name for t in step.trajectories if t.cost is not None]
+    terminal = costs[0] if costs else "unrecognised"
+    return StepReport(
+        depth,
+        "none" if options.feedback is False else terminal,
+        sum(t.samples for t in step.trajectories),
+        rescale,
+        tuple(step.reports),
+        tuple(plain.items()),
+        skipped,
+    )

@@ -6,6 +6,7 @@ All three are found from the autograd graph of the pass itself, not from the use
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,72 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ddpnopt.layers import rule_for
 from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
 
 REENTRANT = "CheckpointFunctionBackward"
+
+
+class Anatomy:
+    """A model's parametrised modules: which are layers, which share parameters, who owns them all.
+
+    Args:
+        model: The network.
+        trainable: Whether a parameter belongs to the optimizer.
+
+    Attributes:
+        hooked: Parametrised modules without parametrised children, by path.
+        containers: The modules above them (and the model itself), by path.
+        shared: Identities of parameters that several modules hold.
+    """
+
+    def __init__(self, model: nn.Module, trainable: Callable[[Tensor], bool]) -> None:
+        self.model, self.trainable = model, trainable
+        self.hooked: dict[str, nn.Module] = {}
+        self.containers: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            own = any(p is not None for p in module._parameters.values())
+            inner = any(True for m in module.children() for _ in m.parameters())
+            if own and not inner:
+                self.hooked[name] = module
+            if inner or module is model:
+                self.containers[name] = module
+        self.shared: set[int] = set()
+        self._owners: set[int] = set()
+        self._state: tuple[tuple[int, bool], ...] = ()
+
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether a module has a rule and a parameter to optimise, now."""
+        own = module._parameters.values()
+        return rule_for(module) is not None and any(
+            p is not None and self.trainable(p) for p in own
+        )
+
+    def layers(self) -> dict[str, nn.Module]:
+        """All such modules."""
+        return {name: module for name, module in self.hooked.items() if self.is_layer(module)}
+
+    def refresh(self) -> None:
+        """Look at the parameters again: some may be frozen, or swapped for others."""
+        state = tuple(
+            (id(p), p.requires_grad)
+            for module in self.hooked.values()
+            for p in module._parameters.values()
+            if p is not None
+        )
+        if state != self._state:
+            uses = Counter(identity for identity, _ in state)
+            self.shared = {identity for identity, n in uses.items() if n > 1}
+            wanted = {id(m) for m in self.layers().values()}
+            self._owners = {
+                id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
+            }
+            self._state = state
+
+    def owns_all(self, module: nn.Module) -> bool:
+        """Whether a module contains every layer, as of the last `refresh`."""
+        return id(module) in self._owners
 
 
 class Ledger:

@@ -10,7 +10,6 @@ closure over its own graph would be a cycle that can't be collected.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from ddpnopt.inert import Anchor, Hook, probes, probing
 from ddpnopt.layers import rule_for
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
-from ddpnopt.structure import Ledger, mixing_start
+from ddpnopt.structure import Anatomy, Ledger, mixing_start
 from ddpnopt.typing import Tensor
 
 
@@ -71,8 +70,7 @@ class Recorder:
         self._held: dict[str, nn.Parameter] = {}
         self._task: int | None = None
         self._mixing: dict[tuple[Any, ...], int] = {}
-        self._owners: tuple[tuple[Any, ...], set[int]] = ((), set())
-        self.shared: set[int] = set()
+        self.anatomy = Anatomy(model, trainable)
         self._during: list[Trajectory] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._attach()
@@ -80,21 +78,15 @@ class Recorder:
     # Structure of the model -----------------------------------------------------------------
 
     def _attach(self) -> None:
-        self.hooked: dict[str, nn.Module] = {}
-        for name, module in self.model.named_modules():
-            own = [p for p in module._parameters.values() if p is not None]
-            inner = any(True for m in module.children() for _ in m.parameters())
-            if own and not inner:
-                self.hooked[name] = module
-            if inner or module is self.model:
-                pre = module.register_forward_pre_hook(
-                    Hook(self, "_enter", name), prepend=True, with_kwargs=True
-                )
-                post = module.register_forward_hook(
-                    Hook(self, "_leave", name), with_kwargs=True, always_call=True
-                )
-                self._handles += [pre, post]
-        for name, module in self.hooked.items():
+        for name, module in self.anatomy.containers.items():
+            pre = module.register_forward_pre_hook(
+                Hook(self, "_enter", name), prepend=True, with_kwargs=True
+            )
+            post = module.register_forward_hook(
+                Hook(self, "_leave", name), with_kwargs=True, always_call=True
+            )
+            self._handles += [pre, post]
+        for name, module in self.anatomy.hooked.items():
             hook = Hook(self, "_record", name)
             self._handles.append(
                 module.register_forward_hook(
@@ -113,35 +105,6 @@ class Recorder:
         self._handles.clear()
         self.completed.clear()
 
-    def layers(self) -> dict[str, nn.Module]:
-        """Modules with a rule and a parameter to optimise, now."""
-        return {
-            name: module
-            for name, module in self.hooked.items()
-            if rule_for(module) is not None
-            and any(p is not None and self.trainable(p) for p in module._parameters.values())
-        }
-
-    def _owns_all(self, module: nn.Module) -> bool:
-        """Whether a module contains every layer; looked up anew at each outermost call."""
-        if not self._depth:
-            self.refresh()
-            state = tuple(
-                (id(p), p.requires_grad)
-                for m in self.hooked.values()
-                for p in m._parameters.values()
-                if p is not None
-            )
-            if self._owners[0] != state:
-                uses = Counter(i for i, _ in state)
-                self.shared = {i for i, n in uses.items() if n > 1}
-                wanted = {id(m) for m in self.layers().values()}
-                owners = {
-                    id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
-                }
-                self._owners = (state, owners)
-        return id(module) in self._owners[1]
-
     # Forward pass ---------------------------------------------------------------------------
 
     def _recording(self) -> bool:
@@ -158,7 +121,10 @@ class Recorder:
             return
         if module in self._depth:  # an interrupted call never left
             self._depth.clear()
-        if not self._owns_all(module):
+        if not self._depth:
+            self.refresh()
+            self.anatomy.refresh()
+        if not self.anatomy.owns_all(module):
             return
         if self._open is None or not self._depth:
             self._begin(owned=True)
@@ -192,7 +158,7 @@ class Recorder:
         assert self._last is not None
         z = self._last.detach()
         trajectory.z = z[None] if trajectory.stages[-1].unbatched else z
-        self._ledger.mark(trajectory, self.shared, self.trainable)
+        self._ledger.mark(trajectory, self.anatomy.shared, self.trainable)
         trajectory.refusal = self._ledger.hidden(trajectory)
         if trajectory.refusal:
             return
@@ -221,7 +187,7 @@ class Recorder:
             and not self.paused
             and weight is not None
             and weight.requires_grad
-            and id(weight) not in self.shared
+            and id(weight) not in self.anatomy.shared
             and self.trainable(weight)
         ):
             weight.requires_grad_(False)
@@ -263,9 +229,7 @@ class Recorder:
         state = x.detach()[None] if unbatched else x.detach()
         stage = Stage(name, module, rule, state, version, rows, unbatched)
         index = len(trajectory.stages)
-        boundary = rule is not None and any(
-            p is not None and self.trainable(p) for p in module._parameters.values()
-        )
+        boundary = rule is not None and self.anatomy.is_layer(module)
         self._ledger.enter(index, module, inputs, tensors, boundary)
         trajectory.stages.append(stage)
         self._last = out
@@ -274,9 +238,10 @@ class Recorder:
         x_edge = get_gradient_edge(x) if x.requires_grad and inputs else None
         upstream = Link(stage, x_edge, None, self._link) if self.links else None
         ref = weakref.ref(self)
-        out.register_hook(partial(_gradient_at_h, ref, trajectory, stage, upstream))
+        hook = partial(_gradient_at_h, ref, trajectory, stage, upstream)
+        out.register_hook(hook)  # type: ignore[no-untyped-call]
         if self.state_gradients and index > 0 and rule is not None and x.requires_grad:
-            x.register_hook(partial(_gradient_at_x, ref, stage))
+            x.register_hook(partial(_gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
         if self.links:
             self._link = Link(stage, x_edge, get_gradient_edge(out), self._link)
 
@@ -289,7 +254,7 @@ class Recorder:
             self._task = task
             self._drop_stale()
             self.backward_started()
-            self._during: list[Trajectory] = []
+            self._during = []
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(partial(_ended, weakref.ref(self)))
         last = stage is trajectory.stages[-1]
@@ -311,7 +276,9 @@ class Recorder:
             return
         used = [p for p in self.model.parameters() if self.trainable(p)]
         if not self.weight_gradients:
-            held = {id(m._parameters["weight"]) for m in self.layers().values()} - self.shared
+            held = {
+                id(m._parameters["weight"]) for m in self.anatomy.layers().values()
+            } - self.anatomy.shared
             used = [p for p in used if id(p) not in held]
         if used and not any(p.grad is not None and bool(p.grad.any()) for p in used):
             self.completed.clear()
@@ -334,7 +301,9 @@ class Recorder:
             reach(name, inputs[0])
 
         return [
-            self.hooked[name].register_forward_pre_hook(partial(before, name), with_kwargs=True)
+            self.anatomy.hooked[name].register_forward_pre_hook(
+                partial(before, name), with_kwargs=True
+            )
             for name in names
         ]
 

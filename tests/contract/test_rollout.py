@@ -310,23 +310,6 @@ def test_keyword_and_nested_arguments(call: str) -> None:
 
 @quiet
 @pytest.mark.parametrize("value", ["moreau", "low_rank"])
-def test_users_backward_hooks_see_only_the_loss(value: str) -> None:
-    """Hooks of the user never get gradients that the loop did not ask for."""
-    model, twin = mlp(), mlp()
-    seen: list[list[Tensor]] = [[], []]
-    for m, found in zip((model, twin), seen, strict=True):
-        m[2].register_full_backward_hook(lambda _, gi, go, found=found: found.append(go[0].clone()))
-    opt = DDPNOpt(model, lr=LR, value=value)
-    sgd = torch.optim.SGD(twin.parameters(), LR)
-    backward(model)
-    backward(twin)
-    opt.step(), sgd.step()
-    assert len(seen[0]) == len(seen[1]) == 1
-    torch.testing.assert_close(seen[0][0], seen[1][0])
-
-
-@quiet
-@pytest.mark.parametrize("value", ["moreau", "low_rank"])
 def test_rollout_starts_from_the_buffers_of_its_pass(value: str) -> None:
     """With an idle rate nothing moves, although the function depends on a buffer it changes."""
     base = mlp()
