@@ -142,6 +142,7 @@ class Layer:
         factor: The value function uses Z, not g, as its columns of the state.
         gain: P = r eta / (1 - momentum) M^-1 by parameter.
         policy: Set by the backward pass.
+        keep_gain: The gain is needed after the backward pass, too; it is as large as the weights.
         couple: Computes rho.
         sketch: Generator of sketched Gram matrices; None for exact ones.
     """
@@ -157,11 +158,11 @@ class Layer:
     sketch: torch.Generator | None = None
     gain: dict[str, Gain] = field(default_factory=dict)
     policy: Policy | None = None
+    keep_gain: bool = True
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The layer's dtype, in which all products are made."""
-        return next(self.module.parameters()).dtype
+    def __post_init__(self) -> None:
+        """All products are made in the layer's own dtype, whatever autocast recorded."""
+        self.dtype = next(self.module.parameters()).dtype
 
     def _columns(self, stage: Stage) -> Tensor:
         assert stage.G is not None
@@ -316,3 +317,5 @@ def backward(
         correction = recursion.correction(layer) if statistics == "value" else None
         feed(layer, correction)
         layer.policy = recursion.back(layer, bottom=index == 0)
+        if not layer.keep_gain:
+            layer.gain = {}

@@ -281,7 +281,7 @@ class Step:
         coefficient = layer.policy.coefficient if layer.policy is not None else None
         if weight is None or coefficient is None:
             return
-        used = {n: g for n, g in total.items() if n in layer.gain}
+        used = {n: g for n, g in total.items() if n in layer.gain and n in layer.params}
         ratio = float(self._ratio(layer, used, weight * coefficient.square()))
         before = self.running.get(layer.name, ratio)
         self.running[layer.name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
