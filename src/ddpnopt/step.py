@@ -122,8 +122,6 @@ class Step:
             and self.trainable(p)
             and (p.grad is not None or self._is_held(name, p))
         }
-        factor = self.settings.value.linearization == "factor"
-        sketch = self.settings.sketch
         return Layer(
             first.name,
             first.module,
@@ -131,9 +129,10 @@ class Step:
             blocks,
             counts,
             params,
-            factor,
-            self.couple,
-            sketch,
+            factor=self.settings.value.linearization == "factor",
+            couple=self.couple,
+            sketch=self.settings.sketch,
+            keep_gain=self.settings.diagnose or not self.settings.weight_gradients,
         )
 
     def plain_layers(self) -> dict[Tensor, PlainRecord]:
