@@ -161,8 +161,13 @@ class Layer:
     keep_gain: bool = True
 
     def __post_init__(self) -> None:
-        """All products are made in the layer's own dtype, whatever autocast recorded."""
-        self.dtype = next(self.module.parameters()).dtype
+        """All products are made in the layer's own dtype, whatever autocast recorded.
+
+        Half-precision layers use float32: squared norms of gradients leave their range.
+        """
+        self.own_dtype = next(self.module.parameters()).dtype
+        narrow = self.own_dtype in (torch.float16, torch.bfloat16)
+        self.dtype = torch.float32 if narrow else self.own_dtype
 
     def _columns(self, stage: Stage) -> Tensor:
         assert stage.G is not None
@@ -243,10 +248,10 @@ class Layer:
         """g_x dx."""
         return torch.cat(
             [
-                self.rule.linear(self.module, change.to(self.dtype)).reshape(n, -1)
+                self.rule.linear(self.module, change.to(self.own_dtype)).reshape(n, -1)
                 for change, n in zip(dx, self.counts, strict=True)
             ]
-        )
+        ).to(self.dtype)
 
     def pull(self, V: Tensor) -> Tensor:
         """g_x^T V for (B, H, k)."""
@@ -254,7 +259,8 @@ class Layer:
         for stage, samples in self._pairs():
             columns = V[at : at + samples].permute(2, 0, 1)
             columns = columns.reshape(-1, *self._G(stage).shape[1:])
-            pulled = self.rule.pull(self.module, stage.x.to(self.dtype), columns)
+            x, columns = stage.x.to(self.own_dtype), columns.to(self.own_dtype)
+            pulled = self.rule.pull(self.module, x, columns).to(self.dtype)
             parts.append(_per_sample(pulled, samples).transpose(1, 2))
             at += samples
         return torch.cat(parts)
@@ -276,7 +282,7 @@ class Layer:
         for stage, v in zip(self.blocks, vectors, strict=True):
             one = self.rule.gradient(self.module, stage.x.to(self.dtype), v.to(self.dtype))
             total = {k: total[k] + g if k in total else g for k, g in one.items()}
-        return total
+        return {k: g.to(self.own_dtype) for k, g in total.items()}
 
     def squares(self, vectors: Blocks) -> dict[str, Tensor]:
         """Sum over samples of the squared per-sample gradients of given h-space vectors."""

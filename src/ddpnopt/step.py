@@ -207,7 +207,8 @@ class Step:
                 known = (squares[name] * scale**2, sum(layer.counts)) if name in squares else None
                 moment = self.borrowed.moment(p, g, known)
             self.moments[p] = moment
-            layer.gain[name] = self.borrowed.gain(p, moment, self.settings.rescale)
+            gain = self.borrowed.gain(p, moment, self.settings.rescale)
+            layer.gain[name] = gain.to(layer.dtype) if isinstance(gain, Tensor) else gain
 
     def couple(self, layer: Layer, weight: Tensor) -> Tensor:
         """rho = gbar^T P gbar / sum_i w_i s_i, between 1 and B.
