@@ -197,7 +197,7 @@ def footprint(net: int, variant: str, steps: int = 5, device: str = "cpu") -> Fo
         job.step()
     return Footprint(
         process_mib=process,
-        tensor_mib=(held + _transient_peak(record)) / MIB,
+        tensor_mib=(held + transient_peak(record)) / MIB,
         gflop=counter.get_total_flops() / 1e9,
     )
 
@@ -210,7 +210,7 @@ def _held_bytes(job: Job) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _transient_peak(record: profile) -> int:
+def transient_peak(record: profile) -> int:
     """Highest sum of allocations minus releases in a profiled step, in bytes."""
     # `record.events()` folds allocations into the operators that made them; the raw list keeps
     # each one. Blocks from before the step are not in it, so gradients that the step replaces
