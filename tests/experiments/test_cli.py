@@ -64,7 +64,7 @@ def test_compare_writes_tables_and_plots_and_resumes(tmp_path: Path) -> None:
     ]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "worst seed" in result.output and "SGD + clip (grad_clip=0.5)" in result.output
+    assert "worst seed" in result.output and "grad_clip=0.5" in result.output
     assert len(pd.read_csv(tmp_path / "runs.csv")) == 10
     assert len(pd.read_csv(tmp_path / "rates.csv")) == 5
     assert len(json.loads((tmp_path / "summary.json").read_text())) == 3

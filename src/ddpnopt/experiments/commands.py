@@ -123,7 +123,7 @@ def train(
     if result.diverged:
         console.print(f"[yellow]diverged: {result.reason}[/]")
     for path in write_run(result, out):
-        console.print(f"written: {path}")
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
 @app.command(
@@ -188,7 +188,7 @@ def compare(
         raise typer.Exit(1) from error
     print_optimizers(runs, console)
     for path in write_comparison(runs, out):
-        console.print(f"written: {path}")
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: [bold]ddpnopt demo --jobs 2 --out results/demo[/]")
@@ -210,4 +210,4 @@ def demo(
         console.print(f"[red]{error}[/]", highlight=False)
         raise typer.Exit(1) from error
     for path in written:
-        console.print(f"written: {path}")
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)

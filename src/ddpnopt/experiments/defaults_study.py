@@ -153,7 +153,7 @@ def main(
         configs = grid(item.base, contenders, range(seeds))
         tables.append(sweep(configs, store, jobs=jobs, title=name, console=console))
     for path in publish(pd.concat(tables, ignore_index=True), docs):
-        console.print(f"written: {path}")
+        console.print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
