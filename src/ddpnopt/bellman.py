@@ -268,7 +268,7 @@ class Layer:
     def through(self, V: Tensor) -> Tensor:
         """J^T V for (B, X', k)."""
         J = torch.cat([s.J.to(self.dtype) for s in self.blocks if s.J is not None])
-        return J.transpose(1, 2) @ V
+        return J.transpose(1, 2) @ V.to(self.dtype)
 
     def split(self, v: Tensor) -> Blocks:
         """(B, H) to one tensor for each pass."""

@@ -22,6 +22,11 @@ def curvature_options(curvature: str | Mapping[str, Any] | Curvature) -> dict[st
         ValueError: Unknown name; the message lists the names.
     """
     if isinstance(curvature, Curvature):
+        if CURVATURES.get(curvature.name) is not type(curvature):
+            raise ValueError(
+                f"curvature {type(curvature).__name__} is not registered: add it to "
+                f"ddpnopt.curvature.CURVATURES under its name {curvature.name!r}"
+            )
         return {"name": curvature.name, **asdict(curvature)}  # type: ignore[call-overload]
     if not isinstance(curvature, str | Mapping):
         raise ValueError(

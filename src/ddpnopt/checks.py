@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ddpnopt.borrowed import norms
-from ddpnopt.errors import NonFiniteError, UnsupportedModelError
+from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import dense_gradients
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
@@ -125,7 +125,7 @@ def check_finite(
     """
     gradients = dense_gradients(parameters)
     if held or (gradients and not bool(norms(gradients).isfinite().all())):
-        place = first_nonfinite(trajectories, names())
+        place = first_nonfinite(trajectories, names)
         if place:
             raise NonFiniteError(
                 f"the gradient at '{place}' is not finite (seen first there, going backwards from "
@@ -154,6 +154,45 @@ def usable(trajectory: Trajectory) -> bool:
     return clean and trajectory.owned and trajectory.cost is not None
 
 
+def check_output(trajectory: Trajectory, terminal: object) -> None:
+    """The output must still be what the layer made, or its loss can't be known.
+
+    Raises:
+        TerminalError: It was overwritten, and the user has named a terminal cost.
+    """
+    z = trajectory.z
+    if z is None or z.is_inference() or z._version == trajectory.z_version:
+        return
+    if terminal != "auto":
+        raise TerminalError(
+            f"the output of '{trajectory.stages[-1].name}' was modified in place after the layer, "
+            f"so terminal={terminal!r} does not describe it; modify a copy"
+        )
+    trajectory.z = None
+
+
+def check_states(trajectories: Sequence[Trajectory], closed_loop: bool) -> None:
+    """The recorded states and weights must be those of the pass.
+
+    Raises:
+        UnsupportedModelError: The layer is named.
+    """
+    for trajectory in trajectories:
+        for stage in trajectory.active:
+            if not stage.x.is_inference() and stage.x._version != stage.version:
+                raise UnsupportedModelError(
+                    f"the input of '{stage.name}' was modified in place after the layer used it; "
+                    "modify a copy, or use feedback=False"
+                )
+            own = sum(p._version for p in stage.module._parameters.values() if p is not None)
+            if closed_loop and own != stage.weights:
+                raise UnsupportedModelError(
+                    f"the weights of '{stage.name}' were changed between the forward pass and the "
+                    "step (sharpness-aware or manual updates), so the pass can't be compared with "
+                    "a second one; use feedback='open_loop'"
+                )
+
+
 def check_usable(trajectories: Sequence[Trajectory]) -> None:
     """Raise what has been found wrong with a pass.
 
@@ -161,26 +200,28 @@ def check_usable(trajectories: Sequence[Trajectory]) -> None:
         TerminalError: The terminal cost contradicts the output.
         UnsupportedModelError: No chain, or parts called from the loop (named).
     """
-    for trajectory in trajectories:
-        if trajectory.error is not None:
-            raise trajectory.error
-        if trajectory.refusal:
-            raise UnsupportedModelError(trajectory.refusal)
     parts = [f"'{s.name}'" for t in trajectories if not t.owned for s in t.stages if not s.plain]
     if parts:
         raise UnsupportedModelError(
             f"{', '.join(parts)} ran outside any call that contains all layers, so the pass can't "
             "be run again; call one module that owns them all, or use feedback=False"
         )
+    for trajectory in trajectories:
+        if trajectory.error is not None:
+            raise trajectory.error
+        if trajectory.refusal:
+            raise UnsupportedModelError(trajectory.refusal)
 
 
-def first_nonfinite(trajectories: Sequence[Trajectory], names: Mapping[Tensor, str]) -> str:
+def first_nonfinite(
+    trajectories: Sequence[Trajectory], names: Callable[[], dict[Tensor, str]]
+) -> str:
     """The first layer, from the output, whose gradient is not finite; else the parameter; or ''."""
     for trajectory in trajectories:
         for stage in reversed(trajectory.stages):
             if stage.G is not None and not bool(stage.G.isfinite().all()):
                 return stage.name
-    return _first(names.items())
+    return _first(names().items())
 
 
 def _first(named: Iterable[tuple[Tensor, str]]) -> str:

@@ -7,25 +7,29 @@ in open loop what has been added to p.grad.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ddpnopt.arrivals import Arrivals
 from ddpnopt.bellman import linearise
-from ddpnopt.borrowed import Borrowed
+from ddpnopt.borrowed import Borrowed, needs_squares
 from ddpnopt.checks import (
     check_backward,
     check_finite,
+    check_output,
+    check_states,
     check_usable,
     check_weights,
     usable,
     verify_chain,
 )
-from ddpnopt.errors import DDPNOptWarning, TerminalError
+from ddpnopt.errors import TerminalError, UnsupportedModelError
 from ddpnopt.gradients import Consumed, Fingerprint
+from ddpnopt.inert import weakly
+from ddpnopt.notices import CLIPPED_BIASES, NO_OUTPUT_GRADIENT, NOT_RECOGNISED, Notices
 from ddpnopt.options import Options
 from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
@@ -34,16 +38,6 @@ from ddpnopt.stages import Link, Trajectory
 from ddpnopt.step import Settings, Step, report
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
-
-NOT_RECOGNISED = (
-    "the loss was not recognised from the output's gradient, so the steps are the borrowed "
-    "optimizer's, without feedback. Name it: terminal='cross_entropy', 'mse', 'bce_with_logits', "
-    "or a callable output -> factor of its Hessian"
-)
-CLIPPED_BIASES = (
-    "p.grad was rescaled with weight_gradients=False: the weights' steps get the same factor, but "
-    "clip_grad_norm_ has seen the norm of the biases alone. To clip, use weight_gradients=True"
-)
 
 
 class Engine:
@@ -54,7 +48,6 @@ class Engine:
         options: The optimizer's choices.
         groups: Its parameter groups, looked up at each use.
         state: Its state by parameter, likewise.
-        squares: Some curvature is fed with per-sample squares, so passes are recorded anyway.
     """
 
     def __init__(
@@ -63,7 +56,6 @@ class Engine:
         options: Options,
         groups: Callable[[], list[dict[str, Any]]],
         state: Callable[[], dict[Tensor, dict[str, Any]]],
-        squares: bool,
     ) -> None:
         self.model, self.options, self.groups, self.state = model, options, groups, state
         self.diagnose = False
@@ -75,30 +67,46 @@ class Engine:
         self._carried: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
         self._base: dict[Tensor, Tensor] = {}
         self._open_report: StepReport | None = None
-        self._verified: set[tuple[Any, ...]] = set()
-        self._said: set[str] = set()
+        self.notices = Notices()
         self._fingerprint, self._consumed = Fingerprint(), Consumed()
         self._members: set[int] = set()
         self.recorder: Recorder | None = None
         self.refresh()
-        if options.feedback is not False or squares:
-            self._attach()
+        self.attach()
 
-    def _attach(self) -> None:
-        gradient = self.options.value.linearization == "gradient"
+    def attach(self) -> None:
+        """Record passes, where feedback or some group's curvature needs them."""
+        squares = any(needs_squares(group["curvature"]) for group in self.groups())
         feedback = self.options.feedback is not False
+        if self.recorder is not None or not (feedback or squares):
+            return
+        gradient = self.options.value.linearization == "gradient"
+        arrivals = Arrivals(
+            weakly(self._expected),
+            adds_up=not self.in_backward,
+            at_output=weakly(self._at_output),
+            started=weakly(self._backward_started),
+            ended=weakly(self._backward_ended),
+        )
         self.recorder = Recorder(
             self.model,
-            self.trainable,
-            self.refresh,
+            weakly(self.trainable),
+            weakly(self.refresh),
             closed_loop=self.options.closed_loop,
             state_gradients=self.options.closed_loop and gradient,
             links=feedback and not gradient,
             weight_gradients=self.options.weight_gradients or not feedback,
-            at_output=self._at_output,
-            backward_started=self._backward_started,
-            backward_ended=self._backward_ended,
+            arrivals=arrivals,
         )
+
+    def _expected(self) -> list[Tensor]:
+        """Parameters that a backward pass gives gradients to."""
+        used: list[Tensor] = [p for p in self.model.parameters() if self.trainable(p)]
+        if self.options.weight_gradients or self.options.feedback is False or not self.recorder:
+            return used
+        anatomy = self.recorder.anatomy
+        held = {id(m._parameters["weight"]) for m in anatomy.layers().values()} - anatomy.shared
+        return [p for p in used if id(p) not in held]
 
     def refresh(self) -> None:
         """Parameters are looked up anew for each pass and step: FSDP and others swap them."""
@@ -135,7 +143,7 @@ class Engine:
     def forget_passes(self) -> None:
         """Drop the recorded passes."""
         if self.recorder is not None:
-            self.recorder.completed.clear()
+            self.recorder.arrivals.drop()
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives a step, as tensors and plain values."""
@@ -157,23 +165,26 @@ class Engine:
 
     # Backward pass --------------------------------------------------------------------------
 
-    def _at_output(self, trajectory: Trajectory, link: Link | None) -> None:
+    def _at_output(self, trajectory: Trajectory, link: Link | None, G: Tensor) -> None:
         """The output's gradient has arrived: which loss was it, and what has to be linearised."""
-        last = trajectory.stages[-1]
-        if self.options.feedback is False or trajectory.z is None or last.G is None:
+        trajectory.pending = (None, None)
+        if self.options.feedback is False or trajectory.z is None:
             return
-        trajectory.cost = None
         with torch.no_grad():
-            if not bool(last.G.isfinite().all()):
+            if not bool(G.isfinite().all()):
                 return  # GradScaler probes with overflows: the last decision stands
+            last = trajectory.stages[-1]
             axis = last.rule.feature_axis if last.rule is not None else -1
             try:
-                cost = self.recogniser(trajectory.z, last.G, axis, trajectory.samples)
+                check_output(trajectory, self.options.terminal)
+                cost = None
+                if trajectory.z is not None:
+                    cost = self.recogniser(trajectory.z, G, axis, trajectory.samples)
             except TerminalError as error:
-                trajectory.error = error
+                trajectory.pending = (None, error)
                 return
-        trajectory.cost = cost
-        if cost is not None and trajectory.active:
+        trajectory.pending = (cost, None)
+        if cost is not None and not all(s.plain for s in trajectory.stages):
             linearise(trajectory, link, cost, self.options.value)
 
     def _backward_started(self) -> None:
@@ -185,12 +196,24 @@ class Engine:
 
     @torch.no_grad()
     def _backward_ended(self, trajectories: list[Trajectory]) -> None:
-        """In open loop: write the re-weighted gradients to p.grad."""
-        if self.in_backward:
-            if trajectories and all(usable(t) for t in trajectories):
-                self._open_loop(trajectories)
+        """Verify the chain; in open loop, write the re-weighted gradients to p.grad."""
+        for trajectory in trajectories:
+            self._verify(trajectory)
+        if self.in_backward and trajectories and all(usable(t) for t in trajectories):
+            self._open_loop(trajectories)
         self._base = {}
         self._fingerprint.take(self.parameters())
+
+    def _verify(self, trajectory: Trajectory) -> None:
+        """What is wrong with a pass is raised at the step, where it is expected."""
+        if trajectory.error is None and self.options.feedback is not False:
+            try:
+                verify_chain(trajectory)
+            except UnsupportedModelError as error:
+                trajectory.error = error
+            for stage in trajectory.stages:
+                if not self.recorder or not self.recorder.state_gradients:
+                    stage.g_x = None  # was needed for this alone
 
     def _open_loop(self, trajectories: list[Trajectory]) -> None:
         step = self._new_step(trajectories, self.rescale, 1.0)
@@ -217,7 +240,7 @@ class Engine:
 
     def take(self) -> list[Trajectory]:
         """The passes whose gradients have arrived since the last step."""
-        return list(self.recorder.completed) if self.recorder is not None else []
+        return list(self.recorder.arrivals.completed) if self.recorder is not None else []
 
     def finish(self) -> None:
         """After a step, whether taken or skipped."""
@@ -235,8 +258,10 @@ class Engine:
         rescale = self._fingerprint.rescaling()
         check_finite(parameters, trajectories, self.names, not self.options.weight_gradients)
         in_feedback = self._usable(trajectories)
+        if in_feedback:
+            check_states(trajectories, self.options.closed_loop)
         if rescale != 1.0 and not self.options.weight_gradients and in_feedback:
-            self._say(CLIPPED_BIASES)
+            self.notices.say(CLIPPED_BIASES)
         step = self._new_step(trajectories, rescale, rescale)
         running = dict(self.running)
         sketch = self.sketch.get_state()
@@ -263,10 +288,6 @@ class Engine:
 
     def _apply(self, step: Step, trajectories: list[Trajectory]) -> None:
         if self.options.closed_loop:
-            for trajectory in trajectories:
-                if trajectory.key not in self._verified:
-                    verify_chain(trajectory)
-                    self._verified.add(trajectory.key)
             assert self.recorder is not None
             rollout(self.recorder, trajectories, step.layers, step.apply)
         else:
@@ -316,25 +337,11 @@ class Engine:
             return False
         check_usable(trajectories)
         for trajectory in trajectories:
-            self._say_plain(trajectory)
+            self.notices.say_plain(trajectory, self.names, self.trainable)
         if any(t.cost is None for t in trajectories):
-            if self.recogniser.decision == "unrecognised":
-                self._say(NOT_RECOGNISED)
+            if any(t.stages[-1].G is None for t in trajectories):
+                self.notices.say(NO_OUTPUT_GRADIENT)
+            elif self.recogniser.decision == "unrecognised":
+                self.notices.say(NOT_RECOGNISED)
             return False
         return bool(trajectories)
-
-    def _say_plain(self, trajectory: Trajectory) -> None:
-        reasons: dict[str, list[str]] = {}
-        for stage in trajectory.stages:
-            if stage.plain and stage.plain != "frozen":
-                reasons.setdefault(stage.plain, []).append(f"'{stage.name}'")
-        for reason, names in reasons.items():
-            self._say(
-                f"{', '.join(names)} take the borrowed optimizer's plain step, without feedback: "
-                f"{reason}"
-            )
-
-    def _say(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(message, DDPNOptWarning, stacklevel=4)

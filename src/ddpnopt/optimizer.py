@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self, overload
+from typing import Any, NoReturn, Self, overload
 
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import curvature_options, needs_squares
+from ddpnopt.borrowed import curvature_options
 from ddpnopt.checks import check_group, check_model, refuse_distributed
 from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
@@ -21,6 +22,10 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 
 FORMAT_VERSION = 1
+COPIED = (
+    "a DDPNOpt can't be copied or pickled, since it belongs to its model's hooks: copy the model, "
+    "make a new DDPNOpt for it, and carry the state over with state_dict"
+)
 
 
 class DDPNOpt(torch.optim.Optimizer):
@@ -90,9 +95,12 @@ class DDPNOpt(torch.optim.Optimizer):
             "curvature": curvature_options(curvature),
         }
         super().__init__(model.parameters() if params is None else params, defaults)
-        squares = any(needs_squares(group["curvature"]) for group in self.param_groups)
+        owner = weakref.ref(self)  # the engine must not keep a dropped optimizer recording
         self._engine = Engine(
-            model, self.options, lambda: self.param_groups, lambda: self.state, squares
+            model,
+            self.options,
+            lambda: _alive(owner).param_groups,
+            lambda: _alive(owner).state,
         )
 
     # Groups and hooks -----------------------------------------------------------------------
@@ -107,10 +115,13 @@ class DDPNOpt(torch.optim.Optimizer):
             raise TypeError("a parameter group must be a dict")
         group = {**self.defaults, **param_group}
         given = param_group["params"]
-        group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        members = [given] if isinstance(given, Tensor) else list(given)
+        group["params"] = [p[1] if isinstance(p, tuple) else p for p in members]
         group["curvature"] = curvature_options(group["curvature"])
         check_group(group, {p: name for name, p in self.model.named_parameters()})
         super().add_param_group(group)
+        if self._engine is not None:
+            self._engine.attach()
 
     def detach(self) -> None:
         """Remove every hook from the model; the optimizer takes plain steps from then on."""
@@ -187,6 +198,14 @@ class DDPNOpt(torch.optim.Optimizer):
         engine.finish()
         return loss
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """Refused: the copy's parameters would be no model's."""
+        raise TypeError(COPIED)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused likewise."""
+        raise TypeError(COPIED)
+
     # State ----------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -217,5 +236,15 @@ class DDPNOpt(torch.optim.Optimizer):
                 f"load_state_dict: {found}; expected the state_dict of a DDPNOpt, "
                 f"format {FORMAT_VERSION}"
             )
+        missing = self.engine.state_dict().keys() - own.keys()
+        if missing:
+            raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))}")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "ddpnopt"})
         self.engine.load_state_dict(own)
+        self.engine.attach()
+
+
+def _alive(reference: weakref.ref[DDPNOpt]) -> DDPNOpt:
+    optimizer = reference()
+    assert optimizer is not None
+    return optimizer

@@ -10,7 +10,6 @@ from typing import Any
 from ddpnopt.recognition import MSE, TERMINALS, Terminal
 from ddpnopt.value import VALUES, ValueFunction
 
-FEEDBACK = (True, "open_loop", False)
 GRAM = ("auto", "exact", "sketch")
 NONFINITE = ("raise", "skip")
 
@@ -32,7 +31,7 @@ class Options:
         Raises:
             ValueError: A choice is unknown; the message lists what there is.
         """
-        if self.feedback not in FEEDBACK:
+        if not (isinstance(self.feedback, bool) or self.feedback == "open_loop"):
             raise ValueError(f"feedback={self.feedback!r}: choose from True, 'open_loop', False")
         if isinstance(self.terminal, str) and self.terminal not in TERMINALS:
             raise ValueError(

@@ -37,7 +37,8 @@ def rollout(
         UnsupportedModelError: The calls can't be repeated, or take another path.
     """
     for trajectory in trajectories:
-        _check(trajectory)
+        assert trajectory.call is not None
+        trajectory.call.check_inputs()
     order = list(layers)
     reached: list[str] = []
 
@@ -63,17 +64,6 @@ def rollout(
             interleave({i: Replay(call) for i, call in enumerate(calls)}, meet, current)
     if reached != order:
         raise _other_path(order, reached)
-
-
-def _check(trajectory: Trajectory) -> None:
-    if not trajectory.owned:
-        names = ", ".join(f"'{s.name}'" for s in trajectory.stages)
-        raise UnsupportedModelError(
-            f"{names} ran outside any call that contains all layers, so the pass can't be run "
-            "again; call one module that owns them all, or use feedback='open_loop'"
-        )
-    assert trajectory.call is not None
-    trajectory.call.check_inputs()
 
 
 def _changes(blocks: Sequence[Stage], states: Sequence[Tensor]) -> Blocks | None:

@@ -26,8 +26,10 @@ class Stage:
         x: State that entered it (alias), with its version.
         rows: Dimension 0 of the output.
         unbatched: The input is a single sample without a batch axis; the record adds it.
-        G: Gradient at the pre-activation; None until it arrives.
+        weights: Versions of the layer's parameters in the pass.
+        G: Gradient at the pre-activation; None until a backward pass has brought it.
         g_x: Gradient at the state.
+        fresh_G, fresh_g_x: The same, of a backward pass that has not ended.
         Z_h, Z_x: The terminal factor's columns pulled back to h and x.
         J: Jacobian of the next active layer's state (or the output) by h, (B, X', H).
         plain: Why this stage takes the plain step; empty if it takes part in feedback.
@@ -40,8 +42,11 @@ class Stage:
     version: int
     rows: int
     unbatched: bool = False
+    weights: int = 0
     G: Tensor | None = None
     g_x: Tensor | None = None
+    fresh_G: Tensor | None = None
+    fresh_g_x: Tensor | None = None
     Z_h: Tensor | None = None
     Z_x: Tensor | None = None
     J: Tensor | None = None
@@ -54,7 +59,7 @@ class Trajectory:
 
     Attributes:
         stages: Executions in order.
-        z: Output of the last parametrised layer.
+        z: Output of the last parametrised layer, with its version.
         call: How to run the pass again; None in open loop.
         samples: B.
         refusal: Why no feedback is possible; raised when a step needs it.
@@ -62,10 +67,12 @@ class Trajectory:
         key: The structure; passes with the same key behave alike.
         cost: Its terminal cost; None if not recognised.
         error: What the terminal cost found wrong; raised at the step.
+        pending: Cost and error of a backward pass that has not ended.
     """
 
     stages: list[Stage] = field(default_factory=list)
     z: Tensor | None = None
+    z_version: int = -1
     call: Call | None = None
     samples: int = 0
     refusal: str = ""
@@ -73,11 +80,19 @@ class Trajectory:
     key: tuple[Any, ...] = ()
     cost: Cost | None = None
     error: Exception | None = None
+    pending: tuple[Cost | None, Exception | None] | None = None
 
     @property
     def active(self) -> list[Stage]:
         """Stages that take part in feedback."""
         return [s for s in self.stages if not s.plain and s.G is not None]
+
+    def forget_gradients(self) -> None:
+        """Back to how the forward pass left it: its gradients have been used or thrown away."""
+        self.cost = self.error = self.pending = None
+        for stage in self.stages:
+            stage.G = stage.g_x = stage.fresh_G = stage.fresh_g_x = None
+            stage.Z_h = stage.Z_x = stage.J = None
 
 
 @dataclass(frozen=True, eq=False)

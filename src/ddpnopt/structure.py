@@ -19,6 +19,7 @@ from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
 
 REENTRANT = "CheckpointFunctionBackward"
+MIXED = "samples are mixed behind it"
 
 
 class Anatomy:
@@ -45,9 +46,14 @@ class Anatomy:
                 self.hooked[name] = module
             if inner or module is model:
                 self.containers[name] = module
+        self._modules = [id(m) for m in model.modules()]
         self.shared: set[int] = set()
         self._owners: set[int] = set()
         self._state: tuple[tuple[int, bool], ...] = ()
+
+    def outdated(self) -> bool:
+        """Whether modules have been added, removed or replaced."""
+        return self._modules != [id(m) for m in self.model.modules()]
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether a module has a rule and a parameter to optimise, now."""
@@ -83,15 +89,21 @@ class Anatomy:
 
 
 class Ledger:
-    """Nodes and edges of the stages while a forward pass runs; dropped when it ends."""
+    """Nodes and edges of the stages while a forward pass runs; dropped when it ends.
 
-    def __init__(self) -> None:
+    Args:
+        own: Identities of all layers' parameters.
+    """
+
+    def __init__(self, own: set[int]) -> None:
+        self._own = own
         self.edges: list[GradientEdge | None] = []
         self._latest: set[Node] = set()
         self._outputs: dict[Node, int] = {}
         self._leaves: dict[int, int] = {}
         self._skips: list[tuple[int, int]] = []
         self._reentrant: int | None = None
+        self._loop: int | None = None
 
     def enter(
         self,
@@ -122,8 +134,12 @@ class Ledger:
                 continue
             seen.add(node)
             source = self._outputs.get(node)
+            leaf = id(getattr(node, "variable", None))
             if source is None:
-                source = self._leaves.get(id(getattr(node, "variable", None)))
+                source = self._leaves.get(leaf)
+            if source is None and leaf in self._own:
+                self._loop = index
+                continue
             if source is not None:
                 self._skips.append((source, index))
                 continue
@@ -152,6 +168,12 @@ class Ledger:
     def refusal(self, trajectory: Trajectory) -> str:
         """Why the layers that take part in feedback are no chain, or ''."""
         stages = trajectory.stages
+        if self._loop is not None and not all(s.plain for s in stages):
+            return (
+                f"the input of '{stages[self._loop].name}' was made with the model's own layers "
+                "(a model applied to its own output): feedback is for chains; train this model "
+                "with feedback=False"
+            )
         for source, target in self._skips:
             if not stages[source].plain:
                 between = [s.name for s in stages[source + 1 : target] if not s.plain]
@@ -178,24 +200,39 @@ class Ledger:
             elif uses[stage.name] > 1 or any(id(p) in shared for p in own):
                 stage.plain = "its parameters are used more than once"
 
-    def samples(self, trajectory: Trajectory) -> int:
-        """B: rows of the output, or of an active stage of which the output's are a multiple."""
+    def front(self, trajectory: Trajectory, start: int) -> None:
+        """Mark the stages in front of ``start`` as mixed, and find B from the others.
+
+        B is the number of rows of the output, or of an active stage of which the output's are a
+        multiple (positions folded into the batch).
+        """
         assert trajectory.z is not None
+        for stage in trajectory.stages[:start]:
+            stage.plain = stage.plain or MIXED
         last = trajectory.stages[-1].rows
-        rows = [s.rows for s in trajectory.stages if not s.plain and last % s.rows == 0]
-        samples = min([last, *rows])
+        if last == 0:
+            for stage in trajectory.stages:
+                stage.plain = stage.plain or "the batch is empty"
+        rows = [s.rows for s in trajectory.stages if not s.plain and s.rows and last % s.rows == 0]
+        samples = trajectory.samples = min([last, *rows])
         for stage in trajectory.stages:
             if not stage.plain and (stage.rows % samples or stage.x.shape[0] % samples):
                 stage.plain = f"its {stage.rows} rows are not a multiple of {samples} samples"
-        return samples
 
 
-def mixing_start(trajectory: Trajectory, edges: list[GradientEdge | None]) -> tuple[int, bool]:
+def mixing_start(
+    trajectory: Trajectory, edges: list[GradientEdge | None], turn: int = 0
+) -> tuple[int, bool]:
     """The first stage from which on no layer mixes samples on the way to the output.
 
     One sample is perturbed at the output, in the adjoint direction: one backward pass with a
     seed on its rows alone shows at every stage whether the gradient stays in that sample's rows.
     Both mixing (BatchNorm) and another ownership of rows (time-major folding) show up.
+
+    Args:
+        trajectory: The pass.
+        edges: Gradient edges of its stages' outputs.
+        turn: Which sample to perturb: the middle one, the first, the last, ...
 
     Returns:
         The index of the first unmixed stage, and whether the finding is conclusive (a zero
@@ -204,9 +241,9 @@ def mixing_start(trajectory: Trajectory, edges: list[GradientEdge | None]) -> tu
     samples, z = trajectory.samples, trajectory.z
     assert z is not None and edges[-1] is not None
     indices = [i for i, s in enumerate(trajectory.stages) if not s.plain and edges[i] is not None]
-    if samples == 1 or not indices:
+    if samples <= 1 or not indices:
         return 0, False
-    chosen = samples // 2
+    chosen = (samples // 2, 0, samples - 1)[turn] if turn < 3 else turn * 7919 % samples
     rows = z.shape[0] // samples
     seed = torch.zeros_like(z)
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +255,7 @@ def mixing_start(trajectory: Trajectory, edges: list[GradientEdge | None]) -> tu
     )
     start, conclusive = 0, True
     for index, gradient in zip(indices, gradients, strict=True):
-        if gradient is None or not bool(gradient.any()):
+        if gradient is None or not bool(gradient.any()) or not bool(gradient.isfinite().all()):
             conclusive = False
             continue
         per_sample = gradient.reshape(samples, -1).ne(0).any(1)

@@ -90,7 +90,8 @@ def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples:
 
     def factor(rank: int | None) -> Tensor:
         S = softmax_factor(p, gradient, rank) * w_rows.sqrt()[None, ..., None]
-        return _spread_positions(S).reshape(-1, *z.movedim(axis, -1).shape).movedim(-1, axis)
+        S = _spread_positions(S).reshape(-1, *z.movedim(axis, -1).shape)
+        return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
 
     return Cost(name, w_sample, kappa, excess.clamp(min=0), factor)
 

@@ -18,12 +18,17 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from ddpnopt.arrivals import Arrivals, counts
 from ddpnopt.inert import Anchor, Hook, probes, probing
 from ddpnopt.layers import rule_for
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import Anatomy, Ledger, mixing_start
 from ddpnopt.typing import Tensor
+
+#: The first passes of each structure are probed for mixing, each at another sample, and then
+#: one in so many.
+PROBES, PROBE_EVERY = 3, 64
 
 
 class Recorder:
@@ -37,9 +42,7 @@ class Recorder:
         state_gradients: The rollout needs the gradients at the states.
         links: Edges of the graph are needed when the output's gradient arrives.
         weight_gradients: False: the layers' weights get no gradient.
-        at_output: Called with (trajectory, link) when the output's gradient has arrived.
-        backward_started: Called when the first gradient of a backward pass arrives.
-        backward_ended: Called at the end of each backward pass with its trajectories.
+        arrivals: Where the gradients go.
     """
 
     def __init__(
@@ -51,29 +54,24 @@ class Recorder:
         state_gradients: bool,
         links: bool,
         weight_gradients: bool,
-        at_output: Callable[[Trajectory, Link | None], None],
-        backward_started: Callable[[], None],
-        backward_ended: Callable[[list[Trajectory]], None],
+        arrivals: Arrivals,
     ) -> None:
         self.model, self.trainable, self.refresh = model, trainable, refresh
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
-        self.weight_gradients = weight_gradients
-        self.at_output = at_output
-        self.backward_started, self.backward_ended = backward_started, backward_ended
-        self.completed: list[Trajectory] = []
+        self.weight_gradients, self.arrivals = weight_gradients, arrivals
         self.paused = False
+        self.passes = 0
         self._open: Trajectory | None = None
         self._depth: list[nn.Module] = []
-        self._ledger = Ledger()
+        self._ledger = Ledger(set())
         self._link: Link | None = None
         self._last: Tensor | None = None
         self._held: dict[str, nn.Parameter] = {}
-        self._task: int | None = None
-        self._mixing: dict[tuple[Any, ...], int] = {}
-        self.anatomy = Anatomy(model, trainable)
-        self._during: list[Trajectory] = []
+        self._mixing: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.anatomy = Anatomy(model, trainable)
         self._attach()
+        weakref.finalize(self, _remove, self._handles)
 
     # Structure of the model -----------------------------------------------------------------
 
@@ -100,12 +98,15 @@ class Recorder:
 
     def detach(self) -> None:
         """Remove every hook and forget everything recorded."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.completed.clear()
+        _remove(self._handles)
+        self.arrivals.drop()
 
     # Forward pass ---------------------------------------------------------------------------
+
+    @property
+    def verifying(self) -> bool:
+        """The present pass is one of those whose chain is verified."""
+        return self.passes % PROBE_EVERY == 0
 
     def _recording(self) -> bool:
         return (
@@ -122,8 +123,7 @@ class Recorder:
         if module in self._depth:  # an interrupted call never left
             self._depth.clear()
         if not self._depth:
-            self.refresh()
-            self.anatomy.refresh()
+            self._look_again()
         if not self.anatomy.owns_all(module):
             return
         if self._open is None or not self._depth:
@@ -133,10 +133,21 @@ class Recorder:
         if self.closed_loop and not any(s.rule for s in self._open.stages):
             self._open.call = Call.capture(name, module, args, kwargs)
 
+    def _look_again(self) -> None:
+        """Parameters may have been swapped or frozen, layers replaced, since the last pass."""
+        self.refresh()
+        if self.anatomy.outdated():
+            _remove(self._handles)
+            self.anatomy = Anatomy(self.model, self.trainable)
+            self._attach()
+        self.anatomy.refresh()
+
     def _begin(self, owned: bool) -> None:
-        self._drop_stale()
+        self.arrivals.drop_stale()
         self._open = Trajectory(owned=owned)
-        self._ledger, self._link, self._last = Ledger(), None, None
+        layers = self.anatomy.layers().values()
+        own = {id(p) for m in layers for p in m._parameters.values()} - {id(None)}
+        self._ledger, self._link, self._last = Ledger(own), None, None
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """The owner returns: the graph alone keeps the trajectory from here on."""
@@ -151,33 +162,40 @@ class Recorder:
         if complete and trajectory is not None and trajectory.stages and self._ledger.edges:
             self._classify(trajectory)
         self._open, self._link, self._last = None, None, None
-        self._ledger = Ledger()
+        self._ledger = Ledger(set())
+        self.passes += 1
 
     def _classify(self, trajectory: Trajectory) -> None:
         """Which stages take the plain step: mixing of samples, shared use, no rule."""
         assert self._last is not None
         z = self._last.detach()
         trajectory.z = z[None] if trajectory.stages[-1].unbatched else z
-        self._ledger.mark(trajectory, self.anatomy.shared, self.trainable)
         trajectory.refusal = self._ledger.hidden(trajectory)
         if trajectory.refusal:
             return
-        trajectory.samples = self._ledger.samples(trajectory)
-        key = (
+        self._ledger.mark(trajectory, self.anatomy.shared, self.trainable)
+        trajectory.key = (
             tuple(s.name for s in trajectory.stages),
             tuple(m.training for m in self.model.modules()),
-            tuple(s.rows // trajectory.samples for s in trajectory.stages),
         )
-        start = self._mixing.get(key)
-        if start is None:
-            with probing():
-                start, conclusive = mixing_start(trajectory, self._ledger.edges)
-            if conclusive:
-                self._mixing[key] = start
-        for stage in trajectory.stages[:start]:
-            stage.plain = stage.plain or "samples are mixed behind it"
-        trajectory.key = key
+        self._find_mixing(trajectory)
         trajectory.refusal = self._ledger.refusal(trajectory)
+
+    def _find_mixing(self, trajectory: Trajectory) -> None:
+        """Mark the stages in front of a layer that mixes samples; they don't tell B either."""
+        start, probed = self._mixing.get(trajectory.key, (0, 0))
+        self._ledger.front(trajectory, start)
+        if probed >= PROBES and self.passes % PROBE_EVERY:
+            return
+        while True:
+            with probing():
+                found, conclusive = mixing_start(trajectory, self._ledger.edges, probed)
+            if found <= start:
+                break
+            start = found
+            self._ledger.front(trajectory, start)  # B may have come from what is mixed
+        if conclusive or start:
+            self._mixing[trajectory.key] = (start, probed + 1)
 
     def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: its weight asks for no gradient while the layer runs."""
@@ -200,8 +218,7 @@ class Recorder:
             held.requires_grad_(True)
         replaced = None
         if held is not None and isinstance(output, Tensor) and not output.requires_grad:
-            token = torch.zeros((), requires_grad=True, device=output.device)
-            output = replaced = Anchor.apply(output, token)  # type: ignore[no-untyped-call]
+            output = replaced = Anchor.apply(output, self.arrivals.token)  # type: ignore[no-untyped-call]
         if not self._recording() or output is None:
             return replaced
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -227,67 +244,25 @@ class Recorder:
         rows = out.shape[0] if out.dim() and not unbatched else 1
         version = -1 if x.is_inference() else x._version
         state = x.detach()[None] if unbatched else x.detach()
-        stage = Stage(name, module, rule, state, version, rows, unbatched)
+        weights = sum(p._version for p in module._parameters.values() if p is not None)
+        stage = Stage(name, module, rule, state, version, rows, unbatched, weights)
         index = len(trajectory.stages)
         boundary = rule is not None and self.anatomy.is_layer(module)
         self._ledger.enter(index, module, inputs, tensors, boundary)
         trajectory.stages.append(stage)
-        self._last = out
+        self._last, trajectory.z_version = out, -1 if out.is_inference() else out._version
         if not out.requires_grad:
             return
         x_edge = get_gradient_edge(x) if x.requires_grad and inputs else None
         upstream = Link(stage, x_edge, None, self._link) if self.links else None
-        ref = weakref.ref(self)
+        ref = weakref.ref(self.arrivals)
         hook = partial(_gradient_at_h, ref, trajectory, stage, upstream)
         out.register_hook(hook)  # type: ignore[no-untyped-call]
-        if self.state_gradients and index > 0 and rule is not None and x.requires_grad:
+        wanted = self.state_gradients or self.verifying
+        if wanted and index > 0 and rule is not None and x.requires_grad:
             x.register_hook(partial(_gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
         if self.links:
             self._link = Link(stage, x_edge, get_gradient_edge(out), self._link)
-
-    # Backward pass --------------------------------------------------------------------------
-
-    def received(self, trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor) -> None:
-        """A gradient has arrived at a stage's output."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            self._drop_stale()
-            self.backward_started()
-            self._during = []
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(_ended, weakref.ref(self)))
-        last = stage is trajectory.stages[-1]
-        if stage.rule is None and not last:
-            return
-        G = G.detach()[None] if stage.unbatched else G.detach()
-        stage.G = G if stage.G is None else stage.G + G
-        if trajectory not in self._during:
-            self._during.append(trajectory)
-        if trajectory not in self.completed:
-            self.completed.append(trajectory)
-        if last and not trajectory.refusal:
-            with probing():
-                self.at_output(trajectory, link)
-
-    def _drop_stale(self) -> None:
-        """Forget trajectories whose gradients were thrown away (a skipped step, zero_grad)."""
-        if not self.completed:
-            return
-        used = [p for p in self.model.parameters() if self.trainable(p)]
-        if not self.weight_gradients:
-            held = {
-                id(m._parameters["weight"]) for m in self.anatomy.layers().values()
-            } - self.anatomy.shared
-            used = [p for p in used if id(p) not in held]
-        if used and not any(p.grad is not None and bool(p.grad.any()) for p in used):
-            self.completed.clear()
-
-    def end_backward(self) -> None:
-        """The backward pass is over; p.grad is complete."""
-        self._task = None
-        during, self._during = self._during, []
-        self.backward_ended(during)
 
     # Rollout --------------------------------------------------------------------------------
 
@@ -317,22 +292,20 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _gradient_at_h(
-    ref: weakref.ref[Recorder], trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor
+    ref: weakref.ref[Arrivals], trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor
 ) -> None:
-    recorder = ref()
-    # With create_graph the gradient is itself part of a loss: not the one to step on.
-    if recorder is not None and not probes.running and not torch.is_grad_enabled():
-        recorder.received(trajectory, stage, link, G)
+    arrivals = ref()
+    if arrivals is not None and counts():
+        arrivals.at_h(trajectory, stage, link, G)
 
 
-def _gradient_at_x(ref: weakref.ref[Recorder], stage: Stage, G: Tensor) -> None:
-    recorder = ref()
-    if recorder is not None and not probes.running and not torch.is_grad_enabled():
-        G = G.detach()[None] if stage.unbatched else G.detach()
-        stage.g_x = G if stage.g_x is None else stage.g_x + G
+def _gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, G: Tensor) -> None:
+    arrivals = ref()
+    if arrivals is not None and counts():
+        arrivals.at_x(stage, G)
 
 
-def _ended(ref: weakref.ref[Recorder]) -> None:
-    recorder = ref()
-    if recorder is not None:
-        recorder.end_backward()
+def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""Gradients as they arrive at recorded stages: which of them a step may use.
+
+A tensor hook can't tell ``loss.backward()`` from ``torch.autograd.grad``: both run it. So what a
+backward pass brings is kept apart until it ends, and counts only if it has really reached p.grad.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ddpnopt.inert import probes, probing
+from ddpnopt.stages import Link, Stage, Trajectory
+from ddpnopt.typing import Tensor
+
+
+class Arrivals:
+    """Collects gradients, and owns the trajectories that have received some.
+
+    Args:
+        expected: Parameters that a backward pass of the model gives gradients to.
+        adds_up: A second backward pass through the same graph adds to the first (closed loop); in
+            open loop each is re-weighted by itself.
+        at_output: Called with (trajectory, link, G) when the output's gradient has arrived.
+        started: Called when the first gradient of a backward pass arrives.
+        ended: Called with its trajectories when p.grad is complete.
+    """
+
+    def __init__(
+        self,
+        expected: Callable[[], list[Tensor]],
+        adds_up: bool,
+        at_output: Callable[[Trajectory, Link | None, Tensor], None],
+        started: Callable[[], None],
+        ended: Callable[[list[Trajectory]], None],
+    ) -> None:
+        self.expected, self.adds_up = expected, adds_up
+        self.at_output, self.started, self.ended = at_output, started, ended
+        self.completed: list[Trajectory] = []
+        #: Gets a gradient where a model has no parameter that does (no biases, no weights').
+        self.token = torch.zeros((), requires_grad=True)
+        self._during: list[Trajectory] = []
+        self._before: dict[Tensor, tuple[int, int] | None] = {}
+        self._task: int | None = None
+
+    def at_h(self, trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor) -> None:
+        """A gradient has arrived at a stage's output."""
+        self._begin()
+        last = stage is trajectory.stages[-1]
+        if stage.rule is None and not last:
+            return
+        G = G.detach()[None] if stage.unbatched else G.detach()
+        stage.fresh_G = G if stage.fresh_G is None else stage.fresh_G + G
+        if trajectory not in self._during:
+            self._during.append(trajectory)
+        if last and not trajectory.refusal:
+            total = stage.fresh_G
+            if self.adds_up and stage.G is not None:
+                total = stage.G + total
+            with probing():
+                self.at_output(trajectory, link, total)
+
+    def at_x(self, stage: Stage, G: Tensor) -> None:
+        """A gradient has arrived at a stage's state."""
+        G = G.detach()[None] if stage.unbatched else G.detach()
+        stage.fresh_g_x = G if stage.fresh_g_x is None else stage.fresh_g_x + G
+
+    def _begin(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task = task
+        self.drop_stale()
+        self._discard()  # of a backward pass that failed half-way
+        self._before = {p: _identity(p) for p in (*self.expected(), self.token)}
+        self.started()
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(partial(_ended, weakref.ref(self)))
+
+    def end(self) -> None:
+        """The backward pass is over: keep what it brought if it changed any p.grad."""
+        self._task = None
+        changed = any(_identity(p) != before for p, before in self._before.items())
+        self._before = {}
+        self.token.grad = None
+        if not changed:
+            self._discard()
+            return
+        during, self._during = self._during, []
+        for trajectory in during:
+            self._keep(trajectory)
+            if trajectory not in self.completed:
+                self.completed.append(trajectory)
+        self.ended(during)
+
+    def _keep(self, trajectory: Trajectory) -> None:
+        if trajectory.pending is not None:
+            trajectory.cost, trajectory.error = trajectory.pending
+            trajectory.pending = None
+        for stage in trajectory.stages:
+            add = self.adds_up
+            if stage.fresh_G is not None:
+                stage.G = stage.G + stage.fresh_G if add and stage.G is not None else stage.fresh_G
+            if stage.fresh_g_x is not None:
+                known = stage.g_x if add else None
+                stage.g_x = stage.fresh_g_x if known is None else known + stage.fresh_g_x
+            stage.fresh_G = stage.fresh_g_x = None
+
+    def _discard(self) -> None:
+        for trajectory in self._during:
+            trajectory.pending = None
+            for stage in trajectory.stages:
+                stage.fresh_G = stage.fresh_g_x = None
+        self._during = []
+
+    def drop(self) -> None:
+        """The gradients have been used or cleared; the graphs may live on and bring new ones."""
+        for trajectory in self.completed:
+            trajectory.forget_gradients()
+        self.completed = []
+
+    def drop_stale(self) -> None:
+        """Drop trajectories whose gradients were thrown away (a skipped step, model.zero_grad)."""
+        if not self.completed:
+            return
+        parameters = self.expected()
+        if parameters and not any(
+            p.grad is not None and (p.grad.is_sparse or bool(p.grad.any())) for p in parameters
+        ):
+            self.drop()
+
+
+def _identity(p: Tensor) -> tuple[int, int] | None:
+    return None if p.grad is None else (id(p.grad), p.grad._version)
+
+
+def counts() -> bool:
+    """Whether a gradient hook runs for the user's own first-order backward pass.
+
+    With create_graph the gradient is itself part of a loss: not the one to step on.
+    """
+    return not probes.running and not torch.is_grad_enabled()
+
+
+def _ended(ref: weakref.ref[Arrivals]) -> None:
+    arrivals = ref()
+    if arrivals is not None:
+        arrivals.end()

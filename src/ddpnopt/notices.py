@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""What runs differently from what was asked, said once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from ddpnopt.errors import DDPNOptWarning
+from ddpnopt.stages import Trajectory
+from ddpnopt.typing import Tensor
+
+NOT_RECOGNISED = (
+    "the loss was not recognised from the output's gradient, so the steps are the borrowed "
+    "optimizer's, without feedback. Name it: terminal='cross_entropy', 'mse', 'bce_with_logits', "
+    "or a callable output -> factor of its Hessian"
+)
+NO_OUTPUT_GRADIENT = (
+    "the last layer that ran gets no gradient from the loss, so there is no terminal cost and the "
+    "steps are the borrowed optimizer's, without feedback; run only the layers that the loss needs"
+)
+CLIPPED_BIASES = (
+    "p.grad was rescaled with weight_gradients=False: the weights' steps get the same factor, but "
+    "clip_grad_norm_ has seen the norm of the biases alone. To clip, use weight_gradients=True"
+)
+
+
+class Notices:
+    """Warnings of one optimizer; each is given once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._told: set[tuple[Any, ...]] = set()
+
+    def say(self, message: str) -> None:
+        """Warn, unless it has been said."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, DDPNOptWarning, stacklevel=5)
+
+    def say_plain(
+        self,
+        trajectory: Trajectory,
+        names: Callable[[], dict[Tensor, str]],
+        trainable: Callable[[Tensor], bool],
+    ) -> None:
+        """Say which layers and parameters take the plain step, once for each structure.
+
+        Args:
+            trajectory: The pass.
+            names: Paths of the model's parameters.
+            trainable: Whether a parameter belongs to the optimizer.
+        """
+        if trajectory.key in self._told:
+            return
+        self._told.add(trajectory.key)
+        reasons: dict[str, dict[str, None]] = {}
+        for stage in trajectory.stages:
+            if stage.plain and stage.plain != "frozen":
+                reasons.setdefault(stage.plain, {})[f"'{stage.name}'"] = None
+        ran = {id(p) for s in trajectory.stages for p in s.module._parameters.values()}
+        for p, name in names().items():
+            if id(p) not in ran and trainable(p) and p.grad is not None:
+                reasons.setdefault("they belong to no layer that ran", {})[f"'{name}'"] = None
+        for reason, found in reasons.items():
+            self.say(
+                f"{', '.join(found)} take the borrowed optimizer's plain step, without feedback: "
+                f"{reason}"
+            )
