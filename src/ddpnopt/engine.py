@@ -206,6 +206,9 @@ class Engine:
 
     def _verify(self, trajectory: Trajectory) -> None:
         """What is wrong with a pass is raised at the step, where it is expected."""
+        if trajectory.verified:
+            return
+        trajectory.verified = True
         if trajectory.error is None and self.options.feedback is not False:
             try:
                 verify_chain(trajectory)

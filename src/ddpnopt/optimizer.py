@@ -99,8 +99,8 @@ class DDPNOpt(torch.optim.Optimizer):
         self._engine = Engine(
             model,
             self.options,
-            lambda: _alive(owner).param_groups,
-            lambda: _alive(owner).state,
+            lambda: alive.param_groups if (alive := owner()) is not None else [],
+            lambda: alive.state if (alive := owner()) is not None else {},
         )
 
     # Groups and hooks -----------------------------------------------------------------------
@@ -242,9 +242,3 @@ class DDPNOpt(torch.optim.Optimizer):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "ddpnopt"})
         self.engine.load_state_dict(own)
         self.engine.attach()
-
-
-def _alive(reference: weakref.ref[DDPNOpt]) -> DDPNOpt:
-    optimizer = reference()
-    assert optimizer is not None
-    return optimizer
