@@ -158,9 +158,7 @@ class Step:
         if not self.layers:
             return
         cost = concatenated([t.cost for t in self.trajectories if t.cost is not None])
-        parameters = [p for layer in self.layers.values() for p in layer.params.values()]
-        strength = min((self.borrowed.hyper[p].curvature.strength for p in parameters), default=1.0)
-        recursion = self.settings.value.start(cost, strength)
+        recursion = self.settings.value.start(cost)
         backward(self.layers, recursion, self.feed, self.settings.value.statistics)
 
     # Statistics -----------------------------------------------------------------------------

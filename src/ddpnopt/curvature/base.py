@@ -21,8 +21,6 @@ class Curvature(ABC):
 
     #: The name users write and ``param_groups`` carry.
     name: ClassVar[str]
-    #: The factor c on S that suits this M (``Moreau(strength=None)``).
-    strength: ClassVar[float]
 
     @property
     def statistics(self) -> str:

@@ -15,7 +15,6 @@ class Identity(Curvature):
     """The curvature of SGD."""
 
     name: ClassVar[str] = "identity"
-    strength: ClassVar[float] = 1.0
 
     def moment(self, state: State, gradient: Tensor, squares: Tensor | None) -> None:
         """No statistics."""

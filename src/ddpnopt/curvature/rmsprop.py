@@ -33,7 +33,6 @@ class RMSprop(Curvature):
     second_moment: str = "batch"
 
     name: ClassVar[str] = "rmsprop"
-    strength: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:
         """Check the options."""

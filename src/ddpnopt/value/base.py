@@ -121,8 +121,8 @@ class ValueFunction(ABC):
     rank: int | None = None
 
     @abstractmethod
-    def start(self, terminal: TerminalCost, strength: float) -> Recursion:
-        """The recursion at the output; ``strength`` is the curvature's default c on S."""
+    def start(self, terminal: TerminalCost) -> Recursion:
+        """The recursion at the output."""
 
 
 def check_choice(owner: str, option: str, given: str, names: Sequence[str]) -> None:

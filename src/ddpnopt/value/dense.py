@@ -34,7 +34,7 @@ class Dense(Quadratic):
         if not self.regularization >= 0:
             raise ValueError(f"Dense(regularization={self.regularization}): must not be negative")
 
-    def start(self, terminal: TerminalCost, strength: float) -> Recursion:
+    def start(self, terminal: TerminalCost) -> Recursion:
         """V_h = g and V_hh = S S^T at the output."""
         return _Matrices(self, terminal.hessian_factor())
 

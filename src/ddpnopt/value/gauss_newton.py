@@ -28,7 +28,7 @@ class GaussNewton(Quadratic):
     name: ClassVar[str] = "gauss_newton"
     linearization: ClassVar[str] = "gradient"
 
-    def start(self, terminal: TerminalCost, strength: float) -> Recursion:
+    def start(self, terminal: TerminalCost) -> Recursion:
         """alpha = 1; phi_xx = w kappa g g^T of the plain gradient g = G / w."""
         kappa = terminal.kappa if self.match_curvature else torch.ones_like(terminal.w)
         return _Scalars(self, kappa / terminal.w)

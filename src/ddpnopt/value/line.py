@@ -26,6 +26,10 @@ FLAT = 1e-4
 FLOOR = 1e-6
 #: Largest A = omega S Lambda: keeps the fixed point finite at absurd learning rates.
 STIFFEST = 1e12
+#: Smallest A, below which a flow is as long as its first instant.
+SHORTEST = 1e-30
+#: Largest |v| whose exponential is taken; beyond it the slope is 0 or Lambda to the last bit.
+STEEPEST = 600.0
 NEWTON_STEPS = 30
 
 
@@ -55,14 +59,54 @@ def coefficient(line: Line, S: Float[Tensor, " b"], q: Float[Tensor, " b"]) -> F
     """
     if line.excess is None:
         return (1 + line.kappa * q) / (1 + line.kappa * S)
-    # The scalars are few; float64 keeps the fixed point exact where A spans 12 decades.
+    Lambda, A, c = _logistic(line, line.excess, S, q)
+    return (Lambda * torch.sigmoid(_fixed_point(A, c))).to(S.dtype)
+
+
+def flow_coefficient(
+    line: Line, S: Float[Tensor, " b"], q: Float[Tensor, " b"]
+) -> Float[Tensor, " b"]:
+    """Average slope along the gradient flow delta' = -l'(delta), delta(0) = q, of length S.
+
+    The envelope is one implicit Euler step of that flow and falls short of it at small S, where
+    nothing is wrong; the flow itself is the envelope with c S, c rising from 1/2 (the implicit
+    midpoint rule) at small S to 1 at large S: exponential fitting, without a constant to choose.
+    For the quadratic line the coefficient at q = 0 would be (1 - exp(-kappa S)) / (kappa S).
+
+    With v = omega delta - log(Lambda - 1) the flow conserves v - exp(-v) + omega Lambda tau, so
+    the distance d = v(0) - v(S) solves d + b expm1(d) = A with b = exp(-v(0)).
+
+    Args:
+        line: The samples' line models, logistic.
+        S: Length of the flow.
+        q: Where it starts.
+    """
+    assert line.excess is not None
+    Lambda, A, c = _logistic(line, line.excess, S, q)
+    A = A.clamp(min=SHORTEST)
+    b = torch.exp(-c.clamp(-STEEPEST, STEEPEST))
+    # Both bound the root from above; the left side is convex, so Newton descends to it.
+    d = torch.minimum(A / (1 + b), torch.log1p(A / b))
+    tolerance = 8 * torch.finfo(d.dtype).eps
+    for _ in range(NEWTON_STEPS):
+        step = (d + b * torch.expm1(d) - A) / (1 + b * torch.exp(d))
+        d = d - step
+        if bool((step.abs() <= tolerance * d.abs()).all()):
+            break
+    return (Lambda * d / A).to(S.dtype)
+
+
+def _logistic(line: Line, excess: Tensor, S: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lambda, A = omega S Lambda and c = omega q - log(Lambda - 1), all finite.
+
+    The scalars are few: float64 keeps the solution exact where A spans 12 decades.
+    """
     wide = S.dtype if S.device.type == "mps" else torch.float64
-    kappa, excess = line.kappa.to(wide), line.excess.to(wide)
+    kappa, excess = line.kappa.to(wide), excess.to(wide)
     Lambda = 1 + excess
     omega = torch.where(excess < FLAT, Lambda, kappa * Lambda / excess.clamp(min=FLAT))
-    shift = excess.clamp(min=FLOOR).log()
     A = (omega * S.to(wide) * Lambda).clamp(max=STIFFEST)
-    return (Lambda * torch.sigmoid(_fixed_point(A, omega * q.to(wide) - shift))).to(S.dtype)
+    return Lambda, A, omega * q.to(wide) - excess.clamp(min=FLOOR).log()
 
 
 def _fixed_point(A: Tensor, c: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class LowRank(Quadratic):
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"LowRank(rank={self.rank}): must be at least 1, or None for exact")
 
-    def start(self, terminal: TerminalCost, strength: float) -> Recursion:
+    def start(self, terminal: TerminalCost) -> Recursion:
         """C = I, c = 0."""
         return _Coordinates(self)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,9 +20,11 @@ from ddpnopt.value.base import (
     ValueFunction,
     check_choice,
 )
-from ddpnopt.value.line import Line, coefficient
+from ddpnopt.value.line import Line, coefficient, flow_coefficient
 
 LINES = ("auto", "quadratic")
+#: Coefficient from (line, S, q).
+Rule = Callable[[Line, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Moreau(ValueFunction):
         line: "auto" takes the logistic line where the terminal cost has a bounded slope;
             "quadratic" takes l' = 1 + kappa delta always.
         coupling: Multiply s_k by rho, the mean-field of the samples' joint step.
-        strength: The factor c on S; None takes the curvature's own.
+        strength: The factor c on S of the Moreau envelope. None (for the logistic line): no
+            constant; the coefficient is the line's average slope along its gradient flow of
+            length S, the envelope with c rising from 1/2 at small S to 1 at large S.
         statistics: "plain": M is fed with the plain gradient; "value": with Q_u.
 
     Raises:
@@ -56,23 +61,25 @@ class Moreau(ValueFunction):
         if self.strength is not None and not self.strength >= 0:
             raise ValueError(f"Moreau(strength={self.strength}): must not be negative")
 
-    def start(self, terminal: TerminalCost, strength: float) -> Recursion:
+    def start(self, terminal: TerminalCost) -> Recursion:
         """S = 0 at the output."""
         excess = terminal.excess if self.line == "auto" else None
-        strength = strength if self.strength is None else float(self.strength)
-        return _Envelope(self, Line(terminal.kappa, excess), terminal.w, strength)
+        return _Envelope(self, Line(terminal.kappa, excess), terminal.w)
 
 
 class _Envelope(Recursion):
     """S_t grows by every layer's own step; envelopes add."""
 
-    def __init__(self, options: Moreau, line: Line, w: Tensor, strength: float) -> None:
-        self.options, self.line, self.w, self.strength = options, line, w, strength
+    def __init__(self, options: Moreau, line: Line, w: Tensor) -> None:
+        self.options, self.line, self.w = options, line, w
+        self.strength = 1.0 if options.strength is None else float(options.strength)
+        flows = options.strength is None and line.excess is not None
+        self.coefficient = flow_coefficient if flows else coefficient
         self.S = torch.zeros_like(w)
 
     def correction(self, maps: Maps) -> Blocks | None:
         """(V_{t+1}'(0) - 1) g."""
-        return maps.combine(coefficient(self.line, self.S, torch.zeros_like(self.S)) - 1, None)
+        return maps.combine(self.coefficient(self.line, self.S, torch.zeros_like(self.S)) - 1, None)
 
     def back(self, maps: Maps, bottom: bool) -> Policy:
         """S_t = S_{t+1} + c rho s_t, s_t = eta G_u^T M^-1 G_u / w."""
@@ -84,18 +91,18 @@ class _Envelope(Recursion):
         after = (self.S + s).clamp(max=torch.finfo(s.dtype).max ** 0.5)
         S = after if self.options.own_layer else self.S
         self.S = after
-        return _EnvelopePolicy(self.line, S, self.w)
+        return _EnvelopePolicy(self.coefficient, self.line, S, self.w)
 
 
 class _EnvelopePolicy(Policy):
     """d_t = sum_i w V_t'(q_t) g_u,i, q_t = g_x . dx_t in units of the plain loss."""
 
-    def __init__(self, line: Line, S: Tensor, w: Tensor) -> None:
-        self.line, self.S, self.w = line, S, w
+    def __init__(self, rule: Rule, line: Line, S: Tensor, w: Tensor) -> None:
+        self.rule, self.line, self.S, self.w = rule, line, S, w
 
     def __call__(self, maps: Maps, dx: Blocks | None) -> Blocks:
         """The h-space vectors (coefficient - 1) g."""
         assert self.S is not None
         q = torch.zeros_like(self.S) if dx is None else maps.project(dx)[:, 0] / self.w
-        self.coefficient = coefficient(self.line, self.S, q)
+        self.coefficient = self.rule(self.line, self.S, q)
         return maps.combine(self.coefficient - 1, None)
