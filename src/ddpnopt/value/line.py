@@ -28,8 +28,8 @@ FLOOR = 1e-6
 STIFFEST = 1e12
 #: Smallest A, below which a flow is as long as its first instant.
 SHORTEST = 1e-30
-#: Largest |v| whose exponential is taken; beyond it the slope is 0 or Lambda to the last bit.
-STEEPEST = 600.0
+#: Above this v the slope is Lambda to the last bit; below minus STEEPEST it is 0.
+STRAIGHT, STEEPEST = 40.0, 600.0
 NEWTON_STEPS = 30
 
 
@@ -84,15 +84,8 @@ def flow_coefficient(
     assert line.excess is not None
     Lambda, A, c = _logistic(line, line.excess, S, q)
     A = A.clamp(min=SHORTEST)
-    b = torch.exp(-c.clamp(-STEEPEST, STEEPEST))
-    # Both bound the root from above; the left side is convex, so Newton descends to it.
-    d = torch.minimum(A / (1 + b), torch.log1p(A / b))
-    tolerance = 8 * torch.finfo(d.dtype).eps
-    for _ in range(NEWTON_STEPS):
-        step = (d + b * torch.expm1(d) - A) / (1 + b * torch.exp(d))
-        d = d - step
-        if bool((step.abs() <= tolerance * d.abs()).all()):
-            break
+    far = torch.minimum((c - STRAIGHT).clamp(min=0), A)  # there the slope is Lambda
+    d = far + _flow_distance((A - far).clamp(min=SHORTEST), (c - far).clamp(min=-STEEPEST))
     return (Lambda * d / A).to(S.dtype)
 
 
@@ -107,6 +100,22 @@ def _logistic(line: Line, excess: Tensor, S: Tensor, q: Tensor) -> tuple[Tensor,
     omega = torch.where(excess < FLAT, Lambda, kappa * Lambda / excess.clamp(min=FLAT))
     A = (omega * S.to(wide) * Lambda).clamp(max=STIFFEST)
     return Lambda, A, omega * q.to(wide) - excess.clamp(min=FLOOR).log()
+
+
+def _flow_distance(A: Tensor, v: Tensor) -> Tensor:
+    """Solve d + b expm1(d) = A with b = exp(-v) by Newton's method.
+
+    Both starting values bound the root from above and the left side is convex: it descends.
+    """
+    b = torch.exp(-v)
+    d = torch.minimum(A / (1 + b), torch.log1p(A / b))
+    tolerance = 8 * torch.finfo(d.dtype).eps
+    for _ in range(NEWTON_STEPS):
+        step = (d + b * torch.expm1(d) - A) / (1 + b * torch.exp(d))
+        d = d - step
+        if bool((step.abs() <= tolerance * d.abs()).all()):
+            break
+    return d
 
 
 def _fixed_point(A: Tensor, c: Tensor) -> Tensor:
