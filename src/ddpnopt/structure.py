@@ -33,6 +33,7 @@ class Anatomy:
         hooked: Parametrised modules without parametrised children, by path.
         containers: The modules above them (and the model itself), by path.
         shared: Identities of parameters that several modules hold.
+        own: Identities of the layers' parameters.
     """
 
     def __init__(self, model: nn.Module, trainable: Callable[[Tensor], bool]) -> None:
@@ -48,6 +49,7 @@ class Anatomy:
                 self.containers[name] = module
         self._modules = [id(m) for m in model.modules()]
         self.shared: set[int] = set()
+        self.own: set[int] = set()
         self._owners: set[int] = set()
         self._state: tuple[tuple[int, bool], ...] = ()
 
@@ -77,7 +79,9 @@ class Anatomy:
         if state != self._state:
             uses = Counter(identity for identity, _ in state)
             self.shared = {identity for identity, n in uses.items() if n > 1}
-            wanted = {id(m) for m in self.layers().values()}
+            layers = self.layers().values()
+            self.own = {id(p) for m in layers for p in m._parameters.values() if p is not None}
+            wanted = {id(m) for m in layers}
             self._owners = {
                 id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
             }

@@ -145,9 +145,7 @@ class Recorder:
     def _begin(self, owned: bool) -> None:
         self.arrivals.drop_stale()
         self._open = Trajectory(owned=owned)
-        layers = self.anatomy.layers().values()
-        own = {id(p) for m in layers for p in m._parameters.values()} - {id(None)}
-        self._ledger, self._link, self._last = Ledger(own), None, None
+        self._ledger, self._link, self._last = Ledger(self.anatomy.own), None, None
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """The owner returns: the graph alone keeps the trajectory from here on."""

@@ -44,7 +44,8 @@ class Problem:
         """SGD, its rivals, DDPNOpt and its ablations."""
         tenths = tuple(round(lr / 10, 6) for lr in self.lrs)
         clipped = [Contender("sgd-clip", self.lrs, (("grad_clip", c),)) for c in CLIPS]
-        own = ["ddpnopt", "ddpnopt-open-loop", "ddpnopt-no-own-layer", "ddpnopt-no-coupling"]
+        own = ["ddpnopt", "ddpnopt-open-loop", "ddpnopt-envelope"]
+        own += ["ddpnopt-no-own-layer", "ddpnopt-no-coupling"]
         return [
             Contender("sgd", self.lrs),
             *clipped,
@@ -121,7 +122,7 @@ def publish(runs: pd.DataFrame, docs: Path) -> list[Path]:
     table, page = docs / "assets" / "defaults_runs.csv", docs / "defaults.md"
     table.parent.mkdir(parents=True, exist_ok=True)
     runs.drop(columns=["curve", "seconds"]).to_csv(table, index=False, float_format="%.6g")
-    shown = runs[~runs["label"].str.contains(r"0\.25|=2\.0|own_layer|coupling")]
+    shown = runs[~runs["label"].str.contains(r"0\.25|=2\.0|own_layer|coupling|strength")]
     title = "DIGITS: accuracy over the learning rate (mean, and range from worst to best seed)"
     written = [table, plot_rates(shown, docs / "assets" / "defaults.png", title)]
     if page.exists():
@@ -134,7 +135,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("results/defaults"),
     docs: Annotated[Path, typer.Option(help="Documentation to write into.")] = Path("docs"),
     jobs: Annotated[int, typer.Option(min=1, help="Parallel processes.")] = 2,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 ... N - 1.")] = 12,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 12,
+    first_seed: Annotated[int, typer.Option(help="The first; 0-23 chose the rule.")] = 100,
     problem: Annotated[
         list[str] | None, typer.Option(help="Only these: " + ", ".join(PROBLEMS) + ".")
     ] = None,
@@ -150,7 +152,7 @@ def main(
         if problem and name not in problem:
             continue
         contenders = [c for c in item.contenders() if not optimizer or c.optimizer in optimizer]
-        configs = grid(item.base, contenders, range(seeds))
+        configs = grid(item.base, contenders, range(first_seed, first_seed + seeds))
         tables.append(sweep(configs, store, jobs=jobs, title=name, console=console))
     for path in publish(pd.concat(tables, ignore_index=True), docs):
         console.print(f"written: {path}", soft_wrap=True, highlight=False)

@@ -119,6 +119,7 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "ddpnopt-off": _ddp("DDPNOpt without feedback", feedback=False),
     "ddpnopt-no-own-layer": _ddp("DDPNOpt own_layer=False", value__own_layer=False),
     "ddpnopt-no-coupling": _ddp("DDPNOpt coupling=False", value__coupling=False),
+    "ddpnopt-envelope": _ddp("DDPNOpt strength=1", value__strength=1.0),
     "ddpnopt-momentum": _ddp("DDPNOpt momentum", momentum=0.9),
     "ddpnopt-rmsprop": _ddp("DDPNOpt RMSprop", curvature="rmsprop"),
     "ddpnopt-rmsprop-open-loop": _ddp(
