@@ -206,9 +206,9 @@ class Engine:
 
     def _verify(self, trajectory: Trajectory) -> None:
         """What is wrong with a pass is raised at the step, where it is expected."""
-        if trajectory.verified:
+        if not trajectory.to_verify:
             return
-        trajectory.verified = True
+        trajectory.to_verify = False
         if trajectory.error is None and self.options.feedback is not False:
             try:
                 verify_chain(trajectory)

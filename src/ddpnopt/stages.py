@@ -65,7 +65,7 @@ class Trajectory:
         refusal: Why no feedback is possible; raised when a step needs it.
         owned: One call contains all layers.
         key: The structure; passes with the same key behave alike.
-        verified: The chain has been verified on its first gradients.
+        to_verify: The chain is to be verified on this pass's first gradients.
         cost: Its terminal cost; None if not recognised.
         error: What the terminal cost found wrong; raised at the step.
         pending: Cost and error of a backward pass that has not ended.
@@ -79,7 +79,7 @@ class Trajectory:
     refusal: str = ""
     owned: bool = False
     key: tuple[Any, ...] = ()
-    verified: bool = False
+    to_verify: bool = False
     cost: Cost | None = None
     error: Exception | None = None
     pending: tuple[Cost | None, Exception | None] | None = None

@@ -103,11 +103,6 @@ class Recorder:
 
     # Forward pass ---------------------------------------------------------------------------
 
-    @property
-    def verifying(self) -> bool:
-        """The present pass is one of those whose chain is verified."""
-        return self.passes % PROBE_EVERY == 0
-
     def _recording(self) -> bool:
         return (
             torch.is_grad_enabled()
@@ -144,7 +139,7 @@ class Recorder:
 
     def _begin(self, owned: bool) -> None:
         self.arrivals.drop_stale()
-        self._open = Trajectory(owned=owned)
+        self._open = Trajectory(owned=owned, to_verify=self.passes % PROBE_EVERY == 0)
         self._ledger, self._link, self._last = Ledger(self.anatomy.own), None, None
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -256,7 +251,7 @@ class Recorder:
         ref = weakref.ref(self.arrivals)
         hook = partial(_gradient_at_h, ref, trajectory, stage, upstream)
         out.register_hook(hook)  # type: ignore[no-untyped-call]
-        wanted = self.state_gradients or self.verifying
+        wanted = self.state_gradients or trajectory.to_verify
         if wanted and index > 0 and rule is not None and x.requires_grad:
             x.register_hook(partial(_gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
         if self.links:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.grad import conv2d_weight
 
 from ddpnopt.layers.base import LayerRule, register
-from ddpnopt.layers.positions import Gain, bias_gram, weight_gram, weight_squares
+from ddpnopt.layers.positions import Gain, bias_gram, total, weight_gram, weight_squares
 from ddpnopt.typing import Tensor
 
 #: Random filters of a sketched Gram matrix; the relative standard error is sqrt(2 / this).
@@ -65,21 +65,21 @@ class Conv2dRule(LayerRule):
     ) -> Tensor:
         """Exact by unfolding (see positions.py), or sketched for a scalar gain."""
         conv = cast(nn.Conv2d, module)
-        gram = V.new_zeros(samples, V.shape[0], V.shape[0])
+        parts = []
         columns = _by_position(V, samples, conv.groups)
         if "weight" in gain:
             P = gain["weight"]
             if sketch is not None and not isinstance(P, Tensor):
-                gram = gram + _sketched(conv, x, columns, samples, sketch) * P
+                parts.append(_sketched(conv, x, columns, samples, sketch) * P)
             else:
                 if isinstance(P, Tensor):
                     P = P.reshape(conv.groups, P.shape[0] // conv.groups, -1)
-                gram = gram + weight_gram(_unfolded(conv, x, samples), columns, P)
+                parts.append(weight_gram(_unfolded(conv, x, samples), columns, P))
         if "bias" in gain:
             P = gain["bias"]
             P = P.reshape(conv.groups, -1) if isinstance(P, Tensor) else P
-            gram = gram + bias_gram(columns, P)
-        return gram
+            parts.append(bias_gram(columns, P))
+        return total(parts, V, samples)
 
     def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
         """Squares of the per-sample gradients, formed by unfolding."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpnopt.layers.base import LayerRule, register
-from ddpnopt.layers.positions import Gain, bias_gram, weight_gram, weight_squares
+from ddpnopt.layers.positions import Gain, bias_gram, total, weight_gram, weight_squares
 from ddpnopt.typing import Tensor
 
 
@@ -43,13 +43,13 @@ class LinearRule(LayerRule):
         """|x|^2 V^T V for one position and M = I; see positions.py for the rest."""
         U = x.reshape(samples, 1, -1, x.shape[-1])
         V = V.reshape(V.shape[0], samples, 1, -1, V.shape[-1])
-        gram = V.new_zeros(samples, V.shape[0], V.shape[0])
+        parts = []
         if "weight" in gain:
             P = gain["weight"]
-            gram = gram + weight_gram(U, V, P[None] if isinstance(P, Tensor) else P)
+            parts.append(weight_gram(U, V, P[None] if isinstance(P, Tensor) else P))
         if "bias" in gain:
-            gram = gram + bias_gram(V, gain["bias"])
-        return gram
+            parts.append(bias_gram(V, gain["bias"]))
+        return total(parts, V, samples)
 
     def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
         """(V^2)^T x^2 for one position."""

@@ -66,3 +66,10 @@ def weight_squares(
     if U.shape[2] == 1:
         return torch.einsum("bgti,bgto->goi", U.square(), V.square())
     return sample_gradients(U, V[None])[0].square().sum(0)
+
+
+def total(parts: list[Tensor], V: Tensor, samples: int) -> Tensor:
+    """Sum of a layer's Gram matrices (B, r, r); zero where all its parameters are fixed."""
+    if not parts:
+        return V.new_zeros(samples, V.shape[0], V.shape[0])
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]

@@ -15,6 +15,7 @@ policy's coefficient is its derivative.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -45,6 +46,19 @@ class Line:
     kappa: Float[Tensor, " b"]
     excess: Float[Tensor, " b"] | None = None
 
+    @cached_property
+    def logistic(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(Lambda, omega, log(Lambda - 1)), in float64 where the device has it.
+
+        The scalars are few, and A = omega S Lambda spans 12 decades.
+        """
+        assert self.excess is not None
+        wide = self.kappa.dtype if self.kappa.device.type == "mps" else torch.float64
+        kappa, excess = self.kappa.to(wide), self.excess.to(wide)
+        Lambda = 1 + excess
+        omega = torch.where(excess < FLAT, Lambda, kappa * Lambda / excess.clamp(min=FLAT))
+        return Lambda, omega, excess.clamp(min=FLOOR).log()
+
 
 def coefficient(line: Line, S: Float[Tensor, " b"], q: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
     """Derivative of the Moreau envelope: l'(delta*) with delta* = q - S l'(delta*).
@@ -59,7 +73,7 @@ def coefficient(line: Line, S: Float[Tensor, " b"], q: Float[Tensor, " b"]) -> F
     """
     if line.excess is None:
         return (1 + line.kappa * q) / (1 + line.kappa * S)
-    Lambda, A, c = _logistic(line, line.excess, S, q)
+    Lambda, A, c = _stiffness(line, S, q)
     return (Lambda * torch.sigmoid(_fixed_point(A, c))).to(S.dtype)
 
 
@@ -81,25 +95,18 @@ def flow_coefficient(
         S: Length of the flow.
         q: Where it starts.
     """
-    assert line.excess is not None
-    Lambda, A, c = _logistic(line, line.excess, S, q)
+    Lambda, A, c = _stiffness(line, S, q)
     A = A.clamp(min=SHORTEST)
     far = torch.minimum((c - STRAIGHT).clamp(min=0), A)  # there the slope is Lambda
     d = far + _flow_distance((A - far).clamp(min=SHORTEST), (c - far).clamp(min=-STEEPEST))
     return (Lambda * d / A).to(S.dtype)
 
 
-def _logistic(line: Line, excess: Tensor, S: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lambda, A = omega S Lambda and c = omega q - log(Lambda - 1), all finite.
-
-    The scalars are few: float64 keeps the solution exact where A spans 12 decades.
-    """
-    wide = S.dtype if S.device.type == "mps" else torch.float64
-    kappa, excess = line.kappa.to(wide), excess.to(wide)
-    Lambda = 1 + excess
-    omega = torch.where(excess < FLAT, Lambda, kappa * Lambda / excess.clamp(min=FLAT))
-    A = (omega * S.to(wide) * Lambda).clamp(max=STIFFEST)
-    return Lambda, A, omega * q.to(wide) - excess.clamp(min=FLOOR).log()
+def _stiffness(line: Line, S: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lambda, A = omega S Lambda and c = omega q - log(Lambda - 1), all finite."""
+    Lambda, omega, shift = line.logistic
+    A = (omega * S.to(omega.dtype) * Lambda).clamp(max=STIFFEST)
+    return Lambda, A, omega * q.to(omega.dtype) - shift
 
 
 def _flow_distance(A: Tensor, v: Tensor) -> Tensor:
