@@ -154,21 +154,21 @@ def usable(trajectory: Trajectory) -> bool:
     return clean and trajectory.owned and trajectory.cost is not None
 
 
-def check_output(trajectory: Trajectory, terminal: object) -> None:
-    """The output must still be what the layer made, or its loss can't be known.
+def output_intact(trajectory: Trajectory, terminal: object) -> bool:
+    """Whether the output is still what the layer made; else its loss can't be known.
 
     Raises:
         TerminalError: It was overwritten, and the user has named a terminal cost.
     """
     z = trajectory.z
     if z is None or z.is_inference() or z._version == trajectory.z_version:
-        return
+        return True
     if terminal != "auto":
         raise TerminalError(
             f"the output of '{trajectory.stages[-1].name}' was modified in place after the layer, "
             f"so terminal={terminal!r} does not describe it; modify a copy"
         )
-    trajectory.z = None
+    return False
 
 
 def check_states(trajectories: Sequence[Trajectory], closed_loop: bool) -> None:

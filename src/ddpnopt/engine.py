@@ -19,17 +19,23 @@ from ddpnopt.borrowed import Borrowed, needs_squares
 from ddpnopt.checks import (
     check_backward,
     check_finite,
-    check_output,
     check_states,
     check_usable,
     check_weights,
+    output_intact,
     usable,
     verify_chain,
 )
 from ddpnopt.errors import TerminalError, UnsupportedModelError
 from ddpnopt.gradients import Consumed, Fingerprint
 from ddpnopt.inert import weakly
-from ddpnopt.notices import CLIPPED_BIASES, NO_OUTPUT_GRADIENT, NOT_RECOGNISED, Notices
+from ddpnopt.notices import (
+    CLIPPED_BIASES,
+    NO_OUTPUT_GRADIENT,
+    NOT_RECOGNISED,
+    OUTPUT_OVERWRITTEN,
+    Notices,
+)
 from ddpnopt.options import Options
 from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
@@ -101,12 +107,8 @@ class Engine:
 
     def _expected(self) -> list[Tensor]:
         """Parameters that a backward pass gives gradients to."""
-        used: list[Tensor] = [p for p in self.model.parameters() if self.trainable(p)]
-        if self.options.weight_gradients or self.options.feedback is False or not self.recorder:
-            return used
-        anatomy = self.recorder.anatomy
-        held = {id(m._parameters["weight"]) for m in anatomy.layers().values()} - anatomy.shared
-        return [p for p in used if id(p) not in held]
+        assert self.recorder is not None
+        return self.recorder.anatomy.receiving(self.recorder.weight_gradients)
 
     def refresh(self) -> None:
         """Parameters are looked up anew for each pass and step: FSDP and others swap them."""
@@ -176,10 +178,11 @@ class Engine:
             last = trajectory.stages[-1]
             axis = last.rule.feature_axis if last.rule is not None else -1
             try:
-                check_output(trajectory, self.options.terminal)
-                cost = None
-                if trajectory.z is not None:
+                if output_intact(trajectory, self.options.terminal):
                     cost = self.recogniser(trajectory.z, G, axis, trajectory.samples)
+                else:
+                    cost = None
+                    self.notices.say(OUTPUT_OVERWRITTEN)
             except TerminalError as error:
                 trajectory.pending = (None, error)
                 return

@@ -20,6 +20,10 @@ NO_OUTPUT_GRADIENT = (
     "the last layer that ran gets no gradient from the loss, so there is no terminal cost and the "
     "steps are the borrowed optimizer's, without feedback; run only the layers that the loss needs"
 )
+OUTPUT_OVERWRITTEN = (
+    "the last layer's output was modified in place after the layer, so the loss can't be told "
+    "from it and the steps are the borrowed optimizer's, without feedback; modify a copy"
+)
 CLIPPED_BIASES = (
     "p.grad was rescaled with weight_gradients=False: the weights' steps get the same factor, but "
     "clip_grad_norm_ has seen the norm of the biases alone. To clip, use weight_gradients=True"

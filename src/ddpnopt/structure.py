@@ -68,6 +68,18 @@ class Anatomy:
         """All such modules."""
         return {name: module for name, module in self.hooked.items() if self.is_layer(module)}
 
+    def receiving(self, weight_gradients: bool) -> list[Tensor]:
+        """Parameters that a backward pass gives gradients to.
+
+        Args:
+            weight_gradients: Whether the layers' weights are among them.
+        """
+        used: list[Tensor] = [p for p in self.model.parameters() if self.trainable(p)]
+        if weight_gradients:
+            return used
+        held = {id(m._parameters["weight"]) for m in self.layers().values()} - self.shared
+        return [p for p in used if id(p) not in held]
+
     def refresh(self) -> None:
         """Look at the parameters again: some may be frozen, or swapped for others."""
         state = tuple(
