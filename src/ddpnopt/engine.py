@@ -70,7 +70,7 @@ class Engine:
         self.running: dict[str, float] = {}
         self.sketch = torch.Generator().manual_seed(0)
         self.recogniser = Recogniser(options.terminal)
-        self._carried: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
+        self._carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
         self._base: dict[Tensor, Tensor] = {}
         self._open_report: StepReport | None = None
         self.notices = Notices()
@@ -235,18 +235,10 @@ class Engine:
             p.grad.add_(correction)
             if step.borrowed.hyper[p].curvature.statistics != "none":
                 before, extra = self._carried.get(p, (None, None))
-                total = correction if before is None else before + correction
-                statistic = step.extra.get(p)
-                if extra is not None:
-                    statistic = extra if statistic is None else extra + statistic
-                self._carried[p] = (total, statistic)
+                self._carried[p] = _sum(before, correction), _sum(extra, step.extra.get(p))
         self._open_report = report(self.options, step, "open_loop", skipped=self.skipped)
 
     # Step -----------------------------------------------------------------------------------
-
-    def take(self) -> list[Trajectory]:
-        """The passes whose gradients have arrived since the last step."""
-        return list(self.recorder.arrivals.completed) if self.recorder is not None else []
 
     def finish(self) -> None:
         """After a step, whether taken or skipped."""
@@ -255,8 +247,9 @@ class Engine:
         self._fingerprint.clear()
         self._carried, self._open_report = {}, None
 
-    def step(self, trajectories: list[Trajectory]) -> StepReport:
+    def step(self) -> StepReport:
         """Take one step; raises before anything is changed, or puts it back."""
+        trajectories = list(self.recorder.arrivals.completed) if self.recorder else []
         parameters = [p for p in self.parameters() if p.requires_grad]
         fresh = self._consumed.fresh(parameters) or not parameters
         recording = self.recorder if self.options.feedback is not False else None
@@ -269,8 +262,7 @@ class Engine:
         if rescale != 1.0 and not self.options.weight_gradients and in_feedback:
             self.notices.say(CLIPPED_BIASES)
         step = self._new_step(trajectories, rescale, rescale)
-        running = dict(self.running)
-        sketch = self.sketch.get_state()
+        running, sketch = dict(self.running), self.sketch.get_state()
         open_loop = self.in_backward
         try:
             if in_feedback and not open_loop:
@@ -351,3 +343,9 @@ class Engine:
                 self.notices.say(NOT_RECOGNISED)
             return False
         return bool(trajectories)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

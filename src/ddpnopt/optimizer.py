@@ -189,7 +189,7 @@ class DDPNOpt(torch.optim.Optimizer):
         device = next(iter(engine.parameters())).device.type
         try:
             with torch.autocast(device, enabled=False):
-                self.last_step = engine.step(engine.take())
+                self.last_step = engine.step()
         except NonFiniteError:
             if self.options.nonfinite == "raise":
                 raise
