@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Moreau rule against a scalar dynamic programme and a step written sample by sample."""
+"""The Moreau envelope against a scalar dynamic programme; whole steps written sample by sample."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from oracles.moreau_scalar import (
     LineModel,
     implicit_coefficient,
     joint_policy,
+    line_models,
     logistic_line,
     nested_policy,
     quadratic_line,
@@ -44,18 +45,9 @@ pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 Lines = Callable[[Tensor], list[LineModel]]
 
 
-@st.composite
-def lines(draw: st.DrawFn) -> LineModel:
-    """The line model of random logits, from hopeless to nearly certain."""
-    generator = np.random.default_rng(draw(st.integers(0, 10_000)))
-    classes, scale = draw(st.integers(2, 10)), draw(st.sampled_from([0.1, 1.0, 4.0]))
-    logits = scale * generator.normal(size=classes)
-    return softmax_line(logits, np.eye(classes)[draw(st.integers(0, classes - 1))])
-
-
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    lines(),
+    line_models(),
     st.lists(st.floats(0.01, 30.0), min_size=1, max_size=2),
     st.floats(-5.0, 5.0),
 )
@@ -67,7 +59,7 @@ def test_policy_is_the_nested_programme(line: LineModel, s: list[float], q: floa
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    lines(),
+    line_models(),
     st.lists(st.floats(0.01, 30.0), min_size=3, max_size=6),
     st.floats(-5.0, 5.0),
 )
@@ -84,7 +76,7 @@ def test_nested_programme_of_three_layers() -> None:
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(lines(), st.floats(0.0, 1e6), st.floats(-100.0, 100.0))
+@given(line_models(), st.floats(0.0, 1e6), st.floats(-100.0, 100.0))
 def test_policy_solves_its_equation_at_any_size(line: LineModel, s: float, q: float) -> None:
     expected = implicit_coefficient(line, s, q)
     assert library_coefficient(line, s, q) == pytest.approx(expected, rel=1e-8, abs=1e-12)
@@ -177,6 +169,7 @@ def compare(kind: str, loss: str, name: str, feedback: object = True, **options:
     momentum = options.pop("momentum", 0.0)
     decay = options.pop("weight_decay", 0.0)
     weight_gradients = options.pop("weight_gradients", True)
+    options.setdefault("strength", 1.0)
     lr = {"identity": 0.8, "rmsprop": 0.05}[name]
     if loss == "sum" and name == "identity":
         lr /= len(x)
@@ -185,7 +178,7 @@ def compare(kind: str, loss: str, name: str, feedback: object = True, **options:
         Inner(lr, momentum, name),
         weight_decay=decay,
         feedback=feedback is True,
-        **{"strength": 1.0 if name == "identity" else 0.5, **options},
+        **options,
     )
     for _ in range(3):
         seen = reference.step(x, function, w, line_models)
@@ -248,3 +241,33 @@ def test_open_loop_is_q_zero(kind: str, name: str, coupling: bool) -> None:
 @pytest.mark.parametrize("feedback", [True, "open_loop"])
 def test_without_weight_gradients(kind: str, feedback: object) -> None:
     compare(kind, "cross_entropy", "identity", feedback, coupling=False, weight_gradients=False)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("name", ["identity", "rmsprop"])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+def test_default_follows_the_flow(kind: str, name: str, feedback: object, loss: str) -> None:
+    compare(kind, loss, name, feedback, strength=None)
+
+
+@pytest.mark.parametrize("options", [{"own_layer": False}, {"coupling": False}, {"momentum": 0.6}])
+def test_options_of_the_default(options: dict[str, object]) -> None:
+    compare("dense", "cross_entropy", "identity", strength=None, **options)
+
+
+@pytest.mark.parametrize("name", ["identity", "rmsprop"])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_default_of_an_unbounded_slope_is_the_envelope(name: str, feedback: object) -> None:
+    compare("dense", "mse", name, feedback, strength=None)
+
+
+def test_default_differs_from_every_constant() -> None:
+    """Between the envelopes at half and full strength, and equal to neither."""
+    nets = {}
+    for strength in (None, 0.5, 1.0):
+        model, x, function, *_ = case("dense", "cross_entropy")
+        steps(model, x, function, 1, lr=3.0, value=Moreau(strength=strength))
+        nets[strength] = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert float((nets[None] - nets[0.5]).abs().max()) > 1e-3
+    assert float((nets[None] - nets[1.0]).abs().max()) > 1e-3

@@ -204,7 +204,6 @@ def test_layers_around_a_plain_one_moreau(feedback: object, curvature: str) -> N
         copy.deepcopy(model),
         Inner(lr, curvature=curvature),
         feedback=feedback is True,
-        strength=1.0 if curvature == "identity" else 0.5,
         plain=(1,),
     )
     for _ in range(2):

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""The one place that knows the names of the library's scalar coefficient."""
+"""The one place that knows the names of the library's scalar coefficients."""
 
 from __future__ import annotations
 
 import torch
 
-from ddpnopt.value.line import Line, coefficient
+from ddpnopt.value.line import Line, coefficient, flow_coefficient
 from oracles.moreau_scalar import LineModel
 
 
+def _row(value: float) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
 def library_coefficient(line: LineModel, total: float, q: float) -> float:
-    """The library's policy coefficient for one sample in float64."""
+    """The envelope's policy coefficient for one sample in float64."""
+    excess = None if line.excess is None else _row(line.excess)
+    return float(coefficient(Line(_row(line.kappa), excess), _row(total), _row(q))[0])
 
-    def row(value: float) -> torch.Tensor:
-        return torch.tensor([value], dtype=torch.float64)
 
-    excess = None if line.excess is None else row(line.excess)
-    return float(coefficient(Line(row(line.kappa), excess), row(total), row(q))[0])
+def library_flow(line: LineModel, total: float, q: float) -> float:
+    """The gradient flow's policy coefficient for one sample in float64; logistic lines only."""
+    assert line.excess is not None
+    model = Line(_row(line.kappa), _row(line.excess))
+    return float(flow_coefficient(model, _row(total), _row(q))[0])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The Moreau policy as an independent scalar dynamic programme, and its line models.
+"""The Moreau policy as an independent scalar dynamic programme, its line models and their flow.
 
 The predicted change of the loss, q, is the state; each layer k chooses a scalar a_k at cost
 a_k^2 / (2 s_k); the terminal cost is the line model l(delta). ``nested_policy`` solves Bellman's
-equation by nested minimisation.
+equation by nested minimisation. ``flow_coefficient`` integrates the gradient flow of l.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import mpmath
 import numpy as np
+from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
 from scipy.optimize import minimize, minimize_scalar
+from scipy.special import expit
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class LineModel:
             a = mpmath.mpf(self.omega) * delta - mpmath.log(max(self.excess, 1e-6))
             return float((1 + mpmath.mpf(self.excess)) / (1 + mpmath.exp(-a)))
 
+    def inverse_slope(self, height: float) -> float:
+        """The delta with l'(delta) = height; logistic only."""
+        assert self.excess is not None
+        with mpmath.workdps(40):
+            part = mpmath.mpf(height) / (1 + mpmath.mpf(self.excess))
+            v = mpmath.log(part / (1 - part))
+            return float((v + mpmath.log(max(self.excess, 1e-6))) / mpmath.mpf(self.omega))
+
     def value(self, delta: float) -> float:
         """l(delta) with l(0) = 0 subtracted nowhere: constants do not matter."""
         if self.excess is None:
@@ -58,6 +69,15 @@ def softmax_line(logits: np.ndarray, target: np.ndarray) -> LineModel:
     g = p - target
     norm2, mean = float(g @ g), float(p @ g)
     return LineModel(float(p @ (g - mean) ** 2) / norm2**2, float(g.max() - mean) / norm2)
+
+
+@st.composite
+def line_models(draw: st.DrawFn) -> LineModel:
+    """The line model of random logits, from hopeless to nearly certain."""
+    generator = np.random.default_rng(draw(st.integers(0, 10_000)))
+    classes, scale = draw(st.integers(2, 10)), draw(st.sampled_from([0.1, 1.0, 4.0]))
+    logits = scale * generator.normal(size=classes)
+    return softmax_line(logits, np.eye(classes)[draw(st.integers(0, classes - 1))])
 
 
 def logistic_line(logits: np.ndarray, target: np.ndarray, scale: float = 1.0) -> LineModel:
@@ -121,3 +141,41 @@ def implicit_coefficient(line: LineModel, total: float, q: float) -> float:
             value = mid - q + total * lam / (1 + mpmath.exp(shift - omega * mid))
             low, high = (mid, high) if value < 0 else (low, mid)
         return float(lam / (1 + mpmath.exp(shift - omega * low)))
+
+
+def flow_coefficient(line: LineModel, total: float, q: float) -> float:
+    """(q - delta(S)) / S of delta' = -l'(delta), delta(0) = q, by an integrator of order 8.
+
+    Integrated is the average itself, y = (q - delta) / S over the time tau / S: nothing cancels.
+    """
+    assert line.excess is not None
+    bound, omega = 1.0 + line.excess, line.omega
+    shift = math.log(max(line.excess, 1e-6))
+
+    def slope(_: float, y: np.ndarray) -> np.ndarray:
+        return bound * expit(omega * (q - total * y) - shift)
+
+    found = solve_ivp(slope, (0.0, 1.0), [0.0], method="DOP853", rtol=1e-12, atol=1e-16)
+    return float(found.y[0, -1])
+
+
+def precise_flow(line: LineModel, total: float, q: float) -> float:
+    """The same at any size: the time that the flow takes, as an equation, by bisection.
+
+    The inverse slope (1 + exp(shift - omega delta)) / Lambda has the antiderivative below.
+    """
+    assert line.excess is not None
+    with mpmath.workdps(60):
+        bound, omega = 1 + mpmath.mpf(line.excess), mpmath.mpf(line.omega)
+        start, total = mpmath.mpf(q), mpmath.mpf(total)
+        shift = mpmath.log(max(line.excess, 1e-6))
+
+        def time(distance: mpmath.mpf) -> mpmath.mpf:
+            tail = mpmath.exp(shift - omega * start) * mpmath.expm1(omega * distance) / omega
+            return (distance + tail) / bound
+
+        low, high = mpmath.mpf(0), total * bound / (1 + mpmath.exp(shift - omega * start))
+        for _ in range(400):
+            middle = (low + high) / 2
+            low, high = (middle, high) if time(middle) < total else (low, middle)
+        return float(high / total)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oracles.flat import Chain, Inner, apply, flat_parameters
-from oracles.moreau_scalar import LineModel, implicit_coefficient
+from oracles.moreau_scalar import LineModel, flow_coefficient, implicit_coefficient
 
 
 class MoreauStep:
@@ -20,7 +20,7 @@ class MoreauStep:
         inner: The borrowed optimizer.
         own_layer: Whether S_t contains the layer's own s_t.
         coupling: Whether s_k is multiplied by rho_k.
-        strength: The factor on S.
+        strength: The factor on S of the envelope; None: the flow of logistic lines.
         weight_decay: Coupled decay.
         feedback: False: q = 0 in every coefficient.
         plain: Indices of layers that take the borrowed optimizer's step, with no part in S.
@@ -33,7 +33,7 @@ class MoreauStep:
         *,
         own_layer: bool = True,
         coupling: bool = True,
-        strength: float = 1.0,
+        strength: float | None = None,
         weight_decay: float = 0.0,
         feedback: bool = True,
         plain: tuple[int, ...] = (),
@@ -72,7 +72,8 @@ class MoreauStep:
             gbar = rows[t].sum(0)
             rho = float(((gbar**2 * p).sum() / own.sum()).clamp(1, batch)) if self.coupling else 1.0
             gain.append(p)
-            s.append(self.strength * rho * own / weights.clamp(min=1e-300))
+            factor = 1.0 if self.strength is None else self.strength
+            s.append(factor * rho * own / weights.clamp(min=1e-300))
         coefficients, new = [], x
         for t in range(depth):
             above = range(t if self.own_layer else t + 1, depth)
@@ -83,7 +84,7 @@ class MoreauStep:
             if not self.feedback:
                 q = torch.zeros_like(q)
             row = [
-                implicit_coefficient(models[i], float(total[i]), float(q[i]))
+                self._coefficient(models[i], float(total[i]), float(q[i]))
                 if rows[-1][i].abs().max() > 0 and t not in self.plain
                 else 1.0
                 for i in range(batch)
@@ -92,6 +93,10 @@ class MoreauStep:
             self._update(t, rows[t], torch.tensor(row, dtype=x.dtype))
             new = self.model.after[t](apply(self.model.layers[t], self.params[t], new))
         return coefficients
+
+    def _coefficient(self, line: LineModel, total: float, q: float) -> float:
+        flows = self.strength is None and line.excess is not None and total > 0
+        return (flow_coefficient if flows else implicit_coefficient)(line, total, q)
 
     def _update(self, t: int, rows: Tensor, coefficient: Tensor) -> None:
         decay = self.weight_decay * self.params[t]
