@@ -209,10 +209,8 @@ class Engine:
 
     def _verify(self, trajectory: Trajectory) -> None:
         """What is wrong with a pass is raised at the step, where it is expected."""
-        if not trajectory.to_verify:
-            return
-        trajectory.to_verify = False
-        if trajectory.error is None and self.options.feedback is not False:
+        due, trajectory.to_verify = trajectory.to_verify, False
+        if due and trajectory.error is None and self.options.feedback is not False:
             try:
                 verify_chain(trajectory)
             except UnsupportedModelError as error:
