@@ -204,9 +204,15 @@ class Step:
                     g = g + scale * extra[name]
                 known = (squares[name] * scale**2, sum(layer.counts)) if name in squares else None
                 moment = self.borrowed.moment(p, g, known)
-            self.moments[p] = moment
+            if not self._follows(p):
+                self.moments[p] = moment
             gain = self.borrowed.gain(p, moment, self.settings.rescale)
             layer.gain[name] = gain.to(layer.dtype) if isinstance(gain, Tensor) else gain
+
+    def _follows(self, p: Tensor) -> bool:
+        """M is fed anew once d is known, so that its moment need not be kept until then."""
+        fed = self.borrowed.hyper[p].curvature.statistics
+        return self.settings.value.statistics == "plain" and fed == "gradient"
 
     def couple(self, layer: Layer, weight: Tensor) -> Tensor:
         """rho = gbar^T P gbar / sum_i w_i s_i, between 1 and B.
@@ -270,8 +276,8 @@ class Step:
                 assert p.grad is not None
                 d = p.grad + correction
             plain = self.plain_gradient(layer, name, p)
-            follow = plain if self.settings.value.statistics == "plain" else None
-            self.borrowed.step(p, d, self.moments[p], follow)
+            follow = plain if self._follows(p) else None
+            self.borrowed.step(p, d, self.moments.get(p), follow)
 
     def _remember_coupling(self, layer: Layer, total: dict[str, Tensor]) -> None:
         """rho of this step, as seen from the re-weighted samples, for the next."""
