@@ -108,13 +108,15 @@ class Arrivals:
             if stage.fresh_g_x is not None:
                 known = stage.g_x if add else None
                 stage.g_x = stage.fresh_g_x if known is None else known + stage.fresh_g_x
-            stage.fresh_G = stage.fresh_g_x = None
+            for name, columns in stage.fresh_Z.items():
+                setattr(stage, name, columns)
+            stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
 
     def _discard(self) -> None:
         for trajectory in self._during:
             trajectory.pending = None
             for stage in trajectory.stages:
-                stage.fresh_G = stage.fresh_g_x = None
+                stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
         self._during = []
 
     def drop(self) -> None:

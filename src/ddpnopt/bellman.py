@@ -40,13 +40,13 @@ def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: Valu
     last = link.stage
     if not last.plain:
         if factor:
-            last.Z_h = columns
+            last.fresh_Z["Z_h"] = columns
         else:
-            last.J = _per_sample(columns, cost.w.numel())
+            last.fresh_Z["J"] = _per_sample(columns, cost.w.numel())
     if link.x is None:
         return
     if factor:
-        link.stage.Z_x = columns = _through_layer(last, columns)
+        link.stage.fresh_Z["Z_x"] = columns = _through_layer(last, columns)
     links: list[Link] = []
     before = link.before
     while before is not None:
@@ -66,10 +66,10 @@ def _pull_columns(link: Link, links: list[Link], Z_x: Tensor) -> None:
     edges = [one.h for one in links] + [one.x for one in links if one.x is not None]
     pulled = iter(_vjp(link.x, edges, Z_x if not link.stage.unbatched else Z_x[:, 0]))
     for one in links:
-        one.stage.Z_h = _batched(one.stage, next(pulled))
+        one.stage.fresh_Z["Z_h"] = _batched(one.stage, next(pulled))
     for one in links:
         if one.x is not None:
-            one.stage.Z_x = _batched(one.stage, next(pulled))
+            one.stage.fresh_Z["Z_x"] = _batched(one.stage, next(pulled))
 
 
 def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: int) -> None:
@@ -81,7 +81,7 @@ def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: 
         columns = _through_layer(upper, columns)
     for one in links:
         (J,) = _vjp(edge, [one.h], columns[:, 0] if batched else columns)
-        one.stage.J = _per_sample(_batched(one.stage, J), samples)
+        one.stage.fresh_Z["J"] = _per_sample(_batched(one.stage, J), samples)
         edge, batched = one.x, one.stage.unbatched
         if edge is None:
             break

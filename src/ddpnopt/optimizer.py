@@ -239,6 +239,12 @@ class DDPNOpt(torch.optim.Optimizer):
         missing = self.engine.state_dict().keys() - own.keys()
         if missing:
             raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))}")
+        for number, group in enumerate(state_dict.get("param_groups", [])):
+            lost = self.defaults.keys() - group.keys()
+            if lost:
+                raise ValueError(
+                    f"load_state_dict: parameter group {number} lacks {', '.join(sorted(lost))}"
+                )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "ddpnopt"})
         self.engine.load_state_dict(own)
         self.engine.attach()

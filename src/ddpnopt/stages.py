@@ -29,7 +29,7 @@ class Stage:
         weights: Versions of the layer's parameters in the pass.
         G: Gradient at the pre-activation; None until a backward pass has brought it.
         g_x: Gradient at the state.
-        fresh_G, fresh_g_x: The same, of a backward pass that has not ended.
+        fresh_G, fresh_g_x, fresh_Z: The same, of a backward pass that has not ended.
         Z_h, Z_x: The terminal factor's columns pulled back to h and x.
         J: Jacobian of the next active layer's state (or the output) by h, (B, X', H).
         plain: Why this stage takes the plain step; empty if it takes part in feedback.
@@ -47,6 +47,7 @@ class Stage:
     g_x: Tensor | None = None
     fresh_G: Tensor | None = None
     fresh_g_x: Tensor | None = None
+    fresh_Z: dict[str, Tensor] = field(default_factory=dict)
     Z_h: Tensor | None = None
     Z_x: Tensor | None = None
     J: Tensor | None = None
@@ -95,6 +96,7 @@ class Trajectory:
         for stage in self.stages:
             stage.G = stage.g_x = stage.fresh_G = stage.fresh_g_x = None
             stage.Z_h = stage.Z_x = stage.J = None
+            stage.fresh_Z = {}
 
 
 @dataclass(frozen=True, eq=False)

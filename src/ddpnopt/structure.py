@@ -119,7 +119,7 @@ class Ledger:
         self._leaves: dict[int, int] = {}
         self._skips: list[tuple[int, int]] = []
         self._reentrant: int | None = None
-        self._loop: int | None = None
+        self._ahead: list[tuple[int, int]] = []
 
     def enter(
         self,
@@ -154,7 +154,7 @@ class Ledger:
             if source is None:
                 source = self._leaves.get(leaf)
             if source is None and leaf in self._own:
-                self._loop = index
+                self._ahead.append((leaf, index))
                 continue
             if source is not None:
                 self._skips.append((source, index))
@@ -184,9 +184,13 @@ class Ledger:
     def refusal(self, trajectory: Trajectory) -> str:
         """Why the layers that take part in feedback are no chain, or ''."""
         stages = trajectory.stages
-        if self._loop is not None and not all(s.plain for s in stages):
+        # A parameter used before its layer runs: another pass of this model lies in front. (One
+        # whose module never runs, as in attention, is used by a function: a plain parameter.)
+        ran = {id(p) for s in stages if not s.plain for p in s.module._parameters.values()}
+        loop = next((index for leaf, index in self._ahead if leaf in ran), None)
+        if loop is not None:
             return (
-                f"the input of '{stages[self._loop].name}' was made with the model's own layers "
+                f"the input of '{stages[loop].name}' was made with the model's own layers "
                 "(a model applied to its own output): feedback is for chains; train this model "
                 "with feedback=False"
             )

@@ -210,7 +210,8 @@ class Recorder:
         if held is not None:
             held.requires_grad_(True)
         replaced = None
-        if held is not None and isinstance(output, Tensor) and not output.requires_grad:
+        unseen = held is not None and module._parameters.get("bias") is None
+        if unseen and isinstance(output, Tensor):  # no parameter here would get a gradient
             output = replaced = Anchor.apply(output, self.arrivals.token)  # type: ignore[no-untyped-call]
         if not self._recording() or output is None:
             return replaced
