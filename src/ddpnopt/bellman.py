@@ -231,14 +231,14 @@ class Layer:
 
     def gradient(self) -> Tensor:
         """(B, H)."""
-        return torch.cat([_per_sample(self._G(s), n)[:, 0] for s, n in self._pairs()])
+        return torch.cat([self._G(s).reshape(n, -1) for s, n in self._pairs()])
 
     def curvature(self) -> Tensor:
         """D, the Gram matrix of all unit vectors of h-space."""
         return torch.cat(
             [
                 self.rule.gram(
-                    self.module, s.x.to(self.dtype), _unit_columns(self._G(s)[0], n), self.gain, n
+                    self.module, s.x.to(self.dtype), _unit_columns(self._G(s), n), self.gain, n
                 )
                 for s, n in self._pairs()
             ]
@@ -258,7 +258,7 @@ class Layer:
         parts, at = [], 0
         for stage, samples in self._pairs():
             columns = V[at : at + samples].permute(2, 0, 1)
-            columns = columns.reshape(-1, *self._G(stage).shape[1:])
+            columns = columns.reshape(-1, *self._G(stage).shape)
             x, columns = stage.x.to(self.own_dtype), columns.to(self.own_dtype)
             pulled = self.rule.pull(self.module, x, columns).to(self.dtype)
             parts.append(_per_sample(pulled, samples).transpose(1, 2))
@@ -272,7 +272,7 @@ class Layer:
 
     def split(self, v: Tensor) -> Blocks:
         """(B, H) to one tensor for each pass."""
-        shapes = [self._G(s)[0].shape for s in self.blocks]
+        shapes = [self._G(s).shape for s in self.blocks]
         parts = torch.split(v, self.counts)
         return [p.reshape(shape) for p, shape in zip(parts, shapes, strict=True)]
 
@@ -295,11 +295,11 @@ class Layer:
 
     def plain_vectors(self) -> Blocks:
         """g itself."""
-        return [self._G(s)[0] for s in self.blocks]
+        return [self._G(s) for s in self.blocks]
 
     def _G(self, stage: Stage) -> Tensor:
         assert stage.G is not None
-        return stage.G.to(self.dtype)[None]
+        return stage.G.to(self.dtype)
 
     def _pairs(self) -> list[tuple[Stage, int]]:
         return list(zip(self.blocks, self.counts, strict=True))

@@ -163,7 +163,7 @@ class Step:
 
     # Statistics -----------------------------------------------------------------------------
 
-    def plain_gradient(self, layer: Layer, name: str, p: nn.Parameter) -> Tensor | None:
+    def plain_gradient(self, name: str, p: nn.Parameter) -> Tensor | None:
         """The plain batch gradient in p.grad's present units; None where it is not computed."""
         if p.grad is not None and not self._is_held(name, p):
             return p.grad - self.base[p] if p in self.base else p.grad
@@ -176,7 +176,7 @@ class Step:
         """The plain gradient by the layer's rule, where autograd was told not to make it."""
         total = layer.weighted(layer.plain_vectors())
         for name, p in layer.params.items():
-            if self.plain_gradient(layer, name, p) is None:
+            if self.plain_gradient(name, p) is None:
                 self._plain[p] = total[name] * self.settings.correction_scale
 
     def feed(self, layer: Layer, correction: Blocks | None) -> None:
@@ -186,7 +186,7 @@ class Step:
         extra: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
         if kinds != {"none"}:
-            if any(self.plain_gradient(layer, n, p) is None for n, p in layer.params.items()):
+            if any(self.plain_gradient(n, p) is None for n, p in layer.params.items()):
                 self._compute_plain(layer)
             if correction is not None:
                 extra = layer.weighted(correction)
@@ -197,7 +197,7 @@ class Step:
         for name, p in layer.params.items():
             moment = None
             if self.borrowed.hyper[p].curvature.statistics != "none":
-                g = self.plain_gradient(layer, name, p)
+                g = self.plain_gradient(name, p)
                 assert g is not None
                 if name in extra:
                     self.extra[p] = extra[name]
@@ -221,12 +221,12 @@ class Step:
         1^T Gram 1 the first time.
         """
         self._weights[layer.name] = weight
-        gradients = {n: self.plain_gradient(layer, n, p) for n, p in layer.params.items()}
+        gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
         if any(g is None for g in gradients.values()):
             if layer.name in self.running:
                 return weight.new_tensor(self.running[layer.name])
             self._compute_plain(layer)
-            gradients = {n: self.plain_gradient(layer, n, p) for n, p in layer.params.items()}
+            gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
         scale = self.settings.correction_scale
         if scale != 1.0:
             gradients = {n: g / scale for n, g in gradients.items() if g is not None}
@@ -275,7 +275,7 @@ class Step:
             else:
                 assert p.grad is not None
                 d = p.grad + correction
-            plain = self.plain_gradient(layer, name, p)
+            plain = self.plain_gradient(name, p)
             follow = plain if self._follows(p) else None
             self.borrowed.step(p, d, self.moments.get(p), follow)
 
