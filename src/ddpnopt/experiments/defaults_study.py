@@ -19,7 +19,7 @@ from ddpnopt.experiments.markdown import problem_section, targets_table, update_
 from ddpnopt.experiments.plots import plot_rates
 from ddpnopt.experiments.store import CsvStore
 from ddpnopt.experiments.summary import Target, judge
-from ddpnopt.experiments.sweep import Contender, grid, sweep
+from ddpnopt.experiments.sweep import Contender, frame, grid, sweep
 from ddpnopt.experiments.training import RunConfig
 
 CLIPS = (0.25, 0.5, 1.0, 2.0)
@@ -144,17 +144,16 @@ def main(
         list[str] | None, typer.Option(help="Only these optimizers (registry names).")
     ] = None,
 ) -> None:
-    """Run what is missing of the study, then write tables and figure."""
+    """Run what is missing of the study, then write tables and figure of all that is stored."""
     console = Console()
     store = CsvStore(out / "runs.csv")
-    tables: list[pd.DataFrame] = []
     for name, item in PROBLEMS.items():
         if problem and name not in problem:
             continue
         contenders = [c for c in item.contenders() if not optimizer or c.optimizer in optimizer]
         configs = grid(item.base, contenders, range(first_seed, first_seed + seeds))
-        tables.append(sweep(configs, store, jobs=jobs, title=name, console=console))
-    for path in publish(pd.concat(tables, ignore_index=True), docs):
+        sweep(configs, store, jobs=jobs, title=name, console=console)
+    for path in publish(frame(store.results()), docs):
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
