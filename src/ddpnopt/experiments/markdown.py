@@ -73,11 +73,15 @@ def problem_section(heading: str, runs: pd.DataFrame) -> str:
         Markdown: accuracy, training loss, and the best rate and range of good rates.
     """
     rates = by_rate(runs)
-    seeds = int(rates["seeds"].max())
+    most, fewest = int(rates["seeds"].max()), int(rates["seeds"].min())
+    seeds = f"{most} seeds"
+    if fewest < most:
+        fewer = rates.loc[rates["seeds"] < most, "label"].unique()
+        seeds += f", the first {fewest} of them for {', '.join(fewer)}"
     spans = {label: tuple(own["lr"]) for label, own in rates.groupby("label", sort=False)}
     parts = [
         f"### {heading}",
-        f"Test accuracy in %, mean ± standard deviation over {seeds} seeds "
+        f"Test accuracy in %, mean ± standard deviation over {seeds} "
         "(worst seed, share of runs that diverged or ended near chance):",
     ]
     distinct = list(dict.fromkeys(spans.values()))
