@@ -64,9 +64,14 @@ class Arrivals:
             with probing():
                 self.at_output(trajectory, link, total)
 
-    def at_x(self, stage: Stage, G: Tensor) -> None:
-        """A gradient has arrived at a stage's state."""
-        G = G.detach()[None] if stage.unbatched else G.detach()
+    def at_x(self, stage: Stage, place: int, G: Tensor) -> None:
+        """A gradient has arrived at one of a stage's inputs."""
+        G = G.detach()
+        if len(stage.inputs) > 1 and stage.rule is not None:
+            parts = [torch.zeros_like(x) for x in stage.inputs]
+            parts[place] = G
+            G = stage.rule.pack(stage.module, parts)
+        G = G[None] if stage.unbatched else G
         stage.fresh_g_x = G if stage.fresh_g_x is None else stage.fresh_g_x + G
 
     def _begin(self) -> None:

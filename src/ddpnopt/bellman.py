@@ -1,131 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""The Bellman backward pass through the recorded layers.
+"""The Bellman backward pass through the recorded layers, at the step: algebra.
 
-`linearise` runs when the output's gradient arrives (the graph is still there) and keeps what the
-value function needs of the linearised dynamics; `backward` runs at the step, where it is algebra:
 V through the activation, M's statistics, Gram products, the backup, layer by layer from the output.
+What it needs of the linearised dynamics has been kept by `linearise`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
-from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.layers import Gain, LayerRule
-from ddpnopt.stages import Link, Stage, Trajectory
-from ddpnopt.terminal import Cost
+from ddpnopt.layers import LayerRule, MatrixRule
+from ddpnopt.linearise import cast_state, per_sample, unit_columns
+from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
-from ddpnopt.value.base import Blocks, Policy, Recursion, ValueFunction
-
-
-def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: ValueFunction) -> None:
-    """Pull the terminal factor's columns, or the segments' Jacobians, back to the stages.
-
-    Args:
-        trajectory: The pass whose output has just received its gradient.
-        link: Edges of its stages, newest first.
-        cost: Its terminal cost.
-        value: Says what is needed.
-    """
-    if value.linearization == "gradient" or link is None:
-        return
-    assert trajectory.z is not None
-    factor = value.linearization == "factor"
-    columns = cost.factor(value.rank) if factor else _unit_columns(trajectory.z, cost.w.numel())
-    last = link.stage
-    if not last.plain:
-        if factor:
-            last.fresh_Z["Z_h"] = columns
-        else:
-            last.fresh_Z["J"] = _per_sample(columns, cost.w.numel())
-    if link.x is None:
-        return
-    if factor:
-        link.stage.fresh_Z["Z_x"] = columns = _through_layer(last, columns)
-    links: list[Link] = []
-    before = link.before
-    while before is not None:
-        links.append(before)
-        before = before.before
-    links = [one for one in links if not one.stage.plain and one.h is not None]
-    if not links:
-        return
-    if factor:
-        _pull_columns(link, links, columns)
-    else:
-        _segment_jacobians(link, links, columns, cost.w.numel())
-
-
-def _pull_columns(link: Link, links: list[Link], Z_x: Tensor) -> None:
-    """One batched back-propagation of all columns from the last layer's input to every stage."""
-    edges = [one.h for one in links] + [one.x for one in links if one.x is not None]
-    pulled = iter(_vjp(link.x, edges, Z_x if not link.stage.unbatched else Z_x[:, 0]))
-    for one in links:
-        one.stage.fresh_Z["Z_h"] = _batched(one.stage, next(pulled))
-    for one in links:
-        if one.x is not None:
-            one.stage.fresh_Z["Z_x"] = _batched(one.stage, next(pulled))
-
-
-def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: int) -> None:
-    """Jacobians of each active stage's state by the h before it; the tail goes to the output."""
-    upper, edge, batched = link.stage, link.x, link.stage.unbatched
-    if not upper.plain:
-        columns = _unit_columns(upper.x, samples)
-    else:
-        columns = _through_layer(upper, columns)
-    for one in links:
-        (J,) = _vjp(edge, [one.h], columns[:, 0] if batched else columns)
-        one.stage.fresh_Z["J"] = _per_sample(_batched(one.stage, J), samples)
-        edge, batched = one.x, one.stage.unbatched
-        if edge is None:
-            break
-        columns = _unit_columns(one.stage.x, samples)
-
-
-def _vjp(output: Any, inputs: Sequence[Any], columns: Tensor) -> tuple[Tensor, ...]:
-    pulled = torch.autograd.grad(
-        (output,), inputs, (columns,), retain_graph=True, is_grads_batched=True, allow_unused=True
-    )
-    if any(p is None for p in pulled):
-        raise UnsupportedModelError(
-            "a layer's output does not reach the loss through the layers behind it; "
-            "use value='moreau' or feedback=False"
-        )
-    return pulled
-
-
-def _through_layer(stage: Stage, columns: Tensor) -> Tensor:
-    """Columns at a stage's output to its input, by its rule or by autograd."""
-    if stage.rule is not None:
-        dtype = next(stage.module.parameters()).dtype  # autocast may run x in a narrower one
-        pulled = stage.rule.pull(stage.module, stage.x.to(dtype), columns.to(dtype))
-        return pulled.to(stage.x.dtype)
-    columns = columns.to(stage.x.dtype)
-    vjp: Any = torch.func.vjp(stage.module, stage.x)[1]
-    back: Tensor = torch.func.vmap(lambda column: vjp(column)[0])(columns)
-    return back
-
-
-def _batched(stage: Stage, columns: Tensor) -> Tensor:
-    return columns[:, None] if stage.unbatched else columns
-
-
-def _unit_columns(like: Tensor, samples: int) -> Tensor:
-    """Unit vectors of a sample's elements, the same for all samples: (X, *shape)."""
-    elements = like.numel() // samples
-    unit = torch.eye(elements, dtype=like.dtype, device=like.device)
-    return unit[:, None].expand(-1, samples, -1).reshape(elements, *like.shape)
-
-
-def _per_sample(columns: Tensor, samples: int) -> Tensor:
-    """(k, n, ..) to (B, k, elements)."""
-    return columns.reshape(columns.shape[0], samples, -1).transpose(0, 1)
+from ddpnopt.value.base import Blocks, Policy, Recursion
 
 
 @dataclass(eq=False)
@@ -178,9 +71,7 @@ class Layer:
         """eta (g, Z)_u^T M^-1 (g, Z)_u."""
         return torch.cat(
             [
-                self.rule.gram(
-                    self.module, s.x.to(self.dtype), self._columns(s), self.gain, n, self.sketch
-                )
+                self.rule.gram(self.module, self._x(s), self._columns(s), self.gain, n, self.sketch)
                 for s, n in zip(self.blocks, self.counts, strict=True)
             ]
         )
@@ -188,7 +79,7 @@ class Layer:
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""
         flat = [
-            _per_sample(self._columns(s), n) for s, n in zip(self.blocks, self.counts, strict=True)
+            per_sample(self._columns(s), n) for s, n in zip(self.blocks, self.counts, strict=True)
         ]
         return torch.cat([v @ v.transpose(-1, -2) for v in flat])
 
@@ -198,10 +89,10 @@ class Layer:
         for stage, change, samples in zip(self.blocks, dx, self.counts, strict=True):
             if self.factor:
                 assert stage.Z_x is not None
-                columns = _per_sample(stage.Z_x.to(self.dtype), samples)
+                columns = per_sample(stage.Z_x.to(self.dtype), samples)
             else:
                 assert stage.g_x is not None
-                columns = _per_sample(stage.g_x.to(self.dtype)[None], samples)
+                columns = per_sample(stage.g_x.to(self.dtype)[None], samples)
             change = change.to(self.dtype).reshape(samples, -1, 1)
             parts.append((columns @ change)[..., 0])
         return torch.cat(parts)
@@ -219,7 +110,7 @@ class Layer:
                 v = stage.G.to(self.dtype).reshape(shape) * a[rows, None].to(self.dtype)
             if b is not None:
                 assert stage.Z_h is not None
-                columns = _per_sample(stage.Z_h.to(self.dtype), samples)
+                columns = per_sample(stage.Z_h.to(self.dtype), samples)
                 v = v + torch.einsum("brh,br->bh", columns, b[rows].to(self.dtype))
             out.append(v.reshape(stage.G.shape))
             at += samples
@@ -237,9 +128,7 @@ class Layer:
         """D, the Gram matrix of all unit vectors of h-space."""
         return torch.cat(
             [
-                self.rule.gram(
-                    self.module, s.x.to(self.dtype), _unit_columns(self._G(s), n), self.gain, n
-                )
+                self.rule.gram(self.module, self._x(s), unit_columns(self._G(s), n), self.gain, n)
                 for s, n in self._pairs()
             ]
         )
@@ -248,8 +137,10 @@ class Layer:
         """g_x dx."""
         return torch.cat(
             [
-                self.rule.linear(self.module, change.to(self.own_dtype)).reshape(n, -1)
-                for change, n in zip(dx, self.counts, strict=True)
+                self.rule.push(
+                    self.module, cast_state(s.x, self.own_dtype), change.to(self.own_dtype)
+                ).reshape(n, -1)
+                for (s, n), change in zip(self._pairs(), dx, strict=True)
             ]
         ).to(self.dtype)
 
@@ -259,9 +150,9 @@ class Layer:
         for stage, samples in self._pairs():
             columns = V[at : at + samples].permute(2, 0, 1)
             columns = columns.reshape(-1, *self._G(stage).shape)
-            x, columns = stage.x.to(self.own_dtype), columns.to(self.own_dtype)
+            x, columns = cast_state(stage.x, self.own_dtype), columns.to(self.own_dtype)
             pulled = self.rule.pull(self.module, x, columns).to(self.dtype)
-            parts.append(_per_sample(pulled, samples).transpose(1, 2))
+            parts.append(per_sample(pulled, samples).transpose(1, 2))
             at += samples
         return torch.cat(parts)
 
@@ -280,7 +171,7 @@ class Layer:
         """The weight gradient sum_i g_u^T v_i over all passes."""
         total: dict[str, Tensor] = {}
         for stage, v in zip(self.blocks, vectors, strict=True):
-            one = self.rule.gradient(self.module, stage.x.to(self.dtype), v.to(self.dtype))
+            one = self.rule.gradient(self.module, self._x(stage), v.to(self.dtype))
             total = {k: total[k] + g if k in total else g for k, g in one.items()}
         return {k: g.to(self.own_dtype) for k, g in total.items()}
 
@@ -288,7 +179,7 @@ class Layer:
         """Sum over samples of the squared per-sample gradients of given h-space vectors."""
         total: dict[str, Tensor] = {}
         for stage, n, v in zip(self.blocks, self.counts, vectors, strict=True):
-            x = stage.x.to(self.dtype)
+            x = self._x(stage)
             one = self.rule.squares(self.module, x, v.to(self.dtype), n)
             total = {k: total[k] + g if k in total else g for k, g in one.items()}
         return total
@@ -296,6 +187,52 @@ class Layer:
     def plain_vectors(self) -> Blocks:
         """g itself."""
         return [self._G(s) for s in self.blocks]
+
+    def factors(self, vectors: Blocks, bias: bool) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and given h-space vectors at each position, for Kronecker statistics.
+
+        Args:
+            vectors: In h-space.
+            bias: Append the constant input, whose weights are the bias.
+
+        Returns:
+            U (b, g, t, i) and V (b, g, t, o) of each pass.
+        """
+        assert isinstance(self.rule, MatrixRule)
+        found = []
+        for (stage, n), v in zip(self._pairs(), vectors, strict=True):
+            U = self.rule.inputs(self.module, self._x(stage), n)
+            if bias:
+                U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
+            V = self.rule.outputs(self.module, v.to(self.dtype)[None], n)[0]
+            found.append((U, V))
+        return found
+
+    def applied(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """P d by parameter."""
+        found = {}
+        for name, P in self.gain.items():
+            if isinstance(P, Kronecker):
+                assert isinstance(self.rule, MatrixRule)
+                D = self.rule.joined(self.module, gradients, P.bias)
+                found.update(self.rule.parted(self.module, P(D), P.bias))
+            else:
+                found[name] = gradients[name] * P
+        return found
+
+    def length(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """d^T P d over the layer's parameters."""
+        parts = []
+        for name, P in self.gain.items():
+            if isinstance(P, Kronecker):
+                assert isinstance(self.rule, MatrixRule)
+                parts.append(P.square(self.rule.joined(self.module, gradients, P.bias)))
+            else:
+                parts.append((gradients[name].square() * P).sum())
+        return torch.stack(parts).sum()
+
+    def _x(self, stage: Stage) -> Tensor:
+        return cast_state(stage.x, self.dtype)
 
     def _G(self, stage: Stage) -> Tensor:
         assert stage.G is not None

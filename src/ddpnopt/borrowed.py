@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddpnopt.curvature import CURVATURES, Curvature
-from ddpnopt.layers import Gain
+from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ddpnopt.borrowed import norms
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import dense_gradients
+from ddpnopt.linearise import cast_state
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -179,12 +180,13 @@ def check_states(trajectories: Sequence[Trajectory], closed_loop: bool) -> None:
     """
     for trajectory in trajectories:
         for stage in trajectory.active:
-            if not stage.x.is_inference() and stage.x._version != stage.version:
+            now = tuple(-1 if t.is_inference() else t._version for t in stage.inputs)
+            if now != stage.versions:
                 raise UnsupportedModelError(
                     f"the input of '{stage.name}' was modified in place after the layer used it; "
                     "modify a copy, or use feedback=False"
                 )
-            own = sum(p._version for p in stage.module._parameters.values() if p is not None)
+            own = sum(p._version for p in stage.module.parameters())
             if closed_loop and own != stage.weights:
                 raise UnsupportedModelError(
                     f"the weights of '{stage.name}' were changed between the forward pass and the "
@@ -249,7 +251,8 @@ def verify_chain(trajectory: Trajectory) -> None:
             continue
         dtype = next(stage.module.parameters()).dtype
         g_x = stage.g_x.to(dtype)
-        pulled = stage.rule.pull(stage.module, stage.x.to(dtype), stage.G.to(dtype)[None])[0]
+        x = cast_state(stage.x, dtype)
+        pulled = stage.rule.pull(stage.module, x, stage.G.to(dtype)[None])[0]
         tolerance = max(64 * torch.finfo(stage.G.dtype).eps, 1e-4)
         if not bool((pulled - g_x).norm() <= tolerance * (g_x.norm() + pulled.norm())):
             raise UnsupportedModelError(

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ddpnopt.arrivals import Arrivals
-from ddpnopt.bellman import linearise
 from ddpnopt.borrowed import Borrowed, needs_squares
 from ddpnopt.checks import (
     check_backward,
@@ -29,6 +28,7 @@ from ddpnopt.checks import (
 from ddpnopt.errors import TerminalError, UnsupportedModelError
 from ddpnopt.gradients import Consumed, Fingerprint
 from ddpnopt.inert import weakly
+from ddpnopt.linearise import linearise
 from ddpnopt.notices import (
     CLIPPED_BIASES,
     NO_OUTPUT_GRADIENT,

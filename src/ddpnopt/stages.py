@@ -23,7 +23,8 @@ class Stage:
         name: Module path.
         module: The layer.
         rule: Its linear maps; None where the layer takes the plain step.
-        x: State that entered it (alias), with its version.
+        x: State that entered it: its input (alias), or all of them packed by the rule.
+        inputs: The input tensors (aliases), with their versions.
         rows: Dimension 0 of the output.
         unbatched: The input is a single sample without a batch axis; the record adds it.
         weights: Versions of the layer's parameters in the pass.
@@ -39,7 +40,8 @@ class Stage:
     module: nn.Module
     rule: LayerRule | None
     x: Tensor
-    version: int
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int, ...]
     rows: int
     unbatched: bool = False
     weights: int = 0
@@ -104,6 +106,6 @@ class Link:
     """Edges of the stages upstream of a gradient hook, newest first (a list that shares tails)."""
 
     stage: Stage
-    x: GradientEdge | None
+    x: tuple[GradientEdge | None, ...]
     h: GradientEdge | None
     before: Link | None

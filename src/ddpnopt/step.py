@@ -117,10 +117,8 @@ class Step:
         assert first.rule is not None
         params = {
             name: p
-            for name, p in first.module._parameters.items()
-            if p is not None
-            and self.trainable(p)
-            and (p.grad is not None or self._is_held(name, p))
+            for name, p in first.module.named_parameters()
+            if self.trainable(p) and (p.grad is not None or self._is_held(name, p))
         }
         return Layer(
             first.name,
@@ -235,12 +233,8 @@ class Step:
 
     @staticmethod
     def _ratio(layer: Layer, gradients: dict[str, Tensor], weight: Tensor) -> Tensor:
-        together = sum(
-            ((g.square() * layer.gain[name]).sum() for name, g in gradients.items()),
-            start=weight.new_zeros(()),
-        )
         alone = weight.sum()
-        ratio = torch.where(alone > 0, together / alone, 1.0)
+        ratio = torch.where(alone > 0, layer.length(gradients) / alone, 1.0)
         return ratio.clamp(1, sum(layer.counts))
 
     # Update ---------------------------------------------------------------------------------
@@ -264,7 +258,7 @@ class Step:
             joint = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
             total = layer.weighted(joint)
             self._remember_coupling(layer, total)
-            biases = [layer.rule.bias_gradient(v) for v in vectors]
+            biases = [layer.rule.bias_gradient(layer.module, v) for v in vectors]
             total["bias"] = torch.stack(biases).sum(0)  # p.grad holds the bias's plain gradient
         else:
             total = layer.weighted(vectors)
@@ -304,9 +298,8 @@ class Step:
 
     @staticmethod
     def _step_norm(layer: Layer, vectors: Blocks) -> Tensor:
-        total = layer.weighted(vectors)
-        parts = [(total[n] * P).square().sum() for n, P in layer.gain.items()]
-        return torch.stack(parts).sum().sqrt()
+        steps = layer.applied(layer.weighted(vectors))
+        return torch.stack([step.square().sum() for step in steps.values()]).sum().sqrt()
 
 
 def report(

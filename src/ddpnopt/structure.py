@@ -59,10 +59,7 @@ class Anatomy:
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether a module has a rule and a parameter to optimise, now."""
-        own = module._parameters.values()
-        return rule_for(module) is not None and any(
-            p is not None and self.trainable(p) for p in own
-        )
+        return rule_for(module) is not None and any(map(self.trainable, module.parameters()))
 
     def layers(self) -> dict[str, nn.Module]:
         """All such modules."""
@@ -77,22 +74,20 @@ class Anatomy:
         used: list[Tensor] = [p for p in self.model.parameters() if self.trainable(p)]
         if weight_gradients:
             return used
-        held = {id(m._parameters["weight"]) for m in self.layers().values()} - self.shared
+        held = {id(w) for m in self.layers().values() if (w := held_weight(m)) is not None}
+        held -= self.shared
         return [p for p in used if id(p) not in held]
 
     def refresh(self) -> None:
         """Look at the parameters again: some may be frozen, or swapped for others."""
         state = tuple(
-            (id(p), p.requires_grad)
-            for module in self.hooked.values()
-            for p in module._parameters.values()
-            if p is not None
+            (id(p), p.requires_grad) for module in self.hooked.values() for p in module.parameters()
         )
         if state != self._state:
             uses = Counter(identity for identity, _ in state)
             self.shared = {identity for identity, n in uses.items() if n > 1}
             layers = self.layers().values()
-            self.own = {id(p) for m in layers for p in m._parameters.values() if p is not None}
+            self.own = {id(p) for m in layers for p in m.parameters()}
             wanted = {id(m) for m in layers}
             self._owners = {
                 id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
@@ -102,6 +97,12 @@ class Anatomy:
     def owns_all(self, module: nn.Module) -> bool:
         """Whether a module contains every layer, as of the last `refresh`."""
         return id(module) in self._owners
+
+
+def held_weight(module: nn.Module) -> nn.Parameter | None:
+    """The weight whose gradient the layer's rule makes unnecessary, if there is one."""
+    rule = rule_for(module)
+    return module._parameters.get("weight") if rule is not None and rule.holds_weight else None
 
 
 class Ledger:
@@ -167,9 +168,7 @@ class Ledger:
         if boundary:
             self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
             self._outputs.update({node: index for node in self._latest})
-            self._leaves.update(
-                {id(p): index for p in module._parameters.values() if p is not None}
-            )
+            self._leaves.update({id(p): index for p in module.parameters()})
 
     def hidden(self, trajectory: Trajectory) -> str:
         """Why layers may have run unseen, or ''."""
@@ -186,7 +185,7 @@ class Ledger:
         stages = trajectory.stages
         # A parameter used before its layer runs: another pass of this model lies in front. (One
         # whose module never runs, as in attention, is used by a function: a plain parameter.)
-        ran = {id(p) for s in stages if not s.plain for p in s.module._parameters.values()}
+        ran = {id(p) for s in stages if not s.plain for p in s.module.parameters()}
         loop = next((index for leaf, index in self._ahead if leaf in ran), None)
         if loop is not None:
             return (
@@ -212,12 +211,12 @@ class Ledger:
         for stage in trajectory.stages:
             uses[stage.name] = uses.get(stage.name, 0) + 1
         for stage in trajectory.stages:
-            own = [p for p in stage.module._parameters.values() if p is not None]
+            own = list(stage.module.parameters())
             if not any(trainable(p) for p in own):
                 stage.plain = "frozen"
-            elif stage.rule is None:
-                stage.plain = f"{type(stage.module).__name__} has no rule"
-            elif uses[stage.name] > 1 or any(id(p) in shared for p in own):
+            elif stage.rule is not None and (
+                uses[stage.name] > 1 or any(id(p) in shared for p in own)
+            ):
                 stage.plain = "its parameters are used more than once"
 
     def front(self, trajectory: Trajectory, start: int) -> None:

@@ -20,10 +20,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from ddpnopt.arrivals import Arrivals, counts
 from ddpnopt.inert import Anchor, Hook, probes, probing
-from ddpnopt.layers import rule_for
+from ddpnopt.layers import reason_against, rule_for
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
-from ddpnopt.structure import Anatomy, Ledger, mixing_start
+from ddpnopt.structure import Anatomy, Ledger, held_weight, mixing_start
 from ddpnopt.typing import Tensor
 
 #: The first passes of each structure are probed for mixing, each at another sample, and then
@@ -192,7 +192,7 @@ class Recorder:
 
     def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: its weight asks for no gradient while the layer runs."""
-        weight = module._parameters.get("weight")
+        weight = held_weight(module)
         if (
             torch.is_grad_enabled()
             and not self.paused
@@ -232,42 +232,54 @@ class Recorder:
     ) -> None:
         trajectory = self._open
         assert trajectory is not None
-        x, out = (inputs or tensors)[0], tensors[0]
-        rule = rule_for(module) if len(inputs) == 1 and len(tensors) == 1 else None
-        unbatched = rule is not None and x.dim() < rule.batched_dim
+        out = tensors[0]
+        against = reason_against(module, len(inputs), len(tensors))
+        rule = None if against else rule_for(module)
+        aliases = tuple(t.detach() for t in inputs)
+        state = rule.pack(module, aliases) if rule is not None else (*aliases, out.detach())[0]
+        unbatched = rule is not None and state.dim() < rule.batched_dim(module)
         rows = out.shape[0] if out.dim() and not unbatched else 1
-        version = -1 if x.is_inference() else x._version
-        state = x.detach()[None] if unbatched else x.detach()
-        weights = sum(p._version for p in module._parameters.values() if p is not None)
-        stage = Stage(name, module, rule, state, version, rows, unbatched, weights)
+        versions = tuple(-1 if t.is_inference() else t._version for t in inputs)
+        state = state[None] if unbatched else state
+        weights = sum(p._version for p in module.parameters())
+        stage = Stage(
+            name, module, rule, state, aliases, versions, rows, unbatched, weights, plain=against
+        )
         index = len(trajectory.stages)
         boundary = rule is not None and self.anatomy.is_layer(module)
         self._ledger.enter(index, module, inputs, tensors, boundary)
         trajectory.stages.append(stage)
         self._last, trajectory.z_version = out, -1 if out.is_inference() else out._version
-        if not out.requires_grad:
-            return
-        x_edge = get_gradient_edge(x) if x.requires_grad and inputs else None
-        upstream = Link(stage, x_edge, None, self._link) if self.links else None
+        if out.requires_grad:
+            self._await_gradients(trajectory, stage, inputs, out)
+
+    def _await_gradients(
+        self, trajectory: Trajectory, stage: Stage, inputs: list[Tensor], out: Tensor
+    ) -> None:
+        edges = tuple(get_gradient_edge(x) if x.requires_grad else None for x in inputs)
+        upstream = Link(stage, edges, None, self._link) if self.links else None
         ref = weakref.ref(self.arrivals)
         hook = partial(_gradient_at_h, ref, trajectory, stage, upstream)
         out.register_hook(hook)  # type: ignore[no-untyped-call]
         wanted = self.state_gradients or trajectory.to_verify
-        if wanted and index > 0 and rule is not None and x.requires_grad:
-            x.register_hook(partial(_gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
+        if wanted and len(trajectory.stages) > 1 and stage.rule is not None:
+            for place, x in enumerate(inputs):
+                if x.requires_grad:
+                    x.register_hook(partial(_gradient_at_x, ref, stage, place))  # type: ignore[no-untyped-call]
         if self.links:
-            self._link = Link(stage, x_edge, get_gradient_edge(out), self._link)
+            self._link = Link(stage, edges, get_gradient_edge(out), self._link)
 
     # Rollout --------------------------------------------------------------------------------
 
     def hook_replays(
         self, names: Iterable[str], reach: Callable[[str, Tensor], None]
     ) -> list[torch.utils.hooks.RemovableHandle]:
-        """Call ``reach(name, x)`` before each of the named layers computes."""
+        """Call ``reach(name, x)`` with the state before each of the named layers computes."""
 
         def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            reach(name, inputs[0])
+            rule = rule_for(module)
+            reach(name, rule.pack(module, inputs) if rule is not None else inputs[0])
 
         return [
             self.anatomy.hooked[name].register_forward_pre_hook(
@@ -293,10 +305,10 @@ def _gradient_at_h(
         arrivals.at_h(trajectory, stage, link, G)
 
 
-def _gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, G: Tensor) -> None:
+def _gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, place: int, G: Tensor) -> None:
     arrivals = ref()
     if arrivals is not None and counts():
-        arrivals.at_x(stage, G)
+        arrivals.at_x(stage, place, G)
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -1,44 +1,119 @@
 # SPDX-License-Identifier: MIT
 """What the recursion needs to know of a parametrised layer h = g(x, u), as linear maps.
 
-A rule is stateless. It is registered for a module type, and serves every module whose forward
-is that type's own. To add a layer: one file here with a subclass and its decorator.
+`LayerRule` itself is a complete rule: it differentiates the module's own forward, sample by
+sample, with torch.func. It is right for every module that treats samples independently, and slow.
+A subclass says the same with the layer's own algebra. Rules are stateless; one serves every module
+whose forward is its type's own. To add a layer: one file here, a subclass, a decorator.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.func import functional_call, jvp, vjp, vmap
 
-from ddpnopt.layers.positions import Gain
+from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
 
 
-class LayerRule(ABC):
-    """Linear maps between a layer's state x, control u = (weight, bias) and pre-activation h.
+class _Bare(nn.Module):
+    """Calls a module's forward without its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return self.module.forward(x)
+
+
+class LayerRule:
+    """Linear maps between a layer's state x, control u (its parameters) and pre-activation h.
 
     Vectors in h-space have h's own shape; a leading axis r holds columns. Dimension 0 of x and h
-    is samples times a fold m (m consecutive rows belong to one sample).
+    is samples times a fold m (m consecutive rows belong to one sample). Nothing here may call the
+    module itself, whose hooks are the user's and the recorder's.
     """
 
     #: The axis of h that holds the features (classes, at the last layer).
     feature_axis: int = -1
-    #: Number of dimensions of an input with a batch axis; one fewer means a single sample.
-    batched_dim: int = 2
+    #: Names of the parameters that the rule speaks of; a module with others is not served.
+    parameters: tuple[str, ...] = ("weight", "bias")
+    #: `gradient` makes autograd's own gradient of ``weight`` unnecessary.
+    holds_weight: bool = False
+    #: How many tensors the module is called with.
+    arguments: tuple[int, ...] = (1,)
 
-    @abstractmethod
-    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The map x -> g_x x (the layer without its bias), with the layer's present weights."""
+    def refusal(self, module: nn.Module) -> str:
+        """Why this module, as it is now, can't be served; empty if it can."""
+        return ""
 
-    @abstractmethod
+    def batched_dim(self, module: nn.Module) -> int:
+        """Dimensions of an input with a batch axis; one fewer means a single sample."""
+        return 2
+
+    def pack(self, module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """The state: one tensor that holds all inputs. Linear in the inputs."""
+        return inputs[0]
+
+    def unpack(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        """The inputs (or columns of them, with leading axes) from the state."""
+        return (x,)
+
+    def function(self, module: nn.Module, x: Tensor) -> Tensor:
+        """h = g(x, u) with the layer's present parameters."""
+        return _call(module, dict(module.named_parameters()), x)
+
+    def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
+        """g_x dx."""
+        pushed: Tensor = jvp(lambda s: self.function(module, s), (x,), (dx,))[1]
+        return pushed
+
+    def pull(self, module: nn.Module, x: Tensor, V: Tensor) -> Tensor:
+        """Pull-back to the state, g_x^T V for columns V (r, *h.shape); returns (r, *x.shape)."""
+        columns = V.shape[0]
+        tiled = x.expand(columns, *x.shape).reshape(-1, *x.shape[1:])
+        back: Any = vjp(lambda s: self.function(module, s), tiled)[1]
+        pulled: Tensor = back(V.reshape(-1, *V.shape[2:]))[0]
+        return pulled.reshape(columns, *x.shape)
+
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """Pull-back to the control, g_u^T V summed over the batch, by parameter name."""
+        params = dict(module.named_parameters())
+        back: Any = vjp(lambda p: _call(module, p, x), params)[1]
+        pulled: dict[str, Tensor] = back(V)[0]
+        return pulled
 
-    @abstractmethod
+    def sample_gradients(
+        self, module: nn.Module, x: Tensor, V: Tensor, samples: int
+    ) -> dict[str, Tensor]:
+        """Pull-back of every sample and column, by parameter name.
+
+        Args:
+            module: The layer.
+            x: Its state.
+            V: Columns in h-space, (r, *h.shape).
+            samples: Number of samples B in dimension 0.
+
+        Returns:
+            (r, B, *parameter's shape) for each parameter.
+        """
+        params = dict(module.named_parameters())
+
+        def one(x: Tensor, V: Tensor) -> dict[str, Tensor]:
+            back: Any = vjp(lambda p: _call(module, p, x), params)[1]
+            pulled: dict[str, Tensor] = vmap(lambda v: back(v)[0])(V)
+            return pulled
+
+        rows = x.reshape(samples, -1, *x.shape[1:])
+        columns = V.reshape(V.shape[0], samples, -1, *V.shape[2:])
+        found: dict[str, Tensor] = vmap(one, in_dims=(0, 1), out_dims=1)(rows, columns)
+        return found
+
     def gram(
         self,
         module: nn.Module,
@@ -52,7 +127,7 @@ class LayerRule(ABC):
 
         Args:
             module: The layer.
-            x: Its input.
+            x: Its state.
             V: Columns in h-space, (r, *h.shape).
             gain: P = eta M^-1 by parameter name; a parameter that is not named is fixed.
             samples: Number of samples B in dimension 0.
@@ -61,51 +136,82 @@ class LayerRule(ABC):
         Returns:
             (B, r, r).
         """
+        total = V.new_zeros(samples, V.shape[0], V.shape[0])
+        for name, G in self.sample_gradients(module, x, V, samples).items():
+            if name in gain:
+                P = gain[name]
+                assert isinstance(P, float | int | Tensor)
+                G = G.flatten(2)
+                weighted = G * (P.flatten() if isinstance(P, Tensor) else P)
+                total = total + torch.einsum("rbi,sbi->brs", weighted, G)
+        return total
 
-    @abstractmethod
     def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
         """Sum over samples of the squared per-sample gradient, by parameter name."""
+        found = self.sample_gradients(module, x, V[None], samples)
+        return {name: G[0].square().sum(0) for name, G in found.items()}
 
-    def bias_gradient(self, V: Tensor) -> Tensor:
+    def bias_gradient(self, module: nn.Module, V: Tensor) -> Tensor:
         """The bias's part of `gradient`: the sum over all axes but the features'."""
         axis = self.feature_axis % V.dim()
         return V.sum([d for d in range(V.dim()) if d != axis])
 
-    def pull(self, module: nn.Module, x: Tensor, V: Tensor) -> Tensor:
-        """Pull-back to the state, g_x^T V for columns V (r, *h.shape); returns (r, *x.shape)."""
-        columns = V.shape[0]
-        tiled = x.new_zeros((columns * x.shape[0], *x.shape[1:]))
-        vjp: Any = torch.func.vjp(lambda s: self.linear(module, s), tiled)[1]
-        pulled: Tensor = vjp(V.reshape(-1, *V.shape[2:]))[0]
-        return pulled.reshape(columns, *x.shape)
+
+def _call(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The module's forward at other parameters, in the dtype of the state."""
+    if x.is_floating_point():
+        params = {name: p.to(x.dtype) for name, p in params.items()}
+    h: Tensor = functional_call(_Bare(module), {f"module.{n}": p for n, p in params.items()}, (x,))
+    return h
 
 
 RULES: dict[type[nn.Module], LayerRule] = {}
+#: Serves every type that is not in RULES, after a check against autograd on its first pass.
+FALLBACK = LayerRule()
 R = TypeVar("R", bound=type[LayerRule])
 
 
-def register(module_type: type[nn.Module]) -> Callable[[R], R]:
-    """Class decorator: the rule serves modules of ``module_type``."""
+def register(*module_types: type[nn.Module]) -> Callable[[R], R]:
+    """Class decorator: the rule serves modules of ``module_types``."""
 
     def add(rule: R) -> R:
-        RULES[module_type] = rule()
+        RULES.update({module_type: rule() for module_type in module_types})
         return rule
 
     return add
 
 
-def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule of a module, or None.
+def registered(module: nn.Module) -> LayerRule | None:
+    """The rule of a module's type, or None.
 
     A subclass counts as its base only if it neither changes ``forward`` nor computes its weights
     (parametrisations, weight norm): the rule would describe another function.
     """
-    for module_type, rule in RULES.items():
-        if not isinstance(module, module_type) or type(module).forward is not module_type.forward:
+    for module_type in type(module).__mro__:
+        rule = RULES.get(module_type)
+        forward = getattr(module_type, "forward", None)
+        if rule is None or type(module).forward is not forward:
             continue
-        if "forward" in vars(module) or not isinstance(module._parameters.get("weight"), Tensor):
+        own = {name for name, p in module._parameters.items() if p is not None}
+        computed = [name for name in rule.parameters if name in vars(module)]
+        if "forward" in vars(module) or computed or not own <= set(rule.parameters):
             continue
-        if not isinstance(module.bias, nn.Parameter | None) or hasattr(module, "parametrizations"):
-            continue
-        return rule
+        return None if hasattr(module, "parametrizations") else rule
     return None
+
+
+def rule_for(module: nn.Module) -> LayerRule | None:
+    """The rule that serves a module as it is now: its type's, or the fallback; None if refused."""
+    rule = registered(module) or FALLBACK
+    return None if rule.refusal(module) else rule
+
+
+def reason_against(module: nn.Module, inputs: int, outputs: int) -> str:
+    """Why a module called with so many tensors has no rule; empty if it has one."""
+    rule = registered(module) or FALLBACK
+    kind = type(module).__name__
+    if reason := rule.refusal(module):
+        return reason
+    if inputs not in rule.arguments:
+        return f"{kind} was called with {inputs} tensors, and its rule takes {rule.arguments[0]}"
+    return "" if outputs == 1 else f"{kind} returned {outputs} tensors, and a rule describes one"

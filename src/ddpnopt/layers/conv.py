@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.grad import conv2d_weight
 
-from ddpnopt.layers.base import LayerRule, register
-from ddpnopt.layers.positions import Gain, bias_gram, total, weight_gram, weight_squares
+from ddpnopt.layers.base import register
+from ddpnopt.layers.matrix import MatrixRule
+from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
 
 #: Random filters of a sketched Gram matrix; the relative standard error is sqrt(2 / this).
@@ -29,17 +30,24 @@ def padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 @register(nn.Conv2d)
-class Conv2dRule(LayerRule):
+class Conv2dRule(MatrixRule):
     """g_x^T v is the transposed convolution, g_u^T v the correlation of x with v (eq. 12-14)."""
 
     feature_axis = 1
-    batched_dim = 4
 
-    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
+    def batched_dim(self, module: nn.Module) -> int:
+        """(B, channels, height, width)."""
+        return 4
+
+    def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
         """The convolution without its bias."""
         conv = cast(nn.Conv2d, module)
-        x = padded(conv, x)
-        return F.conv2d(x, conv.weight, None, conv.stride, 0, conv.dilation, conv.groups)
+        dx = padded(conv, dx)
+        return F.conv2d(dx, conv.weight, None, conv.stride, 0, conv.dilation, conv.groups)
+
+    def function(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The convolution; the bias does not matter to any linear map."""
+        return self.push(module, x, x)
 
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """One weight gradient; the bias takes the sum over samples and positions."""
@@ -54,6 +62,30 @@ class Conv2dRule(LayerRule):
             gradient["bias"] = V.sum((0, 2, 3))
         return gradient
 
+    def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
+        """The inputs at each position."""
+        conv = cast(nn.Conv2d, module)
+        kernel = cast(tuple[int, int], conv.kernel_size)
+        patches = F.unfold(padded(conv, x), kernel, conv.dilation, 0, conv.stride)
+        rows, inputs, positions = patches.shape
+        group_inputs = inputs // conv.groups
+        patches = patches.reshape(samples, rows // samples, conv.groups, group_inputs, positions)
+        patches = patches.permute(0, 2, 1, 4, 3)
+        return patches.reshape(samples, conv.groups, -1, group_inputs)
+
+    def outputs(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
+        """(r, n, O, H, W) by group and position."""
+        return _by_position(V, samples, cast(nn.Conv2d, module).groups)
+
+    def to_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """(O, I, kh, kw) to (g, o, i)."""
+        groups = cast(nn.Conv2d, module).groups
+        return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+    def from_matrix(self, module: nn.Module, W: Tensor) -> Tensor:
+        """And back."""
+        return W.reshape(cast(nn.Conv2d, module).weight.shape)
+
     def gram(
         self,
         module: nn.Module,
@@ -64,42 +96,14 @@ class Conv2dRule(LayerRule):
         sketch: torch.Generator | None = None,
     ) -> Tensor:
         """Exact by unfolding (see positions.py), or sketched for a scalar gain."""
+        P = gain.get("weight")
+        if sketch is None or P is None or isinstance(P, Tensor | Kronecker):
+            return super().gram(module, x, V, gain, samples)
         conv = cast(nn.Conv2d, module)
-        parts = []
-        columns = _by_position(V, samples, conv.groups)
-        if "weight" in gain:
-            P = gain["weight"]
-            if sketch is not None and not isinstance(P, Tensor):
-                parts.append(_sketched(conv, x, columns, samples, sketch) * P)
-            else:
-                if isinstance(P, Tensor):
-                    P = P.reshape(conv.groups, P.shape[0] // conv.groups, -1)
-                parts.append(weight_gram(_unfolded(conv, x, samples), columns, P))
-        if "bias" in gain:
-            P = gain["bias"]
-            P = P.reshape(conv.groups, -1) if isinstance(P, Tensor) else P
-            parts.append(bias_gram(columns, P))
-        return total(parts, V, samples)
-
-    def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
-        """Squares of the per-sample gradients, formed by unfolding."""
-        conv = cast(nn.Conv2d, module)
-        columns = _by_position(V[None], samples, conv.groups)[0]
-        weight = weight_squares(_unfolded(conv, x, samples), columns)
-        squares = {"weight": weight.reshape(conv.weight.shape)}
-        if conv.bias is not None:
-            squares["bias"] = columns.sum(2).square().sum(0).reshape(-1)
-        return squares
-
-
-def _unfolded(conv: nn.Conv2d, x: Tensor, samples: int) -> Tensor:
-    """The inputs at each position, (b, g, t, i); rows folded into the batch become positions."""
-    kernel = cast(tuple[int, int], conv.kernel_size)
-    patches = F.unfold(padded(conv, x), kernel, conv.dilation, 0, conv.stride)
-    rows, inputs, positions = patches.shape
-    group_inputs = inputs // conv.groups
-    patches = patches.reshape(samples, rows // samples, conv.groups, group_inputs, positions)
-    return patches.permute(0, 2, 1, 4, 3).reshape(samples, conv.groups, -1, group_inputs)
+        columns = self.outputs(module, V, samples)
+        estimate = _sketched(conv, x, columns, samples, sketch) * P
+        biases = {name: one for name, one in gain.items() if name != "weight"}
+        return estimate + super().gram(module, x, V, biases, samples)
 
 
 def _by_position(V: Tensor, samples: int, groups: int) -> Tensor:

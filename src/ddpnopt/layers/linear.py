@@ -3,25 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
-
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpnopt.layers.base import LayerRule, register
-from ddpnopt.layers.positions import Gain, bias_gram, total, weight_gram, weight_squares
+from ddpnopt.layers.base import register
+from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.typing import Tensor
 
 
 @register(nn.Linear)
-class LinearRule(LayerRule):
+class LinearRule(MatrixRule):
     """g_x^T v = W^T v, g_u^T v = (v x^T, v), positions are all dimensions between B and d."""
 
-    def linear(self, module: nn.Module, x: Tensor) -> Tensor:
-        """W x."""
-        return F.linear(x, cast(nn.Linear, module).weight)
+    def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
+        """W dx."""
+        assert isinstance(module.weight, Tensor)
+        return F.linear(dx, module.weight)
+
+    def pull(self, module: nn.Module, x: Tensor, V: Tensor) -> Tensor:
+        """W^T V."""
+        assert isinstance(module.weight, Tensor)
+        return V @ module.weight
 
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """V^T x and the sum of V over the batch."""
@@ -31,31 +33,18 @@ class LinearRule(LayerRule):
             gradient["bias"] = V.sum(0)
         return gradient
 
-    def gram(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        V: Tensor,
-        gain: Mapping[str, Gain],
-        samples: int,
-        sketch: torch.Generator | None = None,
-    ) -> Tensor:
-        """|x|^2 V^T V for one position and M = I; see positions.py for the rest."""
-        U = x.reshape(samples, 1, -1, x.shape[-1])
-        V = V.reshape(V.shape[0], samples, 1, -1, V.shape[-1])
-        parts = []
-        if "weight" in gain:
-            P = gain["weight"]
-            parts.append(weight_gram(U, V, P[None] if isinstance(P, Tensor) else P))
-        if "bias" in gain:
-            parts.append(bias_gram(V, gain["bias"]))
-        return total(parts, V, samples)
+    def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
+        """x itself."""
+        return x.reshape(samples, 1, -1, x.shape[-1])
 
-    def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
-        """(V^2)^T x^2 for one position."""
-        U = x.reshape(samples, 1, -1, x.shape[-1])
-        V = V.reshape(samples, 1, -1, V.shape[-1])
-        squares = {"weight": weight_squares(U, V)[0]}
-        if module.bias is not None:
-            squares["bias"] = V.sum((1, 2)).square().sum(0)
-        return squares
+    def outputs(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
+        """V itself."""
+        return V.reshape(V.shape[0], samples, 1, -1, V.shape[-1])
+
+    def to_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """One group."""
+        return weight[None]
+
+    def from_matrix(self, module: nn.Module, W: Tensor) -> Tensor:
+        """One group."""
+        return W[0]

@@ -8,12 +8,61 @@ A vector v in h-space pulls back to the weight gradient ``sum_t v[t, o] U[t, i]`
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from ddpnopt.typing import Float, Tensor
 
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """A gain P = T^T diag(scale) T with T = T_G (x) T_A on a layer's matrix.
+
+    KFAC: T_A = L_A^-1 with A = L_A L_A^T, likewise T_G, and a number as scale. EKFAC: the rows of
+    T_A and T_G are the factors' eigenvectors, and scale is a diagonal.
+
+    Attributes:
+        T_A: (g, i, i) transform of the inputs.
+        T_G: (g, o, o) transform of the outputs.
+        scale: A number, or (g, o, i).
+        bias: The last input is the constant 1, whose weights are the layer's bias.
+    """
+
+    T_A: Tensor
+    T_G: Tensor
+    scale: float | Tensor
+    bias: bool
+
+    def transform(
+        self, U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"]
+    ) -> tuple[Float[Tensor, "b g t j"], Float[Tensor, "r b g t o"]]:
+        """Inputs and outputs in coordinates in which P is the number or the diagonal `scale`."""
+        if self.bias:
+            U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
+        T_A, T_G = self.T_A.to(U.dtype), self.T_G.to(V.dtype)
+        return U @ T_A.mT, V @ T_G.mT
+
+    def coordinates(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
+        """A weight gradient in those coordinates."""
+        return self.T_G.to(D.dtype) @ D @ self.T_A.to(D.dtype).mT
+
+    def __call__(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
+        """P D."""
+        scaled = self.coordinates(D) * self.scale
+        return self.T_G.to(D.dtype).mT @ scaled @ self.T_A.to(D.dtype)
+
+    def square(self, D: Float[Tensor, "g o i"]) -> Tensor:
+        """D^T P D, a scalar."""
+        return (self.coordinates(D).square() * self.scale).sum()
+
+    def times(self, factor: float) -> Kronecker:
+        """The gain times a number."""
+        return replace(self, scale=self.scale * factor)
+
+
 #: A gain P = eta M^-1: a number for M = I, a tensor of the parameter's shape for a diagonal M.
-Gain = float | Tensor
+Gain = float | Tensor | Kronecker
 
 
 def sample_gradients(
@@ -35,8 +84,11 @@ def weight_gram(
     Args:
         U: Inputs at each position.
         V: Columns in h-space.
-        gain: P, a number or a tensor of shape (g, o, i).
+        gain: P, a number, a tensor of shape (g, o, i), or a Kronecker product.
     """
+    if isinstance(gain, Kronecker):
+        U, V = gain.transform(U, V)
+        gain = gain.scale
     _, groups, positions, inputs = U.shape
     columns, outputs = V.shape[0], V.shape[-1]
     if isinstance(gain, Tensor) and positions == 1:
@@ -53,7 +105,7 @@ def weight_gram(
     return torch.einsum("rbgoi,sbgoi->brs", G, G) * gain
 
 
-def bias_gram(V: Float[Tensor, "r b g t o"], gain: Gain) -> Float[Tensor, "b r r"]:
+def bias_gram(V: Float[Tensor, "r b g t o"], gain: float | Tensor) -> Float[Tensor, "b r r"]:
     """The same for the bias, whose gradient is the sum over positions; ``gain`` (g, o)."""
     v = V.sum(3)
     return torch.einsum("rbgo,sbgo->brs", v * gain, v)

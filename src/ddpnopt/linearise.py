@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""Linearisation of the recorded dynamics, while their graph is still there.
+
+Runs when the output's gradient arrives, and keeps what the value function needs: the terminal
+factor's columns pulled back to every stage, or the Jacobians of the segments between stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.stages import Link, Stage, Trajectory
+from ddpnopt.terminal import Cost
+from ddpnopt.typing import Tensor
+from ddpnopt.value.base import ValueFunction
+
+
+def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: ValueFunction) -> None:
+    """Pull the terminal factor's columns, or the segments' Jacobians, back to the stages.
+
+    Args:
+        trajectory: The pass whose output has just received its gradient.
+        link: Edges of its stages, newest first.
+        cost: Its terminal cost.
+        value: Says what is needed.
+    """
+    if value.linearization == "gradient" or link is None:
+        return
+    assert trajectory.z is not None
+    factor = value.linearization == "factor"
+    samples = cost.w.numel()
+    columns = cost.factor(value.rank) if factor else unit_columns(trajectory.z, samples)
+    last = link.stage
+    if not last.plain:
+        if factor:
+            last.fresh_Z["Z_h"] = columns
+        else:
+            last.fresh_Z["J"] = per_sample(columns, samples)
+    if not any(link.x):
+        return
+    if factor:
+        last.fresh_Z["Z_x"] = columns = _through_layer(last, columns)
+    links: list[Link] = []
+    before = link.before
+    while before is not None:
+        links.append(before)
+        before = before.before
+    links = [one for one in links if not one.stage.plain and one.h is not None]
+    if not links:
+        return
+    if factor:
+        _pull_columns(link, links, columns)
+    else:
+        _segment_jacobians(link, links, columns, samples)
+
+
+def _pull_columns(link: Link, links: list[Link], Z_x: Tensor) -> None:
+    """One batched back-propagation of all columns from the last layer's input to every stage."""
+    inner = [one for one in links if any(one.x)]
+    edges = [one.h for one in links] + [edge for one in inner for edge in one.x if edge]
+    pulled = iter(_vjp(link, Z_x, edges))
+    for one in links:
+        one.stage.fresh_Z["Z_h"] = _batched(one.stage, next(pulled))
+    for one in inner:
+        one.stage.fresh_Z["Z_x"] = _packed(one, pulled, Z_x.shape[0])
+
+
+def _packed(link: Link, pulled: Iterator[Tensor], columns: int) -> Tensor:
+    """Columns at a stage's inputs as columns at its state; zero at inputs without a gradient."""
+    stage = link.stage
+    if stage.rule is None:
+        return _batched(stage, next(pulled))
+    parts = stage.rule.unpack(stage.module, stage.x)
+    known = [
+        _batched(stage, next(pulled)) if edge else part.new_zeros(columns, *part.shape)
+        for part, edge in zip(parts, link.x, strict=True)
+    ]
+    return stage.rule.pack(stage.module, known)
+
+
+def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: int) -> None:
+    """Jacobians of each active stage's state by the h before it; the tail goes to the output."""
+    upper = link
+    if upper.stage.plain:
+        columns = _through_layer(upper.stage, columns)
+    else:
+        columns = unit_columns(upper.stage.x, samples)
+    for one in links:
+        (J,) = _vjp(upper, columns, [one.h])
+        one.stage.fresh_Z["J"] = per_sample(_batched(one.stage, J), samples)
+        upper = one
+        if not any(upper.x):
+            break
+        columns = unit_columns(upper.stage.x, samples)
+
+
+def _vjp(link: Link, columns: Tensor, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Pull columns at a stage's state back to edges of the graph."""
+    stage = link.stage
+    columns = columns[:, 0] if stage.unbatched else columns
+    parts = stage.rule.unpack(stage.module, columns) if stage.rule else (columns,)
+    known: list[tuple[GradientEdge, Tensor]] = [
+        (edge, part.contiguous()) for edge, part in zip(link.x, parts, strict=False) if edge
+    ]
+    pulled = torch.autograd.grad(
+        tuple(edge for edge, _ in known),
+        inputs,
+        tuple(part for _, part in known),
+        retain_graph=True,
+        is_grads_batched=True,
+        allow_unused=True,
+    )
+    if any(p is None for p in pulled):
+        raise UnsupportedModelError(
+            "a layer's output does not reach the loss through the layers behind it; "
+            "use value='moreau' or feedback=False"
+        )
+    return pulled
+
+
+def _through_layer(stage: Stage, columns: Tensor) -> Tensor:
+    """Columns at a stage's output to its state, by its rule or by autograd."""
+    if stage.rule is not None:
+        dtype = next(stage.module.parameters()).dtype  # autocast may run x in a narrower one
+        x = cast_state(stage.x, dtype)
+        return cast_state(stage.rule.pull(stage.module, x, columns.to(dtype)), stage.x.dtype)
+    columns = columns.to(stage.x.dtype)
+    vjp: Any = torch.func.vjp(stage.module, stage.x)[1]
+    back: Tensor = torch.func.vmap(lambda column: vjp(column)[0])(columns)
+    return back
+
+
+def _batched(stage: Stage, columns: Tensor) -> Tensor:
+    return columns[:, None] if stage.unbatched else columns
+
+
+def cast_state(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state in another dtype; indices stay what they are."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def unit_columns(like: Tensor, samples: int) -> Tensor:
+    """Unit vectors of a sample's elements, the same for all samples: (X, *shape)."""
+    elements = like.numel() // samples
+    unit = torch.eye(elements, dtype=like.dtype, device=like.device)
+    return unit[:, None].expand(-1, samples, -1).reshape(elements, *like.shape)
+
+
+def per_sample(columns: Tensor, samples: int) -> Tensor:
+    """(k, n, ..) to (B, k, elements)."""
+    return columns.reshape(columns.shape[0], samples, -1).transpose(0, 1)
