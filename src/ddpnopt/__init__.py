@@ -2,6 +2,7 @@
 """DDPNOpt: the Differential Dynamic Programming Neural Optimizer for PyTorch."""
 
 from ddpnopt import curvature, value
+from ddpnopt.baselines import EKFAC, KFAC
 from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.recognition import MSE
@@ -11,6 +12,8 @@ from ddpnopt.value import PAPER
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "MSE",
     "PAPER",
     "DDPNOpt",

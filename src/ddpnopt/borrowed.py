@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 
-from ddpnopt.curvature import CURVATURES, Curvature
-from ddpnopt.positions import Gain
+from ddpnopt.bellman import Layer
+from ddpnopt.curvature import CURVATURES, Curvature, Joint
+from ddpnopt.curvature.kronecker import momentum_step
+from ddpnopt.errors import NonFiniteError
+from ddpnopt.layers import MatrixRule
+from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
+from ddpnopt.value.base import Blocks
 
 
 def curvature_options(curvature: str | Mapping[str, Any] | Curvature) -> dict[str, Any]:
@@ -45,9 +50,19 @@ def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
     return CURVATURES[known.pop("name")](**known)
 
 
+def _object(options: Mapping[str, Any]) -> Curvature:
+    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return _curvature(tuple(sorted(hashable.items())))
+
+
 def needs_squares(options: Mapping[str, Any]) -> bool:
     """Whether a group's curvature is fed with the samples' squared gradients."""
-    return _curvature(tuple(sorted(options.items()))).statistics == "squares"
+    return _object(options).statistics == "squares"
+
+
+def own_momentum(options: Mapping[str, Any]) -> bool:
+    """Whether a group's curvature has a momentum of its own."""
+    return not _object(options).heavy_ball
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ def hyperparameters(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Hyper]:
             float(group["lr"]),
             float(group["momentum"]),
             float(group["weight_decay"]),
-            _curvature(tuple(sorted(group["curvature"].items()))),
+            _object(group["curvature"]),
         )
         for group in groups
         for p in group["params"]
@@ -101,8 +116,9 @@ class Borrowed:
 
     def decayed(self, p: Tensor, g: Tensor) -> Tensor:
         """Coupled weight decay, as torch.optim adds it."""
-        decay = self.hyper[p].weight_decay
-        return g.add(p, alpha=decay) if decay else g
+        hyper = self.hyper[p]
+        coupled = hyper.weight_decay and not hyper.curvature.decoupled
+        return g.add(p, alpha=hyper.weight_decay) if coupled else g
 
     def moment(
         self, p: Tensor, g: Tensor, squares: tuple[Tensor, int] | None = None
@@ -119,13 +135,13 @@ class Borrowed:
         if squares is not None and hyper.curvature.statistics == "squares":
             # E (G_i B + lambda u)^2 in the batch gradient's units, G_i carrying its own 1/B.
             mean = squares[0] * squares[1]
-            if hyper.weight_decay:
+            if hyper.weight_decay and not isinstance(hyper.curvature, Joint):
                 mean = mean + hyper.weight_decay * p * (2 * g + hyper.weight_decay * p)
         return hyper.curvature.moment(self.state(p), self.decayed(p, g), mean)
 
     def gain(self, p: Tensor, moment: Tensor | None, rescale: float) -> Gain:
         """P = r eta / (1 - momentum) M^-1."""
-        inverse = self.hyper[p].curvature.inverse(moment)
+        inverse = self.hyper[p].curvature.inverse(self.state(p), moment)
         life = rescale * self.hyper[p].life
         return life if inverse is None else inverse * life
 
@@ -139,13 +155,87 @@ class Borrowed:
             plain: The plain gradient where M was fed with it, so that M may follow d.
         """
         hyper = self.hyper[p]
-        if p not in self._saved:
-            self._saved[p] = p.detach().clone()
         state = self.state(p)
         d = self.decayed(p, d)
         if plain is not None:
             moment = hyper.curvature.follow(state, self.decayed(p, plain), d, moment)
+        self._save(p)
+        if hyper.curvature.decoupled and hyper.weight_decay:
+            p.mul_(1 - hyper.lr * hyper.weight_decay)
         self._new[p] = hyper.curvature.update(p, d, state, moment, hyper.lr, hyper.momentum)
+
+    def _save(self, p: Tensor) -> None:
+        if p not in self._saved:
+            self._saved[p] = p.detach().clone()
+
+    # A layer's matrix as a whole --------------------------------------------------------------
+
+    def joined(self, layer: Layer) -> tuple[str, ...]:
+        """Names of the parameters that a Kronecker curvature treats as one matrix; maybe none."""
+        weight, bias = layer.params.get("weight"), layer.params.get("bias")
+        if weight is None or not isinstance(layer.rule, MatrixRule):
+            return ()
+        hyper = self.hyper[weight]
+        if not isinstance(hyper.curvature, Joint):
+            return ()
+        other = self.hyper[bias] if bias is not None and layer.rule.joins_bias else None
+        same = other is not None and (other.lr, other.momentum, other.curvature) == (
+            hyper.lr,
+            hyper.momentum,
+            hyper.curvature,
+        )
+        return ("weight", "bias") if same else ("weight",)
+
+    def joint(self, layer: Layer, vectors: Blocks, scale: float) -> dict[str, Any]:
+        """The layer's Kronecker statistics after h-space vectors, without storing them.
+
+        Args:
+            layer: The layer.
+            vectors: V_h of each pass, as autograd's loss has it.
+            scale: r; times the number of samples it makes them one sample's own.
+        """
+        weight = layer.params["weight"]
+        curvature = self.hyper[weight].curvature
+        assert isinstance(curvature, Joint)
+        samples = sum(layer.counts)
+        factors = layer.factors(vectors, "bias" in self.joined(layer))
+        unscaled = [(U, V * (samples * scale)) for U, V in factors]
+        try:
+            return curvature.joint(self.state(weight), unscaled, samples)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"'{layer.name}': {error}; nothing was changed. Lower lr, or use nonfinite='skip'"
+            ) from error
+
+    def joint_gain(self, layer: Layer, joint: Mapping[str, Any], eta: float) -> Kronecker:
+        """P = eta M^-1 of the layer's matrix."""
+        curvature = self.hyper[layer.params["weight"]].curvature
+        assert isinstance(curvature, Joint)
+        return curvature.gain(joint, eta, "bias" in self.joined(layer))
+
+    def joint_step(self, layer: Layer, d: Mapping[str, Tensor], joint: Mapping[str, Any]) -> None:
+        """u <- u - eta M^-1 d for the joined parameters.
+
+        Args:
+            layer: The layer.
+            d: Gradients to step on by name, without weight decay.
+            joint: The layer's statistics.
+        """
+        assert isinstance(layer.rule, MatrixRule)
+        names = self.joined(layer)
+        decayed = {name: self.decayed(layer.params[name], d[name]) for name in names}
+        D = layer.rule.joined(layer.module, decayed, "bias" in names)
+        direction = self.joint_gain(layer, joint, 1.0)(D)
+        for name, step in layer.rule.parted(layer.module, direction, "bias" in names).items():
+            p = layer.params[name]
+            hyper = self.hyper[p]
+            self._save(p)
+            new = momentum_step(p, step.to(p.dtype), self.state(p), hyper.lr, hyper.momentum)
+            self._new[p] = {**joint, **new} if name == "weight" else new
+
+    def factors(self) -> list[Tensor]:
+        """New statistics of the joined layers, to be checked before they are kept."""
+        return [new[name] for new in self._new.values() for name in ("A", "G") if name in new]
 
     def rollback(self) -> None:
         """Restore every parameter; the state was never written."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import norms
+from ddpnopt.borrowed import norms, own_momentum
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import dense_gradients
 from ddpnopt.linearise import cast_state
@@ -80,6 +80,11 @@ def check_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
         if not number >= low or (high is not None and number >= high) or number == float("inf"):
             bound = "must not be negative" if high is None else f"must lie in [{low}, {high})"
             raise ValueError(f"{option}={group[option]}: {bound}")
+    if group["momentum"] and own_momentum(group["curvature"]):
+        raise ValueError(
+            f"momentum={group['momentum']} with curvature={group['curvature']['name']!r}, which "
+            "has its own (betas[0]): use momentum=0"
+        )
 
 
 def check_backward(
@@ -147,6 +152,19 @@ def check_weights(updated: Sequence[Tensor], names: Callable[[], dict[Tensor, st
                 f"the new weights of '{names().get(bad, 'a parameter')}' are not finite; nothing "
                 "was changed. Lower lr, or use nonfinite='skip'"
             )
+
+
+def check_factors(factors: Sequence[Tensor]) -> None:
+    """Refuse curvature statistics that are not finite: they would stay so.
+
+    Raises:
+        NonFiniteError: Squared gradients or activations have left the dtype's range.
+    """
+    if factors and not bool(norms(list(factors)).isfinite().all()):
+        raise NonFiniteError(
+            "the squares of a layer's inputs or gradients leave the range of its dtype; nothing "
+            "was changed. Lower lr or scale the inputs, or use nonfinite='skip'"
+        )
 
 
 def usable(trajectory: Trajectory) -> bool:

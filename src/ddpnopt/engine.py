@@ -17,6 +17,7 @@ from ddpnopt.arrivals import Arrivals
 from ddpnopt.borrowed import Borrowed, needs_squares
 from ddpnopt.checks import (
     check_backward,
+    check_factors,
     check_finite,
     check_states,
     check_usable,
@@ -37,6 +38,7 @@ from ddpnopt.notices import (
     Notices,
 )
 from ddpnopt.options import Options
+from ddpnopt.plain import plain_updates
 from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
 from ddpnopt.rollout import rollout
@@ -265,11 +267,12 @@ class Engine:
         try:
             if in_feedback and not open_loop:
                 step.build()
-            self._plain_updates(step, rescale)
+            plain_updates(step, self.parameters(), self._carried, rescale)
             if step.layers:
                 step.recurse()
                 self._apply(step, trajectories)
             check_weights(step.borrowed.updated(), self.names)
+            check_factors(step.borrowed.factors())
         except BaseException:
             step.borrowed.rollback()
             self.running = running
@@ -303,29 +306,6 @@ class Engine:
         )
         borrowed = Borrowed(self.groups(), self.state())
         return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)
-
-    def _plain_updates(self, step: Step, rescale: float) -> None:
-        """The borrowed optimizer's step for every parameter outside the feedback.
-
-        They come first: a plain layer between two others shows them its new weights in the rollout.
-        """
-        records = step.plain_layers()
-        in_feedback = {p for layer in step.layers.values() for p in layer.params.values()}
-        for p in self.parameters():
-            if p in in_feedback or not p.requires_grad:
-                continue
-            gradient = p.grad
-            if gradient is None and p in records:
-                gradient = records[p].gradient(rescale)
-            if gradient is None:
-                continue
-            squares = records[p].squares(rescale) if p in records else None
-            correction, extra = self._carried.get(p, (None, None))
-            plain = gradient if correction is None else gradient - rescale * correction
-            fed = plain if extra is None else plain + rescale * extra
-            moment = step.borrowed.moment(p, fed, squares)
-            follow = self.options.value.statistics == "plain" and correction is not None
-            step.borrowed.step(p, gradient, moment, plain if follow else None)
 
     def _usable(self, trajectories: list[Trajectory]) -> bool:
         """Whether all passes take part in feedback; raises where they must not be ignored."""

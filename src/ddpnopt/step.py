@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,26 +50,6 @@ class Settings:
 
 
 @dataclass(eq=False)
-class PlainRecord:
-    """A recorded layer that takes the plain step: what p.grad does not hold."""
-
-    name: str
-    layer: Layer
-    curvature_statistics: str
-
-    def gradient(self, scale: float) -> Tensor:
-        """The plain gradient by the layer's rule, in p.grad's units."""
-        return self.layer.weighted(self.layer.plain_vectors())[self.name] * scale
-
-    def squares(self, scale: float) -> tuple[Tensor, int] | None:
-        """Sum of the samples' squared gradients and their number, where M is fed with them."""
-        if self.curvature_statistics != "squares":
-            return None
-        squares = self.layer.squares(self.layer.plain_vectors())[self.name]
-        return squares * scale**2, sum(self.layer.counts)
-
-
-@dataclass(eq=False)
 class Step:
     """Layers of one step.
 
@@ -89,6 +70,7 @@ class Step:
     base: Mapping[Tensor, Tensor] = field(default_factory=dict)
     layers: dict[str, Layer] = field(default_factory=dict)
     moments: dict[Tensor, Tensor | None] = field(default_factory=dict)
+    joints: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra: dict[Tensor, Tensor] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     _plain: dict[Tensor, Tensor] = field(default_factory=dict)
@@ -133,8 +115,8 @@ class Step:
             keep_gain=self.settings.diagnose or not self.settings.weight_gradients,
         )
 
-    def plain_layers(self) -> dict[Tensor, PlainRecord]:
-        """By parameter, the recorded layers outside the feedback."""
+    def plain_layers(self) -> list[Layer]:
+        """The recorded layers outside the feedback."""
         found: dict[str, tuple[list[Stage], list[int]]] = {}
         for trajectory in self.trajectories:
             for stage in trajectory.stages:
@@ -144,12 +126,7 @@ class Step:
                 blocks.append(stage)
                 whole = trajectory.samples and stage.rows % trajectory.samples == 0
                 counts.append(trajectory.samples if whole else stage.rows)
-        return {
-            p: PlainRecord(name, layer, self.borrowed.hyper[p].curvature.statistics)
-            for blocks, counts in found.values()
-            for layer in (self._layer(blocks, counts),)
-            for name, p in layer.params.items()
-        }
+        return [self._layer(blocks, counts) for blocks, counts in found.values()]
 
     def recurse(self) -> None:
         """The Bellman backward pass: every layer's gain and policy."""
@@ -179,20 +156,28 @@ class Step:
 
     def feed(self, layer: Layer, correction: Blocks | None) -> None:
         """M's statistics with Q_u = gbar + correction, and the gain."""
-        kinds = {self.borrowed.hyper[p].curvature.statistics for p in layer.params.values()}
+        joined = self.borrowed.joined(layer)
         vectors = layer.plain_vectors()
+        if correction is not None:
+            vectors = [g + v for g, v in zip(vectors, correction, strict=True)]
+        if joined:
+            joint = self.borrowed.joint(layer, vectors, self.settings.rescale)
+            life = self.borrowed.hyper[layer.params["weight"]].life * self.settings.rescale
+            layer.gain["weight"] = self.borrowed.joint_gain(layer, joint, life)
+            self.joints[layer.name] = joint
+        single = {name: p for name, p in layer.params.items() if name not in joined}
+        kinds = {self.borrowed.hyper[p].curvature.statistics for p in single.values()}
         extra: dict[str, Tensor] = {}
         squares: dict[str, Tensor] = {}
-        if kinds != {"none"}:
-            if any(self.plain_gradient(n, p) is None for n, p in layer.params.items()):
+        if not kinds <= {"none"}:
+            if any(self.plain_gradient(n, p) is None for n, p in single.items()):
                 self._compute_plain(layer)
             if correction is not None:
                 extra = layer.weighted(correction)
-                vectors = [g + v for g, v in zip(vectors, correction, strict=True)]
             if "squares" in kinds:
                 squares = layer.squares(vectors)
         scale = self.settings.correction_scale
-        for name, p in layer.params.items():
+        for name, p in single.items():
             moment = None
             if self.borrowed.hyper[p].curvature.statistics != "none":
                 g = self.plain_gradient(name, p)
@@ -262,16 +247,20 @@ class Step:
             total["bias"] = torch.stack(biases).sum(0)  # p.grad holds the bias's plain gradient
         else:
             total = layer.weighted(vectors)
+        d = {name: total[name] if scale == 1.0 else total[name] * scale for name in layer.params}
         for name, p in layer.params.items():
-            correction = total[name] if scale == 1.0 else total[name] * scale
-            if self._is_held(name, p):
-                d = correction
-            else:
+            if not self._is_held(name, p):
                 assert p.grad is not None
-                d = p.grad + correction
-            plain = self.plain_gradient(name, p)
-            follow = plain if self._follows(p) else None
-            self.borrowed.step(p, d, self.moments.get(p), follow)
+                d[name] = p.grad + d[name]
+        joined: tuple[str, ...] = ()
+        if layer.name in self.joints:
+            joined = self.borrowed.joined(layer)
+            self.borrowed.joint_step(layer, d, self.joints[layer.name])
+        for name, p in layer.params.items():
+            if name not in joined:
+                plain = self.plain_gradient(name, p)
+                follow = plain if self._follows(p) else None
+                self.borrowed.step(p, d[name], self.moments.get(p), follow)
 
     def _remember_coupling(self, layer: Layer, total: dict[str, Tensor]) -> None:
         """rho of this step, as seen from the re-weighted samples, for the next."""
@@ -279,7 +268,7 @@ class Step:
         coefficient = layer.policy.coefficient if layer.policy is not None else None
         if weight is None or coefficient is None:
             return
-        used = {n: g for n, g in total.items() if n in layer.gain and n in layer.params}
+        used = {n: g for n, g in total.items() if n in layer.params}
         ratio = float(self._ratio(layer, used, weight * coefficient.square()))
         before = self.running.get(layer.name, ratio)
         self.running[layer.name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio

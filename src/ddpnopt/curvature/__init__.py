@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Curvatures: what M_t is, by name."""
 
+from ddpnopt.curvature.adamw import AdamW
 from ddpnopt.curvature.base import Curvature
 from ddpnopt.curvature.identity import Identity
+from ddpnopt.curvature.kronecker import EKFAC, KFAC, Joint
 from ddpnopt.curvature.rmsprop import RMSprop
 
 #: Every curvature by the name that users write.
-CURVATURES: dict[str, type[Curvature]] = {c.name: c for c in (Identity, RMSprop)}
+CURVATURES: dict[str, type[Curvature]] = {
+    c.name: c for c in (Identity, RMSprop, AdamW, KFAC, EKFAC)
+}
 
-__all__ = ["CURVATURES", "Curvature", "Identity", "RMSprop"]
+__all__ = ["CURVATURES", "EKFAC", "KFAC", "AdamW", "Curvature", "Identity", "Joint", "RMSprop"]

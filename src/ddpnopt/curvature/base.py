@@ -17,10 +17,18 @@ State = Mapping[str, Any]
 
 
 class Curvature(ABC):
-    """M_t of one parameter, and the borrowed optimizer's own step with it."""
+    """M_t of one parameter, and the borrowed optimizer's own step with it.
+
+    A curvature of whole layers is a `curvature.kronecker.Joint`, which is this, too, for parameters
+    that it can't join.
+    """
 
     #: The name users write and ``param_groups`` carry.
     name: ClassVar[str]
+    #: Weight decay acts on the weights directly, and enters neither d nor the statistics.
+    decoupled: ClassVar[bool] = False
+    #: Heavy-ball momentum may be added (AdamW has its own).
+    heavy_ball: ClassVar[bool] = True
 
     @property
     def statistics(self) -> str:
@@ -38,8 +46,8 @@ class Curvature(ABC):
         """
 
     @abstractmethod
-    def inverse(self, moment: Tensor | None) -> Tensor | None:
-        """The diagonal of M^-1; None for the identity."""
+    def inverse(self, state: State, moment: Tensor | None) -> Tensor | None:
+        """The diagonal of M^-1 at this step; None for the identity."""
 
     @abstractmethod
     def update(

@@ -20,7 +20,7 @@ class Identity(Curvature):
         """No statistics."""
         return None
 
-    def inverse(self, moment: Tensor | None) -> None:
+    def inverse(self, state: State, moment: Tensor | None) -> None:
         """The identity."""
         return None
 

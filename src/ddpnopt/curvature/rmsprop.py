@@ -59,7 +59,7 @@ class RMSprop(Curvature):
             return v.add_(squares, alpha=1 - self.alpha)
         return v.addcmul_(gradient, gradient, value=1 - self.alpha)
 
-    def inverse(self, moment: Tensor | None) -> Tensor:
+    def inverse(self, state: State, moment: Tensor | None) -> Tensor:
         """1 / (sqrt(v) + eps); a coordinate that never had a gradient does not move (0, not inf).
 
         With eps = 0 and v = 0 the limit of s = g^2 / M is 0, since g^2 <= v / (1 - alpha).

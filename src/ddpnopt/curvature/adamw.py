@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""M = diag(sqrt(v / (1 - beta2^t)) + eps), with a running mean of d, as torch.optim.AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ddpnopt.curvature.base import Curvature, State
+from ddpnopt.typing import Tensor
+
+
+@dataclass(frozen=True)
+class AdamW(Curvature):
+    """The curvature of AdamW; weight decay is decoupled, and 0 unless the group says otherwise.
+
+    Args:
+        betas: Decays of the running means of d and of the squared gradient.
+        eps: Added to the square root.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | int = 1e-8
+
+    name: ClassVar[str] = "adamw"
+    decoupled: ClassVar[bool] = True
+    heavy_ball: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"AdamW(betas={self.betas}): two numbers in [0, 1)")
+        if not self.eps >= 0.0:
+            raise ValueError(f"AdamW(eps={self.eps}): must not be negative")
+
+    @property
+    def statistics(self) -> str:
+        """Squares of the batch gradient."""
+        return "gradient"
+
+    def moment(self, state: State, gradient: Tensor, squares: Tensor | None) -> Tensor:
+        """v <- beta2 v + (1 - beta2) g^2."""
+        v = state.get("exp_avg_sq")
+        v = torch.zeros_like(gradient) if v is None else v.mul(self.betas[1])
+        return v.addcmul_(gradient, gradient, value=1 - self.betas[1])
+
+    def inverse(self, state: State, moment: Tensor | None) -> Tensor:
+        """1 / (sqrt(v^) + eps): the step's effect over the life of the running mean of d.
+
+        The factor 1 - beta1 of a single step is made up for by the steps that follow. A coordinate
+        that never had a gradient does not move (0, not inf).
+        """
+        assert moment is not None
+        M = self._denominator(moment, state.get("step", 0) + 1)
+        return torch.where(moment > 0, M.reciprocal(), torch.zeros_like(M))
+
+    def update(
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+    ) -> dict[str, Any]:
+        """m <- beta1 m + (1 - beta1) d, u <- u - eta m^ / (sqrt(v^) + eps)."""
+        assert moment is not None
+        step = state.get("step", 0) + 1
+        m = state.get("exp_avg")
+        m = (torch.zeros_like(d) if m is None else m).lerp(d, 1 - self.betas[0])
+        M = self._denominator(moment, step)
+        p.addcdiv_(m, M, value=-lr / (1 - self.betas[0] ** step))
+        return {"step": step, "exp_avg": m, "exp_avg_sq": moment}
+
+    def _denominator(self, moment: Tensor, step: int) -> Tensor:
+        correction = float((1 - self.betas[1] ** step) ** 0.5)
+        return (moment.sqrt() / correction).add_(self.eps)
+
+    def follow(
+        self, state: State, gradient: Tensor, d: Tensor, moment: Tensor | None
+    ) -> Tensor | None:
+        """Feed v with max(g^2, d^2): what shrinks d must not be divided out again by sqrt(v)."""
+        return self.moment(state, torch.where(d.abs() > gradient.abs(), d, gradient), None)

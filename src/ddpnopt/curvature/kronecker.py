@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: MIT
+"""M = A (x) G, the Kronecker-factored curvatures of whole layers: KFAC and EKFAC.
+
+A = E[x x^T], G = E[V_h V_h^T] over a layer's inputs (with the constant 1 for its bias) and the
+gradients of single samples at its output, in units of one sample's unscaled loss (Martens and
+Grosse 2015; convolutions: Grosse and Martens 2016, sums over positions in A, means in G; EKFAC:
+George et al. 2018).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ddpnopt.curvature.base import Curvature, State
+from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
+from ddpnopt.positions import Kronecker, weight_squares
+from ddpnopt.typing import Tensor
+
+#: Inputs U (b, g, t, i) and gradients V (b, g, t, o) of one pass.
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Joint(Curvature):
+    """A curvature of a layer's whole matrix; its state lives with the layer's weight.
+
+    Parameters that can't be joined (norms, embeddings) take the diagonal of the same Fisher
+    matrix, and parameters that belong to no recorded layer M = I.
+
+    Args:
+        damping: Added to M: to A and G by the pi split in KFAC, to the diagonal in EKFAC.
+        decay: Of the running means; the first k steps take plain means, min(decay, 1 - 1/k).
+        update_every: Steps between two inversions (or eigendecompositions); the first so many
+            steps have one each.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    damping: float | int = 0.1
+    decay: float | int = 0.95
+    update_every: int = 10
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        owner = type(self).__name__
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(f"{owner}(damping={self.damping}): must be positive")
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"{owner}(decay={self.decay}): must lie in [0, 1)")
+        if self.update_every < 1 or self.update_every != int(self.update_every):
+            raise ValueError(f"{owner}(update_every={self.update_every}): a number of steps")
+
+    # One parameter by itself: the diagonal of the Fisher matrix ------------------------------
+
+    @property
+    def statistics(self) -> str:
+        """Squares of each sample's gradient."""
+        return "squares"
+
+    def moment(self, state: State, gradient: Tensor, squares: Tensor | None) -> Tensor | None:
+        """Running mean of the samples' squared gradients; None where no layer tells them."""
+        if squares is None:
+            return None
+        return self._mean(state.get("fisher"), squares, state.get("step", 0) + 1)
+
+    def inverse(self, state: State, moment: Tensor | None) -> Tensor | None:
+        """1 / (F + damping)."""
+        return None if moment is None else (moment + self.damping).reciprocal()
+
+    def update(
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+    ) -> dict[str, Any]:
+        """b <- mu b + M^-1 d, u <- u - eta b."""
+        new: dict[str, Any] = {}
+        if moment is not None:
+            d = d / (moment + self.damping)
+            new = {"fisher": moment, "step": state.get("step", 0) + 1}
+        return new | momentum_step(p, d, state, lr, momentum)
+
+    # A layer's matrix ------------------------------------------------------------------------
+
+    def joint(self, state: State, factors: Sequence[Factors], samples: int) -> dict[str, Any]:
+        """The layer's statistics after this step, without storing them.
+
+        Args:
+            state: The layer's state, read only.
+            factors: Inputs and unscaled gradients at each position, for each pass.
+            samples: Number of samples B.
+
+        Returns:
+            A, G, T_A, T_G, step, fallbacks, and what the subclass adds.
+
+        Raises:
+            NonFiniteError: A factor that is to be inverted is not finite.
+        """
+        k = state.get("step", 0) + 1
+        rows = sum(U.shape[0] * U.shape[2] for U, _ in factors)
+        A = torch.stack([_outer(U) for U, _ in factors]).sum(0) / max(samples, 1)
+        G = torch.stack([_outer(V) for _, V in factors]).sum(0) / max(rows, 1)
+        new = {
+            "A": self._mean(state.get("A"), A, k),
+            "G": self._mean(state.get("G"), G, k),
+            "step": k,
+            "fallbacks": state.get("fallbacks", 0),
+            "T_A": state.get("T_A"),
+            "T_G": state.get("T_G"),
+        }
+        fresh = k <= self.update_every or k % self.update_every == 0
+        self._decompose(state, new, fresh, factors, samples)
+        return new
+
+    @abstractmethod
+    def _decompose(
+        self,
+        state: State,
+        new: dict[str, Any],
+        fresh: bool,
+        factors: Sequence[Factors],
+        samples: int,
+    ) -> None:
+        """Fill in T_A and T_G, anew where ``fresh``."""
+
+    @abstractmethod
+    def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
+        """P = eta M^-1."""
+
+    def _mean(self, before: Tensor | None, now: Tensor, k: int) -> Tensor:
+        if before is None:
+            return now
+        decay = min(self.decay, 1 - 1 / k)
+        return before * decay + now * (1 - decay)
+
+
+@dataclass(frozen=True)
+class KFAC(Joint):
+    """M = (A + pi sqrt(damping) I) (x) (G + sqrt(damping) / pi I).
+
+    pi^2 is the ratio of the factors' mean eigenvalues. Options: see `Joint`.
+    """
+
+    name: ClassVar[str] = "kfac"
+
+    def _decompose(
+        self,
+        state: State,
+        new: dict[str, Any],
+        fresh: bool,
+        factors: Sequence[Factors],
+        samples: int,
+    ) -> None:
+        """T_A = L^-1 of the damped factor A = L L^T, likewise T_G."""
+        if not fresh:
+            return
+        A, G = new["A"], new["G"]
+        a, g = (F.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] for F in (A, G))
+        known = (a > 0) & (g > 0)
+        pi = torch.where(known, (a / g.clamp(min=torch.finfo(g.dtype).tiny)).sqrt(), 1.0)
+        root = self.damping**0.5
+        for name, F, extra in (("T_A", A, pi * root), ("T_G", G, root / pi)):
+            identity = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
+            new[name], failed = inverse_factor(F + extra * identity)
+            new["fallbacks"] += failed
+
+    def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
+        """A number in the coordinates of the Cholesky factors."""
+        return Kronecker(joint["T_A"], joint["T_G"], eta, bias)
+
+
+@dataclass(frozen=True)
+class EKFAC(Joint):
+    """M = U diag(s + damping) U^T with U = U_G (x) U_A, the eigenvectors of KFAC's factors.
+
+    s is the running mean of the samples' squared gradients in that basis; where the basis changes,
+    s is the diagonal of the same matrix in the new one. Options: see `Joint`.
+    """
+
+    name: ClassVar[str] = "ekfac"
+
+    def _decompose(
+        self,
+        state: State,
+        new: dict[str, Any],
+        fresh: bool,
+        factors: Sequence[Factors],
+        samples: int,
+    ) -> None:
+        """T_A and T_G have the eigenvectors as rows."""
+        scale = state.get("scale")
+        if fresh:
+            for name, F in (("T_A", new["A"]), ("T_G", new["G"])):
+                Q, failed = eigenvectors(F)
+                new[name] = Q.mT.contiguous()
+                new["fallbacks"] += failed
+            if scale is not None:
+                R_A = (new["T_A"] @ state["T_A"].mT).square()
+                R_G = (new["T_G"] @ state["T_G"].mT).square()
+                scale = R_G @ scale @ R_A.mT
+        T_A, T_G = new["T_A"], new["T_G"]
+        squares = [weight_squares(U @ T_A.mT, V @ T_G.mT) for U, V in factors]
+        now = torch.stack(squares).sum(0) / max(samples, 1)
+        new["scale"] = self._mean(scale, now, new["step"])
+
+    def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
+        """A diagonal in the eigenbasis."""
+        scale = eta / (joint["scale"] + self.damping)
+        return Kronecker(joint["T_A"], joint["T_G"], scale, bias)
+
+
+def momentum_step(
+    p: Tensor, direction: Tensor, state: State, lr: float, momentum: float
+) -> dict[str, Any]:
+    """b <- mu b + direction, u <- u - eta b, in place; returns what is new in the state."""
+    if momentum == 0:
+        p.add_(direction, alpha=-lr)
+        return {}
+    buffer = state.get("momentum_buffer")
+    buffer = direction.clone() if buffer is None else buffer.mul(momentum).add_(direction)
+    p.add_(buffer, alpha=-lr)
+    return {"momentum_buffer": buffer}
+
+
+def _outer(U: Tensor) -> Tensor:
+    """Sum over samples and positions of u u^T, by group."""
+    rows = U.transpose(0, 1).flatten(1, 2)
+    return rows.mT @ rows

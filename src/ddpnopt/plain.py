@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""The borrowed optimizer's own step, for every parameter outside the feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ddpnopt.bellman import Layer
+from ddpnopt.step import Step
+from ddpnopt.typing import Tensor
+
+#: By parameter: what has been added to p.grad, and what M was fed with besides p.grad.
+Carried = Mapping[Tensor, tuple[Tensor | None, Tensor | None]]
+
+
+@dataclass(eq=False)
+class PlainRecord:
+    """A parameter of a recorded layer outside the feedback: what p.grad does not hold."""
+
+    name: str
+    layer: Layer
+    curvature_statistics: str
+
+    def gradient(self, scale: float) -> Tensor:
+        """The plain gradient by the layer's rule, in p.grad's units."""
+        return self.layer.weighted(self.layer.plain_vectors())[self.name] * scale
+
+    def squares(self, scale: float) -> tuple[Tensor, int] | None:
+        """Sum of the samples' squared gradients and their number, where M is fed with them."""
+        if self.curvature_statistics != "squares":
+            return None
+        squares = self.layer.squares(self.layer.plain_vectors())[self.name]
+        return squares * scale**2, sum(self.layer.counts)
+
+
+def plain_updates(
+    step: Step, parameters: Iterable[Tensor], carried: Carried, rescale: float
+) -> None:
+    """Update the parameters outside the feedback.
+
+    They come first: a plain layer between two others shows them its new weights in the rollout.
+
+    Args:
+        step: The step, its layers in feedback built.
+        parameters: The optimizer's parameters.
+        carried: In open loop, the re-weighting that p.grad holds.
+        rescale: r.
+    """
+    layers = step.plain_layers()
+    done = {id(p) for layer in step.layers.values() for p in layer.params.values()}
+    for layer in layers:
+        done.update(id(p) for p in _joint_update(step, layer, rescale))
+    records: dict[Tensor, PlainRecord] = {
+        p: PlainRecord(name, layer, step.borrowed.hyper[p].curvature.statistics)
+        for layer in layers
+        for name, p in layer.params.items()
+    }
+    for p in parameters:
+        if id(p) in done or not p.requires_grad:
+            continue
+        gradient = p.grad
+        if gradient is None and p in records:
+            gradient = records[p].gradient(rescale)
+        if gradient is None:
+            continue
+        squares = records[p].squares(rescale) if p in records else None
+        correction, extra = carried.get(p, (None, None))
+        plain = gradient if correction is None else gradient - rescale * correction
+        fed = plain if extra is None else plain + rescale * extra
+        moment = step.borrowed.moment(p, fed, squares)
+        follow = step.settings.value.statistics == "plain" and correction is not None
+        step.borrowed.step(p, gradient, moment, plain if follow else None)
+
+
+def _joint_update(step: Step, layer: Layer, rescale: float) -> list[Tensor]:
+    """The step of the parameters that a Kronecker curvature joins; returns them."""
+    joined = step.borrowed.joined(layer)
+    d = {name: grad for name in joined if (grad := layer.params[name].grad) is not None}
+    if len(d) < len(joined):
+        total = layer.weighted(layer.plain_vectors())
+        d = {name: d[name] if name in d else total[name] * rescale for name in joined}
+    if joined:
+        joint = step.borrowed.joint(layer, layer.plain_vectors(), rescale)
+        step.borrowed.joint_step(layer, d, joint)
+    return [layer.params[name] for name in joined]
