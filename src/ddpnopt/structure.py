@@ -115,6 +115,7 @@ class Ledger:
     def __init__(self, own: set[int]) -> None:
         self._own = own
         self.edges: list[GradientEdge | None] = []
+        self.states: list[GradientEdge | None] = []
         self._latest: set[Node] = set()
         self._outputs: dict[Node, int] = {}
         self._leaves: dict[int, int] = {}
@@ -163,8 +164,9 @@ class Ledger:
             if node.name() == REENTRANT:
                 self._reentrant = index
             stack += [child for child, _ in node.next_functions]
-        out = outputs[0]
+        out, x = outputs[0], (inputs or outputs)[0]
         self.edges.append(get_gradient_edge(out) if out.requires_grad else None)
+        self.states.append(get_gradient_edge(x) if inputs and x.requires_grad else None)
         if boundary:
             self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
             self._outputs.update({node: index for node in self._latest})

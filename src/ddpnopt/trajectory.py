@@ -19,8 +19,9 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from ddpnopt.arrivals import Arrivals, counts
+from ddpnopt.certify import doubt
 from ddpnopt.inert import Anchor, Hook, probes, probing
-from ddpnopt.layers import reason_against, rule_for
+from ddpnopt.layers import FALLBACK, reason_against, rule_for
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import Anatomy, Ledger, held_weight, mixing_start
@@ -67,6 +68,7 @@ class Recorder:
         self._link: Link | None = None
         self._last: Tensor | None = None
         self._held: dict[str, nn.Parameter] = {}
+        self._doubts: dict[tuple[Any, ...], str] = {}
         self._mixing: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.anatomy = Anatomy(model, trainable)
@@ -172,7 +174,19 @@ class Recorder:
             tuple(m.training for m in self.model.modules()),
         )
         self._find_mixing(trajectory)
+        self._certify(trajectory)
         trajectory.refusal = self._ledger.refusal(trajectory)
+
+    def _certify(self, trajectory: Trajectory) -> None:
+        """Mark stages of unknown type that the general rule does not describe."""
+        for index, stage in enumerate(trajectory.stages):
+            if stage.rule is not FALLBACK or stage.plain:
+                continue
+            case = (trajectory.key, stage.name)
+            if case not in self._doubts or trajectory.to_verify:
+                h, x = self._ledger.edges[index], self._ledger.states[index]
+                self._doubts[case] = doubt(stage, h, x, trajectory.samples)
+            stage.plain = self._doubts[case]
 
     def _find_mixing(self, trajectory: Trajectory) -> None:
         """Mark the stages in front of a layer that mixes samples; they don't tell B either."""
