@@ -79,7 +79,10 @@ def test_compare_writes_tables_and_plots_and_resumes(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["train", "-m", "sgdd"], "unknown optimizer 'sgdd'"),
-        (["train", "-m", "sgd", "-d", "mnist"], "known: digits, wine"),
+        (["train", "-m", "sgd", "-d", "mnst"], "unknown data set 'mnst'"),
+        (["train", "-m", "sgd", "-d", "mnist"], "name their folder with --data DIR"),
+        (["train", "-m", "sgd", "-d", "mnist", "--data", "nowhere"], "train-images-idx3-ubyte"),
+        (["train", "-m", "sgd", "--train-samples", "9999"], "9999 asked for"),
         (["train", "-m", "sgd", "-a", "vit"], "unknown architecture 'vit'"),
         (["train", "-m", "sgd", "-O", "x=1"], "SGD has no option x"),
         (["train", "-m", "sgd", "-O", "momentum"], "must be written key=value"),

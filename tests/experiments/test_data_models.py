@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ddpnopt.curvature import CURVATURES
 from ddpnopt.experiments.data import load
 from ddpnopt.experiments.models import build_model
 from ddpnopt.experiments.optimizers import OPTIMIZERS, build_optimizer, label_of
@@ -54,10 +55,13 @@ def test_images_keep_the_pixels() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: load("digit"), r"unknown data set 'digit'; known: digits, wine.*Did you mean"),
+        (lambda: load("digit"), r"unknown data set 'digit'; known: digits, .*wine.*Did you mean"),
         (lambda: load("wine", scale="x"), "known: none, pooled, standard, unit"),
         (lambda: load("wine", images=True), "those with images: digits"),
-        (lambda: build_model("resnet", (64,), 10), "unknown architecture 'resnet'; known: mlp-"),
+        (lambda: build_model("vgg", (64,), 10), "unknown architecture 'vgg'; known: mlp-"),
+        (lambda: build_model("mlp-8x2-relu-gn", (64,), 10), "unknown architecture"),
+        (lambda: build_model("resnet", (64,), 10), "resnet needs images"),
+        (lambda: load("wine", train_samples=500), "142 training samples, 500 asked for"),
         (lambda: build_model("mlp-0x2-tanh", (64,), 10), "unknown architecture"),
         (lambda: build_model("mlp-8x2-softsign", (64,), 10), "known: gelu, relu, sigmoid, tanh"),
         (lambda: build_model("cnn", (64,), 10), "cnn needs images"),
@@ -87,7 +91,36 @@ def test_small_cnn() -> None:
     assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
 
 
-TORCH_NAMES = [name for name in OPTIMIZERS if not name.startswith("ddpnopt")]
+@pytest.mark.parametrize(
+    ("name", "shape", "norm", "count"),
+    [
+        ("mlp-8x3-relu-bn", (5,), torch.nn.BatchNorm1d, 3),
+        ("mlp-8x3-tanh-ln", (5,), torch.nn.LayerNorm, 3),
+        ("cnn-4-bn", (1, 8, 8), torch.nn.BatchNorm2d, 4),
+        ("cnn-4-gn", (1, 8, 8), torch.nn.GroupNorm, 4),
+        ("resnet-4x2", (1, 7, 5), torch.nn.BatchNorm2d, 0),
+        ("resnet-4x2-bn", (1, 7, 5), torch.nn.BatchNorm2d, 5),
+        ("resnet-4x1-gn", (1, 8, 8), torch.nn.GroupNorm, 3),
+    ],
+)
+def test_norms(name: str, shape: tuple[int, ...], norm: type, count: int) -> None:
+    model = build_model(name, shape, 10)
+    assert sum(isinstance(m, norm) for m in model.modules()) == count
+    assert model(torch.randn(3, *shape)).shape == (3, 10)
+
+
+TORCH_NAMES = ["sgd", "sgd-clip", "momentum", "rmsprop", "adam", "adamw"]
+
+
+def test_every_curvature_has_a_twin_closed_and_open() -> None:
+    for name in set(CURVATURES) - {"identity"}:
+        assert {f"ddpnopt-{name}", f"ddpnopt-{name}-open-loop"} <= set(OPTIMIZERS)
+
+
+def test_both_sides_of_a_comparison_decay_alike() -> None:
+    model = torch.nn.Linear(3, 2)
+    for name in ("adamw", "ddpnopt-adamw"):
+        assert build_optimizer(name, model, 0.1).optimizer.param_groups[0]["weight_decay"] == 0.0
 
 
 @pytest.mark.parametrize("name", TORCH_NAMES)
@@ -98,7 +131,7 @@ def test_torch_optimizers_are_built_with_their_defaults(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(TORCH_NAMES)))
-def test_ddpnopt_variants_take_a_step(name: str) -> None:
+def test_own_optimizers_take_a_step(name: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
     before = [p.detach().clone() for p in model.parameters()]
     built = build_optimizer(name, model, 0.1)
@@ -123,7 +156,7 @@ def test_options_reach_the_optimizer() -> None:
         ("sgd", {"grad_clip": -1}, "grad_clip must be a positive number"),
         ("sgd", {"grad_clip": "big"}, "grad_clip must be a positive number"),
         ("ddpnopt", {"value": "riccati"}, "known: dense, gauss_newton, low_rank, moreau"),
-        ("ddpnopt", {"curvature": "kfac2"}, "known: identity, rmsprop"),
+        ("ddpnopt", {"curvature": "kfac2"}, "known: .*identity.*rmsprop"),
         ("ddpnopt", {"value.rank": 2}, "Moreau has no option rank; known: own_layer"),
         ("ddpnopt-paper", {"value.clip": 2}, "value=paper has fixed options"),
     ],

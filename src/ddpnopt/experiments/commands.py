@@ -13,6 +13,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from ddpnopt.experiments.data import DATASETS
 from ddpnopt.experiments.models import ARCHITECTURE_HELP
 from ddpnopt.experiments.optimizers import OPTIMIZERS
 from ddpnopt.experiments.report import print_optimizers, write_comparison, write_run
@@ -32,7 +33,16 @@ app = typer.Typer(
 )
 console = Console()
 
-DatasetOption = Annotated[str, typer.Option("--dataset", "-d", help="digits or wine.")]
+DATASET_HELP = ", ".join(DATASETS)
+DatasetOption = Annotated[str, typer.Option("--dataset", "-d", help=f"One of: {DATASET_HELP}.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", help="Folder of the IDX files of mnist, fashion-mnist."),
+]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option("--train-samples", min=1, help="Training samples to draw; all if not given."),
+]
 ArchOption = Annotated[str, typer.Option("--arch", "-a", help=ARCHITECTURE_HELP + ".")]
 BatchOption = Annotated[int, typer.Option("--batch", "-b", min=1, help="Samples per step.")]
 EpochsOption = Annotated[int, typer.Option("--epochs", "-e", min=1, help="Passes over the data.")]
@@ -86,6 +96,8 @@ def train(
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed.")] = 0,
     scale: ScaleOption = "standard",
     device: DeviceOption = "cpu",
+    data: DataOption = None,
+    train_samples: SamplesOption = None,
     threads: Annotated[
         int,
         typer.Option("--threads", min=1, help="CPU threads; small networks are fastest with 1."),
@@ -107,6 +119,8 @@ def train(
             epochs=epochs,
             seed=seed,
             device=device,
+            data=data,
+            train_samples=train_samples,
         )
         check(config)
 
@@ -133,7 +147,8 @@ def train(
 )
 def compare(
     dataset: Annotated[
-        list[str] | None, typer.Option("--dataset", "-d", help="digits or wine; repeatable.")
+        list[str] | None,
+        typer.Option("--dataset", "-d", help=f"One of: {DATASET_HELP}; repeatable."),
     ] = None,
     arch: ArchOption = "mlp-20x4-tanh",
     optimizer: Annotated[
@@ -155,6 +170,8 @@ def compare(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Parallel processes.")] = 1,
     scale: ScaleOption = "standard",
     device: DeviceOption = "cpu",
+    data: DataOption = None,
+    train_samples: SamplesOption = None,
     out: OutOption = Path("results/compare"),
 ) -> None:
     """Compare optimizers over learning rates and seeds; resumes where it was interrupted."""
@@ -164,18 +181,20 @@ def compare(
         contenders: list[Contender] = []
         for text in optimizer or ["sgd", "ddpnopt"]:
             spec, _, own = text.partition("@")
-            name, options = parse_optimizer(spec)
+            kind, options = parse_optimizer(spec)
             chosen = tuple(sorted({**shared, **options}.items()))
-            contenders.append(Contender(name, parse_rates([own]) if own else rates, chosen))
+            contenders.append(Contender(kind, parse_rates([own]) if own else rates, chosen))
         configs: list[RunConfig] = []
-        for data in dataset or ["digits"]:
+        for name in dataset or ["digits"]:
             base = RunConfig(
-                dataset=data,
+                dataset=name,
                 architecture=arch,
                 epochs=epochs,
                 batch=batch,
                 scale=scale,
                 device=device,
+                data=data,
+                train_samples=train_samples,
             )
             configs += grid(base, contenders, range(seeds))
         for config in {(c.dataset, c.label): c for c in configs}.values():

@@ -12,7 +12,8 @@ from ddpnopt.experiments.summary import Verdict, by_optimizer, by_rate
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Render a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -38,7 +39,7 @@ def targets_table(verdicts: Sequence[Verdict]) -> str:
         ]
         for v in verdicts
     ]
-    return _table(["network", "lr", "wanted", "mean", "worst seed", "seeds", "met"], rows)
+    return table(["network", "lr", "wanted", "mean", "worst seed", "seeds", "met"], rows)
 
 
 def _cell(row: pd.Series) -> str:
@@ -57,7 +58,7 @@ def _rates(rates: pd.DataFrame, lrs: Sequence[float], loss: bool) -> str:
             for lr in lrs
         ]
         rows.append([str(label), *shown])
-    return _table(["lr", *[f"{lr:g}" for lr in lrs]], rows)
+    return table(["lr", *[f"{lr:g}" for lr in lrs]], rows)
 
 
 def problem_section(heading: str, runs: pd.DataFrame) -> str:
@@ -111,15 +112,16 @@ def _summary(totals: pd.DataFrame) -> str:
         for _, row in totals.iterrows()
     ]
     header = ["optimizer", "best lr", "mean", "worst seed", "good rates", "factor", "failed"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
-def update_page(page: str, tables: str) -> str:
+def update_page(page: str, tables: str, mark: str = "tables") -> str:
     """Replace what stands between a page's two marks.
 
     Args:
         page: The page.
         tables: Markdown to put there.
+        mark: Name of the marks, `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
 
     Returns:
         The new page.
@@ -127,8 +129,9 @@ def update_page(page: str, tables: str) -> str:
     Raises:
         ValueError: A mark is missing.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = BEGIN.replace("tables", mark), END.replace("tables", mark)
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"the page lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
+        raise ValueError(f"the page lacks the marks {first} and {last}")
+    return f"{before}{first}\n\n{tables}\n{last}{after}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 
 from ddpnopt.experiments.names import lookup
 
@@ -18,18 +18,34 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
 }
 
+#: Makers of a norm over `features` channels, for flat features and for images.
+FLAT_NORMS: dict[str, Callable[[int], nn.Module]] = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm}
+IMAGE_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": nn.BatchNorm2d,
+    # One group normalises each sample by itself, over channels and pixels.
+    "gn": lambda channels: nn.GroupNorm(1, channels),
+}
+
 ARCHITECTURE_HELP = (
     "mlp-WIDTHxDEPTH-ACTIVATION (such as mlp-20x4-tanh; mlp alone is that one), "
-    "cnn-CHANNELS (cnn alone is cnn-16), linear; activations: " + ", ".join(sorted(ACTIVATIONS))
+    "cnn-CHANNELS (cnn alone is cnn-16), resnet-CHANNELSxBLOCKS (resnet alone is resnet-16x2), "
+    "linear; a norm before every activation: mlp-...-bn or -ln, cnn-...-bn or -gn, resnet-...-bn "
+    "or -gn; activations: " + ", ".join(sorted(ACTIVATIONS))
 )
 
-_MLP = re.compile(r"mlp-(\d+)x(\d+)-([a-z]+)")
-_CNN = re.compile(r"cnn-(\d+)")
-_SHORT = {"mlp": "mlp-20x4-tanh", "cnn": "cnn-16"}
+_MLP = re.compile(r"mlp-(\d+)x(\d+)-([a-z]+)(?:-(bn|ln))?")
+_CNN = re.compile(r"cnn-(\d+)(?:-(bn|gn))?")
+_RESNET = re.compile(r"resnet-(\d+)x(\d+)(?:-(bn|gn))?")
+_SHORT = {"mlp": "mlp-20x4-tanh", "cnn": "cnn-16", "resnet": "resnet-16x2"}
 
 
 def mlp(
-    inputs: int, classes: int, width: int = 20, depth: int = 4, activation: str = "tanh"
+    inputs: int,
+    classes: int,
+    width: int = 20,
+    depth: int = 4,
+    activation: str = "tanh",
+    norm: str | None = None,
 ) -> nn.Sequential:
     """Fully connected network inputs-width x depth-classes, PyTorch's default initialisation.
 
@@ -39,22 +55,36 @@ def mlp(
         width: Units of every hidden layer.
         depth: Number of hidden layers; depth + 1 parametrised layers.
         activation: Name in `ACTIVATIONS`.
+        norm: Name in `FLAT_NORMS` of what stands before every activation; None: nothing.
 
     Returns:
         The network, (B, inputs) -> (B, classes).
 
     Raises:
-        ValueError: Unknown activation.
+        ValueError: Unknown activation or norm.
     """
     make = lookup(ACTIVATIONS, activation, "activation")
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(inputs, width), make()]
+        layers += [nn.Linear(inputs, width), *_norm(FLAT_NORMS, norm, width), make()]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, classes))
 
 
-def cnn(input_shape: tuple[int, ...], classes: int, channels: int = 16) -> nn.Sequential:
+def _norm(
+    norms: dict[str, Callable[[int], nn.Module]], name: str | None, features: int
+) -> list[nn.Module]:
+    return [] if name is None else [lookup(norms, name, "norm")(features)]
+
+
+def _convolution(inputs: int, channels: int, norm: str | None) -> list[nn.Module]:
+    """3 x 3 convolution that keeps the size, and the norm behind it."""
+    return [nn.Conv2d(inputs, channels, 3, padding=1), *_norm(IMAGE_NORMS, norm, channels)]
+
+
+def cnn(
+    input_shape: tuple[int, ...], classes: int, channels: int = 16, norm: str | None = None
+) -> nn.Sequential:
     """Small convolutional network: four 3 x 3 convolutions, two dense layers, ReLU.
 
     Convolutions keep the size (padding 1); one max-pooling by 2 follows the second. On 8 x 8
@@ -65,26 +95,27 @@ def cnn(input_shape: tuple[int, ...], classes: int, channels: int = 16) -> nn.Se
         input_shape: (planes, height, width) of one sample, sides even.
         classes: Number of outputs.
         channels: Channels of every convolution.
+        norm: Name in `IMAGE_NORMS` of what follows every convolution; None: nothing.
 
     Returns:
         The network, (B, *input_shape) -> (B, classes).
 
     Raises:
-        ValueError: The input is not an image with even sides.
+        ValueError: The input is not an image with even sides, or unknown norm.
     """
     if len(input_shape) != 3 or input_shape[1] % 2 or input_shape[2] % 2:
         raise ValueError(f"cnn needs images with even sides, got shape {input_shape}")
     planes, height, width = input_shape
     features = channels * (height // 2) * (width // 2)
     return nn.Sequential(
-        nn.Conv2d(planes, channels, 3, padding=1),
+        *_convolution(planes, channels, norm),
         nn.ReLU(),
-        nn.Conv2d(channels, channels, 3, padding=1),
+        *_convolution(channels, channels, norm),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(channels, channels, 3, padding=1),
+        *_convolution(channels, channels, norm),
         nn.ReLU(),
-        nn.Conv2d(channels, channels, 3, padding=1),
+        *_convolution(channels, channels, norm),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(features, 4 * channels),
@@ -93,9 +124,66 @@ def cnn(input_shape: tuple[int, ...], classes: int, channels: int = 16) -> nn.Se
     )
 
 
+class ResidualBlock(nn.Module):
+    """relu(x + f(x)), f = convolution, ReLU, convolution, each with its norm.
+
+    Args:
+        channels: Channels of input and output.
+        norm: Name in `IMAGE_NORMS`; None: no norm.
+    """
+
+    def __init__(self, channels: int, norm: str | None = None) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            *_convolution(channels, channels, norm),
+            nn.ReLU(),
+            *_convolution(channels, channels, norm),
+        )
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, channels, height, width) to the same shape."""
+        activated: Tensor = self.activation(x + self.branch(x))
+        return activated
+
+
+def resnet(
+    input_shape: tuple[int, ...],
+    classes: int,
+    channels: int = 16,
+    blocks: int = 2,
+    norm: str | None = None,
+) -> nn.Sequential:
+    """Small residual network: a convolution, residual blocks, mean over the pixels, a dense layer.
+
+    Args:
+        input_shape: (planes, height, width) of one sample.
+        classes: Number of outputs.
+        channels: Channels of every convolution.
+        blocks: Number of residual blocks of two convolutions.
+        norm: Name in `IMAGE_NORMS` of what follows every convolution; None: nothing.
+
+    Returns:
+        The network, (B, *input_shape) -> (B, classes).
+
+    Raises:
+        ValueError: The input is not an image, or unknown norm.
+    """
+    if len(input_shape) != 3:
+        raise ValueError(f"resnet needs images, got shape {input_shape}")
+    return nn.Sequential(
+        *_convolution(input_shape[0], channels, norm),
+        nn.ReLU(),
+        *[ResidualBlock(channels, norm) for _ in range(blocks)],
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, classes),
+    )
+
+
 def wants_images(name: str) -> bool:
     """Say whether the architecture `name` takes images rather than flat features."""
-    return name.startswith("cnn")
+    return name.startswith(("cnn", "resnet"))
 
 
 def build_model(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -117,7 +205,9 @@ def build_model(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Mod
     if full == "linear":
         return nn.Linear(prod(input_shape), classes)
     if (match := _MLP.fullmatch(full)) and int(match[1]) > 0:
-        return mlp(prod(input_shape), classes, int(match[1]), int(match[2]), match[3])
+        return mlp(prod(input_shape), classes, int(match[1]), int(match[2]), match[3], match[4])
     if (match := _CNN.fullmatch(full)) and int(match[1]) > 0:
-        return cnn(input_shape, classes, int(match[1]))
+        return cnn(input_shape, classes, int(match[1]), match[2])
+    if (match := _RESNET.fullmatch(full)) and int(match[1]) > 0:
+        return resnet(input_shape, classes, int(match[1]), int(match[2]), match[3])
     raise ValueError(f"unknown architecture {name!r}; known: {ARCHITECTURE_HELP}.")

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+import ddpnopt
+from ddpnopt.curvature import CURVATURES
 from ddpnopt.experiments.names import lookup
+from ddpnopt.value import VALUES
 
 OptionValue = bool | int | float | str | None
 Options = dict[str, OptionValue]
@@ -71,34 +74,31 @@ def _split(options: Options, prefix: str) -> tuple[Options, Options]:
     return own, {k: v for k, v in options.items() if not k.startswith(prefix + ".")}
 
 
-def _ddpnopt(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
-    from ddpnopt import PAPER, DDPNOpt
-    from ddpnopt import curvature as curvatures
-    from ddpnopt import value as values
+def _own(name: str) -> Factory:
+    """An optimizer of this library that takes the model and a rate."""
 
+    def build(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+        built: torch.optim.Optimizer = _call(getattr(ddpnopt, name), model, lr, options=options)
+        return built
+
+    return build
+
+
+def _ddpnopt(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
     value_options, rest = _split(options, "value")
     curvature_options, rest = _split(rest, "curvature")
     arguments: dict[str, Any] = dict(rest)
-    value_kinds = {
-        "moreau": values.Moreau,
-        "gauss_newton": values.GaussNewton,
-        "low_rank": values.LowRank,
-        "dense": values.Dense,
-    }
-    curvature_kinds = {"identity": curvatures.Identity, "rmsprop": curvatures.RMSprop}
     value_name = str(arguments.pop("value", "moreau"))
     if value_name == "paper":
         if value_options:
             raise ValueError("value=paper has fixed options; use value=gauss_newton to set them")
-        arguments["value"] = PAPER
+        arguments["value"] = ddpnopt.PAPER
     else:
-        kind = lookup(value_kinds, value_name, "value function")
-        arguments["value"] = _call(kind, options=value_options)
-    curvature_kind = lookup(
-        curvature_kinds, str(arguments.pop("curvature", "identity")), "curvature"
-    )
-    arguments["curvature"] = _call(curvature_kind, options=curvature_options)
-    built: torch.optim.Optimizer = _call(DDPNOpt, model, lr, options=arguments)
+        value = lookup(VALUES, value_name, "value function")
+        arguments["value"] = _call(value, options=value_options)
+    curvature = lookup(CURVATURES, str(arguments.pop("curvature", "identity")), "curvature")
+    arguments["curvature"] = _call(curvature, options=curvature_options)
+    built: torch.optim.Optimizer = _call(ddpnopt.DDPNOpt, model, lr, options=arguments)
     return built
 
 
@@ -107,13 +107,30 @@ def _ddp(label: str, **defaults: OptionValue) -> OptimizerChoice:
     return OptimizerChoice(_ddpnopt, label, dotted)
 
 
+def _twins() -> dict[str, OptimizerChoice]:
+    """DDPNOpt around every borrowed curvature, closed and open loop."""
+    twins: dict[str, OptimizerChoice] = {}
+    for name, kind in CURVATURES.items():
+        if name == "identity":
+            continue
+        label = f"DDPNOpt {kind.__name__}"
+        twins[f"ddpnopt-{name}"] = _ddp(label, curvature=name)
+        twins[f"ddpnopt-{name}-open-loop"] = _ddp(
+            f"{label} open loop", curvature=name, feedback="open_loop"
+        )
+    return twins
+
+
 OPTIMIZERS: dict[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(_torch(torch.optim.SGD), "SGD"),
     "sgd-clip": OptimizerChoice(_torch(torch.optim.SGD), "SGD + clip", {"grad_clip": 1.0}),
     "momentum": OptimizerChoice(_torch(torch.optim.SGD), "SGD momentum", {"momentum": 0.9}),
     "rmsprop": OptimizerChoice(_torch(torch.optim.RMSprop), "RMSprop"),
     "adam": OptimizerChoice(_torch(torch.optim.Adam), "Adam"),
-    "adamw": OptimizerChoice(_torch(torch.optim.AdamW), "AdamW"),
+    # The library's own default, so that both sides of a comparison decay alike.
+    "adamw": OptimizerChoice(_torch(torch.optim.AdamW), "AdamW", {"weight_decay": 0.0}),
+    "kfac": OptimizerChoice(_own("KFAC"), "KFAC"),
+    "ekfac": OptimizerChoice(_own("EKFAC"), "EKFAC"),
     "ddpnopt": _ddp("DDPNOpt"),
     "ddpnopt-open-loop": _ddp("DDPNOpt open loop", feedback="open_loop"),
     "ddpnopt-off": _ddp("DDPNOpt without feedback", feedback=False),
@@ -121,10 +138,10 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "ddpnopt-no-coupling": _ddp("DDPNOpt coupling=False", value__coupling=False),
     "ddpnopt-envelope": _ddp("DDPNOpt strength=1", value__strength=1.0),
     "ddpnopt-momentum": _ddp("DDPNOpt momentum", momentum=0.9),
-    "ddpnopt-rmsprop": _ddp("DDPNOpt RMSprop", curvature="rmsprop"),
-    "ddpnopt-rmsprop-open-loop": _ddp(
-        "DDPNOpt RMSprop open loop", curvature="rmsprop", feedback="open_loop"
+    "ddpnopt-momentum-open-loop": _ddp(
+        "DDPNOpt momentum open loop", momentum=0.9, feedback="open_loop"
     ),
+    **_twins(),
     "ddpnopt-gauss-newton": _ddp("DDPNOpt Gauss-Newton", value="gauss_newton"),
     "ddpnopt-low-rank": _ddp("DDPNOpt low rank", value="low_rank"),
     "ddpnopt-dense": _ddp("DDPNOpt dense", value="dense"),

@@ -7,6 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,6 +34,9 @@ class RunConfig(BaseModel):
         seed: Seed of the split, the initial weights and the order of the samples: runs with one
             seed are paired, whatever the optimizer.
         device: torch device.
+        train_samples: Number of training samples to draw by the seed; None: all.
+        data: Folder of the files of data sets that are read from files. It says where, not what:
+            records and keys leave it out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,11 +51,16 @@ class RunConfig(BaseModel):
     epochs: int = Field(default=5, ge=1)
     seed: int = Field(default=0, ge=0)
     device: str = "cpu"
+    train_samples: int | None = Field(default=None, ge=1)
+    data: Path | None = Field(default=None, exclude=True)
 
     @property
     def key(self) -> str:
         """A short name of this configuration: equal keys, equal runs."""
         parts = self.model_dump(mode="json")
+        if self.train_samples is None:
+            # The keys of results from before this field existed stay as they are.
+            del parts["train_samples"]
         parts["options"] = sorted((k, repr(v)) for k, v in self.options.items())
         text = repr(sorted(parts.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -70,6 +79,8 @@ class Epoch(BaseModel):
         train_loss: Mean cross-entropy over the whole training part (nats), model in eval mode.
         test_accuracy: Share of the test part answered rightly, in [0, 1].
         seconds: Seconds spent in training steps of this epoch, evaluation left out.
+        cpu_seconds: The process's CPU time in them, all threads together: it doesn't grow when
+            other processes share the cores.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -78,6 +89,7 @@ class Epoch(BaseModel):
     train_loss: float
     test_accuracy: float
     seconds: float
+    cpu_seconds: float = math.nan
 
 
 class RunResult(BaseModel):
@@ -128,14 +140,25 @@ def _steps(model: nn.Module, built: Built, data: Dataset, order: torch.Tensor, b
         built.optimizer.step()
 
 
+#: Samples evaluated at once.
+_PART = 2048
+
+
 @torch.no_grad()
 def _measure(model: nn.Module, data: Dataset) -> tuple[float, float]:
     """Return (training loss, test accuracy) with the weights as they are."""
     model.eval()
-    loss = float(nn.functional.cross_entropy(model(data.x_train), data.y_train))
-    accuracy = float((model(data.x_test).argmax(1) == data.y_test).float().mean())
+    loss, right = 0.0, 0
+    # In parts: the activations of a large set's images would fill the memory.
+    for x, y in zip(
+        torch.split(data.x_train, _PART), torch.split(data.y_train, _PART), strict=True
+    ):
+        part = float(nn.functional.cross_entropy(model(x), y))
+        loss += part * (len(y) / len(data.y_train))
+    for x, y in zip(torch.split(data.x_test, _PART), torch.split(data.y_test, _PART), strict=True):
+        right += int((model(x).argmax(1) == y).sum())
     model.train()
-    return loss, accuracy
+    return loss, right / len(data.y_test)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -162,6 +185,17 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def _load(config: RunConfig) -> Dataset:
+    return load(
+        config.dataset,
+        seed=config.seed,
+        scale=config.scale,
+        images=wants_images(config.architecture),
+        folder=config.data,
+        train_samples=config.train_samples,
+    )
+
+
 def check(config: RunConfig) -> None:
     """Raise the error that `train` would raise for unknown names or options, without training.
 
@@ -172,8 +206,7 @@ def check(config: RunConfig) -> None:
         ValueError: Unknown names or options, or a network that can't take the data.
     """
     resolve_device(config.device)
-    images = wants_images(config.architecture)
-    data = load(config.dataset, seed=config.seed, scale=config.scale, images=images)
+    data = _load(config)
     with torch.random.fork_rng(devices=[]):
         model = build_model(config.architecture, data.input_shape, data.classes)
     build_optimizer(config.optimizer, model, config.lr, config.options)
@@ -196,8 +229,7 @@ def train(config: RunConfig, on_epoch: Callable[[Epoch], None] | None = None) ->
         ValueError: Unknown names or options.
     """
     device = resolve_device(config.device)
-    images = wants_images(config.architecture)
-    data = load(config.dataset, seed=config.seed, scale=config.scale, images=images).to(device)
+    data = _load(config).to(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
@@ -218,17 +250,23 @@ def _run(
     reason = ""
     for number in range(1, config.epochs + 1):
         permutation = torch.randperm(len(data.y_train), generator=order).to(data.y_train.device)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         try:
             _steps(model, built, data, permutation, config.batch)
         except (_Diverged, FloatingPointError) as error:
             reason = str(error) or type(error).__name__
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         loss, accuracy = _measure(model, data)
         if not reason and not math.isfinite(loss):
             reason = f"non-finite training loss {loss}"
         records.append(
-            Epoch(epoch=number, train_loss=loss, test_accuracy=accuracy, seconds=seconds)
+            Epoch(
+                epoch=number,
+                train_loss=loss,
+                test_accuracy=accuracy,
+                seconds=seconds,
+                cpu_seconds=cpu,
+            )
         )
         if on_epoch is not None:
             on_epoch(records[-1])
