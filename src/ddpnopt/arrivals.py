@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from ddpnopt.inert import probes, probing
 from ddpnopt.stages import Link, Stage, Trajectory
@@ -26,6 +27,7 @@ class Arrivals:
         adds_up: A second backward pass through the same graph adds to the first (closed loop); in
             open loop each is re-weighted by itself.
         at_output: Called with (trajectory, link, G) when the output's gradient has arrived.
+        at_boundary: Called with (trajectory, G, edge) at its boundary, inside the node.
         started: Called when the first gradient of a backward pass arrives.
         ended: Called with its trajectories when p.grad is complete.
     """
@@ -35,11 +37,13 @@ class Arrivals:
         expected: Callable[[], list[Tensor]],
         adds_up: bool,
         at_output: Callable[[Trajectory, Link | None, Tensor], None],
+        at_boundary: Callable[[Trajectory, Tensor, GradientEdge], None],
         started: Callable[[], None],
         ended: Callable[[list[Trajectory]], None],
     ) -> None:
         self.expected, self.adds_up = expected, adds_up
-        self.at_output, self.started, self.ended = at_output, started, ended
+        self.at_output, self.at_boundary = at_output, at_boundary
+        self.started, self.ended = started, ended
         self.completed: list[Trajectory] = []
         #: Gets a gradient where a model has no parameter that does (no biases, no weights').
         self.token = torch.zeros((), requires_grad=True)
@@ -74,6 +78,14 @@ class Arrivals:
         G = G[None] if stage.unbatched else G
         stage.fresh_g_x = G if stage.fresh_g_x is None else stage.fresh_g_x + G
 
+    def at_boundary_state(self, trajectory: Trajectory, output: int, G: Tensor) -> None:
+        """A gradient has arrived at the state in front of which samples are weighted once."""
+        if trajectory in self._during and trajectory.pending is not None:
+            # The running node itself: a hook that held its own node could never be collected.
+            edge = GradientEdge(torch._C._current_autograd_node(), output)
+            with probing():
+                self.at_boundary(trajectory, G.detach(), edge)
+
     def _begin(self) -> None:
         task = torch._C._current_graph_task_id()
         if task == self._task:
@@ -106,6 +118,9 @@ class Arrivals:
         if trajectory.pending is not None:
             trajectory.cost, trajectory.error = trajectory.pending
             trajectory.pending = None
+        if trajectory.fresh_front is not None:
+            before = trajectory.front if self.adds_up else None
+            trajectory.front, trajectory.fresh_front = trajectory.fresh_front.plus(before), None
         for stage in trajectory.stages:
             add = self.adds_up
             if stage.fresh_G is not None:
@@ -119,7 +134,7 @@ class Arrivals:
 
     def _discard(self) -> None:
         for trajectory in self._during:
-            trajectory.pending = None
+            trajectory.pending = trajectory.fresh_front = None
             for stage in trajectory.stages:
                 stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
         self._during = []

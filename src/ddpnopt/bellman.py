@@ -247,6 +247,7 @@ def backward(
     recursion: Recursion,
     feed: Callable[[Layer, Blocks | None], None],
     statistics: str,
+    to_input: bool = True,
 ) -> None:
     """Algorithm 3, step 3: from the output to the input, set every layer's gain and policy.
 
@@ -255,10 +256,11 @@ def backward(
         recursion: The value function at the output.
         feed: Updates a layer's M with V_h - g (None: with the plain gradient) and sets its gain.
         statistics: "value" or "plain".
+        to_input: Nothing lies below the first layer, so there is nothing to back up to.
     """
     for index, layer in reversed(list(enumerate(layers.values()))):
         correction = recursion.correction(layer) if statistics == "value" else None
         feed(layer, correction)
-        layer.policy = recursion.back(layer, bottom=index == 0)
+        layer.policy = recursion.back(layer, bottom=to_input and index == 0)
         if not layer.keep_gain:
             layer.gain = {}

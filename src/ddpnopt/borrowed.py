@@ -145,6 +145,17 @@ class Borrowed:
         life = rescale * self.hyper[p].life
         return life if inverse is None else inverse * life
 
+    def first_length(self, p: Tensor, g: Tensor, rescale: float) -> Tensor:
+        """g^T P g before a parameter's layer is known: a bound for Kronecker curvatures."""
+        curvature = self.hyper[p].curvature
+        g = g * rescale
+        if isinstance(curvature, Joint):
+            P: Gain = rescale * self.hyper[p].life / curvature.damping
+        else:
+            P = self.gain(p, self.moment(p, g), rescale)
+        assert not isinstance(P, Kronecker)
+        return (g.square() * P).sum() / rescale**2
+
     def step(self, p: Tensor, d: Tensor, moment: Tensor | None, plain: Tensor | None) -> None:
         """u <- u - eta M^-1 d.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from ddpnopt.arrivals import Arrivals
 from ddpnopt.borrowed import Borrowed, needs_squares
@@ -27,6 +28,7 @@ from ddpnopt.checks import (
     verify_chain,
 )
 from ddpnopt.errors import TerminalError, UnsupportedModelError
+from ddpnopt.front import merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
@@ -93,6 +95,7 @@ class Engine:
             weakly(self._expected),
             adds_up=not self.in_backward,
             at_output=weakly(self._at_output),
+            at_boundary=weakly(self._at_boundary),
             started=weakly(self._backward_started),
             ended=weakly(self._backward_ended),
         )
@@ -192,6 +195,15 @@ class Engine:
         if cost is not None and not all(s.plain for s in trajectory.stages):
             linearise(trajectory, link, cost, self.options.value)
 
+    def _at_boundary(self, trajectory: Trajectory, G: Tensor, edge: GradientEdge) -> None:
+        """The gradient has arrived where the samples' mixing begins: weight them there."""
+        assert trajectory.pending is not None
+        cost = trajectory.pending[0]
+        if cost is None or trajectory.refusal or not bool(G.isfinite().all()):
+            return
+        step = self._new_step([trajectory], self.rescale, 1.0, early=True)
+        trajectory.fresh_front = weigh(trajectory, G, edge, cost, step, self.parameters())
+
     def _backward_started(self) -> None:
         """Keep what p.grad holds already, so that this pass's own gradient can be told from it."""
         if self.in_backward:
@@ -230,6 +242,7 @@ class Engine:
             for layer in step.layers.values()
             for p, correction in step.corrections(layer, None).items()
         }
+        corrections.update(merged([t.front for t in trajectories if t.front is not None]))
         for p, correction in corrections.items():
             assert p.grad is not None
             p.grad.add_(correction)
@@ -267,12 +280,16 @@ class Engine:
         try:
             if in_feedback and not open_loop:
                 step.build()
-            plain_updates(step, self.parameters(), self._carried, rescale)
+            fronts = [t.front for t in trajectories if t.front is not None and in_feedback]
+            length = plain_updates(
+                step, self.parameters(), self._carried, merged(fronts), rescale, added=open_loop
+            )
             if step.layers:
                 step.recurse()
                 self._apply(step, trajectories)
             check_weights(step.borrowed.updated(), self.names)
             check_factors(step.borrowed.factors())
+            remember(step, fronts, length)
         except BaseException:
             step.borrowed.rollback()
             self.running = running
@@ -280,7 +297,8 @@ class Engine:
             raise
         step.borrowed.commit(self.state())
         self.rescale = rescale
-        depth = self.options.depth if in_feedback and (step.layers or open_loop) else "off"
+        feedback = in_feedback and bool(step.layers or fronts or open_loop)
+        depth = self.options.depth if feedback else "off"
         if in_feedback and open_loop and self._open_report is not None:
             return self._open_report
         return report(self.options, step, depth, rescale, self.skipped)
@@ -294,7 +312,11 @@ class Engine:
                 step.apply(layer, None)
 
     def _new_step(
-        self, trajectories: list[Trajectory], rescale: float, correction_scale: float
+        self,
+        trajectories: list[Trajectory],
+        rescale: float,
+        correction_scale: float,
+        early: bool = False,
     ) -> Step:
         settings = Settings(
             self.options.value,
@@ -303,6 +325,7 @@ class Engine:
             self.options.weight_gradients,
             self.sketch if self.options.gram == "sketch" else None,
             self.diagnose,
+            early,
         )
         borrowed = Borrowed(self.groups(), self.state())
         return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)

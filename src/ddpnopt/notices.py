@@ -60,10 +60,19 @@ class Notices:
             return
         self._told.add(trajectory.key)
         reasons: dict[str, dict[str, None]] = {}
-        for stage in trajectory.stages:
+        at, stages = trajectory.boundary, trajectory.stages
+        if at:
+            place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
+            self.say(
+                f"each sample is weighted once, at {place}, for all that lies in front of it "
+                f"({', '.join(dict.fromkeys(repr(s.name) for s in stages[:at]))}), without "
+                "layer-wise feedback: samples are mixed there, as by BatchNorm in training mode"
+            )
+        for stage in stages[at:]:
             if stage.plain and stage.plain != "frozen":
                 reasons.setdefault(stage.plain, {})[f"'{stage.name}'"] = None
-        ran = {id(p) for s in trajectory.stages for p in s.module._parameters.values()}
+        ran = {id(p) for s in stages for p in s.module.parameters()}
+        ran |= {id(p) for p in (trajectory.front.corrections if trajectory.front else ())}
         for p, name in names().items():
             if id(p) not in ran and trainable(p) and p.grad is not None:
                 reasons.setdefault("they belong to no layer that ran", {})[f"'{name}'"] = None

@@ -6,7 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from ddpnopt.bellman import Layer
+from ddpnopt.layers import MatrixRule
+from ddpnopt.positions import Kronecker
 from ddpnopt.step import Step
 from ddpnopt.typing import Tensor
 
@@ -35,8 +39,13 @@ class PlainRecord:
 
 
 def plain_updates(
-    step: Step, parameters: Iterable[Tensor], carried: Carried, rescale: float
-) -> None:
+    step: Step,
+    parameters: Iterable[Tensor],
+    carried: Carried,
+    front: Mapping[Tensor, Tensor],
+    rescale: float,
+    added: bool,
+) -> Tensor | None:
     """Update the parameters outside the feedback.
 
     They come first: a plain layer between two others shows them its new weights in the rollout.
@@ -45,12 +54,26 @@ def plain_updates(
         step: The step, its layers in feedback built.
         parameters: The optimizer's parameters.
         carried: In open loop, the re-weighting that p.grad holds.
+        front: d - gbar of parameters in front of a mixing of samples.
         rescale: r.
+        added: p.grad holds `front` already (open loop).
+
+    Returns:
+        d^T P d of the front's parameters; None where there are none.
     """
+    lengths: list[Tensor] = []
     layers = step.plain_layers()
     done = {id(p) for layer in step.layers.values() for p in layer.params.values()}
     for layer in layers:
-        done.update(id(p) for p in _joint_update(step, layer, rescale))
+        joined = step.borrowed.joined(layer)
+        d = _joint_gradients(step, layer, rescale) if joined else {}
+        for name in joined:
+            done.add(id(layer.params[name]))
+            if layer.params[name] in front and not added:
+                d[name] = d[name] + rescale * front[layer.params[name]]
+        if joined:
+            length = _joint_update(step, layer, d, rescale)
+            lengths += [length] if layer.params["weight"] in front else []
     records: dict[Tensor, PlainRecord] = {
         p: PlainRecord(name, layer, step.borrowed.hyper[p].curvature.statistics)
         for layer in layers
@@ -67,20 +90,36 @@ def plain_updates(
         squares = records[p].squares(rescale) if p in records else None
         correction, extra = carried.get(p, (None, None))
         plain = gradient if correction is None else gradient - rescale * correction
+        if p in front and not added:
+            correction = front[p]
+            gradient = plain + rescale * correction
         fed = plain if extra is None else plain + rescale * extra
         moment = step.borrowed.moment(p, fed, squares)
         follow = step.settings.value.statistics == "plain" and correction is not None
+        if p in front:
+            P = step.borrowed.gain(p, moment, rescale)
+            assert not isinstance(P, Kronecker)
+            lengths.append(((gradient / rescale).square() * P).sum())
         step.borrowed.step(p, gradient, moment, plain if follow else None)
+    return torch.stack(lengths).sum() if lengths else None
 
 
-def _joint_update(step: Step, layer: Layer, rescale: float) -> list[Tensor]:
-    """The step of the parameters that a Kronecker curvature joins; returns them."""
+def _joint_gradients(step: Step, layer: Layer, rescale: float) -> dict[str, Tensor]:
+    """p.grad of the parameters that a Kronecker curvature joins, or what the rule says it is."""
     joined = step.borrowed.joined(layer)
     d = {name: grad for name in joined if (grad := layer.params[name].grad) is not None}
     if len(d) < len(joined):
         total = layer.weighted(layer.plain_vectors())
         d = {name: d[name] if name in d else total[name] * rescale for name in joined}
-    if joined:
-        joint = step.borrowed.joint(layer, layer.plain_vectors(), rescale)
-        step.borrowed.joint_step(layer, d, joint)
-    return [layer.params[name] for name in joined]
+    return d
+
+
+def _joint_update(step: Step, layer: Layer, d: Mapping[str, Tensor], rescale: float) -> Tensor:
+    """Their step; returns d^T P d."""
+    joint = step.borrowed.joint(layer, layer.plain_vectors(), rescale)
+    life = step.borrowed.hyper[layer.params["weight"]].life * rescale
+    gain = step.borrowed.joint_gain(layer, joint, life)
+    assert isinstance(layer.rule, MatrixRule)
+    length = gain.square(layer.rule.joined(layer.module, d, gain.bias)) / rescale**2
+    step.borrowed.joint_step(layer, d, joint)
+    return length

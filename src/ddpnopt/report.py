@@ -81,6 +81,8 @@ class StepReport:
         layers: The layers that took part, in execution order.
         plain: Layers that took the plain step, and why.
         skipped: Steps skipped so far because a number was not finite.
+        front: The samples' weights where their mixing begins (its name says where), for all layers
+            in front of it; None where samples are not mixed.
     """
 
     depth: str
@@ -90,3 +92,4 @@ class StepReport:
     layers: tuple[LayerReport, ...] = ()
     plain: tuple[tuple[str, str], ...] = ()
     skipped: int = 0
+    front: LayerReport | None = None

@@ -57,6 +57,32 @@ class Stage:
 
 
 @dataclass(eq=False)
+class Front:
+    """What one backward pass has found at its boundary.
+
+    Attributes:
+        corrections: d - gbar of the front's parameters.
+        weighted: sum_i |c_i g_i|^2.
+        coefficient: (B,) c.
+        S: (B,) parameter of the envelope, where the value function has one.
+    """
+
+    corrections: dict[Tensor, Tensor]
+    weighted: Tensor
+    coefficient: Tensor
+    S: Tensor | None
+
+    def plus(self, other: Front | None) -> Front:
+        """Two backward passes through the same graph."""
+        if other is None:
+            return self
+        total = dict(self.corrections)
+        for p, d in other.corrections.items():
+            total[p] = total[p] + d if p in total else d
+        return Front(total, self.weighted + other.weighted, other.coefficient, other.S)
+
+
+@dataclass(eq=False)
 class Trajectory:
     """One recorded pass.
 
@@ -72,6 +98,9 @@ class Trajectory:
         cost: Its terminal cost; None if not recognised.
         error: What the terminal cost found wrong; raised at the step.
         pending: Cost and error of a backward pass that has not ended.
+        boundary: The stage at whose state the samples are weighted for everything in front of it;
+            0 for none, the number of stages for the output.
+        front, fresh_front: What has been found there.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -86,6 +115,9 @@ class Trajectory:
     cost: Cost | None = None
     error: Exception | None = None
     pending: tuple[Cost | None, Exception | None] | None = None
+    boundary: int = 0
+    front: Front | None = None
+    fresh_front: Front | None = None
 
     @property
     def active(self) -> list[Stage]:
@@ -94,7 +126,7 @@ class Trajectory:
 
     def forget_gradients(self) -> None:
         """Back to how the forward pass left it: its gradients have been used or thrown away."""
-        self.cost = self.error = self.pending = None
+        self.cost = self.error = self.pending = self.front = self.fresh_front = None
         for stage in self.stages:
             stage.G = stage.g_x = stage.fresh_G = stage.fresh_g_x = None
             stage.Z_h = stage.Z_x = stage.J = None

@@ -38,6 +38,7 @@ class Settings:
         correction_scale: What the re-weighting is multiplied by to match p.grad as it is now.
         weight_gradients: Whether p.grad holds the plain weight gradients.
         sketch: Generator of sketched Gram matrices, or None.
+        early: The backward pass still runs; plain gradients are computed by the layers' rules.
         diagnose: Compute the norms of the feedforward and feedback steps.
     """
 
@@ -47,6 +48,7 @@ class Settings:
     weight_gradients: bool
     sketch: torch.Generator | None
     diagnose: bool
+    early: bool = False
 
 
 @dataclass(eq=False)
@@ -140,7 +142,8 @@ class Step:
 
     def plain_gradient(self, name: str, p: nn.Parameter) -> Tensor | None:
         """The plain batch gradient in p.grad's present units; None where it is not computed."""
-        if p.grad is not None and not self._is_held(name, p):
+        known = p.grad is not None and not self._is_held(name, p)
+        if known and p.grad is not None and not self.settings.early:
             return p.grad - self.base[p] if p in self.base else p.grad
         return self._plain.get(p)
 
@@ -296,6 +299,7 @@ def report(
 ) -> StepReport:
     """The record of a step that has been taken."""
     plain = {s.name: s.plain for t in step.trajectories for s in t.stages if s.plain}
+    fronts = [t for t in step.trajectories if t.front is not None]
     costs = [t.cost.name for t in step.trajectories if t.cost is not None]
     terminal = costs[0] if costs else "unrecognised"
     return StepReport(
@@ -306,4 +310,13 @@ def report(
         tuple(step.reports),
         tuple(plain.items()),
         skipped,
+        _front(fronts[0]) if fronts and options.feedback is not False else None,
     )
+
+
+def _front(trajectory: Trajectory) -> LayerReport:
+    front, at = trajectory.front, trajectory.boundary
+    assert front is not None
+    stages = trajectory.stages
+    place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
+    return LayerReport(place, front.coefficient, front.S)

@@ -15,11 +15,39 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.layers import rule_for
-from ddpnopt.stages import Trajectory
+from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
 
 REENTRANT = "CheckpointFunctionBackward"
 MIXED = "samples are mixed behind it"
+#: How the reason of a layer begins that mixes them itself.
+MIXING = "it mixes the samples"
+
+
+def mixes(stage: Stage) -> bool:
+    """Whether a stage lies in front of a mixing of samples, or mixes them itself."""
+    return stage.plain.startswith((MIXED, MIXING))
+
+
+def boundary(trajectory: Trajectory, start: int, states: list[GradientEdge | None]) -> int:
+    """The stage at whose state samples are weighted once for all stages in front of it.
+
+    Args:
+        trajectory: The pass, its stages marked.
+        start: The first stage from which on samples are kept apart.
+        states: Edges of the stages' states.
+
+    Returns:
+        Its index; the number of stages for the output; 0 if nothing needs it.
+    """
+    if start == 0 or trajectory.samples < 1:
+        return 0
+    for index in range(start, len(trajectory.stages)):
+        stage = trajectory.stages[index]
+        if not stage.plain and len(stage.inputs) == 1 and states[index] is not None:
+            return index
+    whole = trajectory.stages[-1].rows % trajectory.samples == 0
+    return len(trajectory.stages) if whole else 0
 
 
 class Anatomy:

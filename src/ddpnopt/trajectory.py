@@ -24,7 +24,7 @@ from ddpnopt.inert import Anchor, Hook, probes, probing
 from ddpnopt.layers import FALLBACK, reason_against, rule_for
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
-from ddpnopt.structure import Anatomy, Ledger, held_weight, mixing_start
+from ddpnopt.structure import Anatomy, Ledger, boundary, held_weight, mixes, mixing_start
 from ddpnopt.typing import Tensor
 
 #: The first passes of each structure are probed for mixing, each at another sample, and then
@@ -176,6 +176,18 @@ class Recorder:
         self._find_mixing(trajectory)
         self._certify(trajectory)
         trajectory.refusal = self._ledger.refusal(trajectory)
+        if not trajectory.refusal:
+            self._watch_boundary(trajectory)
+
+    def _watch_boundary(self, trajectory: Trajectory) -> None:
+        """Weight the samples where their mixing begins, for everything in front of it."""
+        start = max((i + 1 for i, s in enumerate(trajectory.stages) if mixes(s)), default=0)
+        at = trajectory.boundary = boundary(trajectory, start, self._ledger.states)
+        edge = [*self._ledger.states, self._ledger.edges[-1]][at] if at else None
+        if edge is not None:
+            ref = weakref.ref(self.arrivals)
+            hook = partial(_gradient_at_boundary, ref, trajectory, edge.output_nr)
+            edge.node.register_prehook(hook)
 
     def _certify(self, trajectory: Trajectory) -> None:
         """Mark stages of unknown type that the general rule does not describe."""
@@ -323,6 +335,14 @@ def _gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, place: int, G: Tens
     arrivals = ref()
     if arrivals is not None and counts():
         arrivals.at_x(stage, place, G)
+
+
+def _gradient_at_boundary(
+    ref: weakref.ref[Arrivals], trajectory: Trajectory, output: int, gradients: tuple[Any, ...]
+) -> None:
+    arrivals = ref()
+    if arrivals is not None and counts() and gradients[output] is not None:
+        arrivals.at_boundary_state(trajectory, output, gradients[output])
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
