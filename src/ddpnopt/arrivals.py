@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge
@@ -166,6 +167,31 @@ def counts() -> bool:
     With create_graph the gradient is itself part of a loss: not the one to step on.
     """
     return not probes.running and not torch.is_grad_enabled()
+
+
+def gradient_at_h(
+    ref: weakref.ref[Arrivals], trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor
+) -> None:
+    """Hook of a stage's output."""
+    arrivals = ref()
+    if arrivals is not None and counts():
+        arrivals.at_h(trajectory, stage, link, G)
+
+
+def gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, place: int, G: Tensor) -> None:
+    """Hook of one of a stage's inputs."""
+    arrivals = ref()
+    if arrivals is not None and counts():
+        arrivals.at_x(stage, place, G)
+
+
+def gradient_at_boundary(
+    ref: weakref.ref[Arrivals], trajectory: Trajectory, output: int, gradients: tuple[Any, ...]
+) -> None:
+    """Hook of the node that made the boundary state."""
+    arrivals = ref()
+    if arrivals is not None and counts() and gradients[output] is not None:
+        arrivals.at_boundary_state(trajectory, output, gradients[output])
 
 
 def _ended(ref: weakref.ref[Arrivals]) -> None:

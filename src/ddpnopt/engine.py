@@ -29,7 +29,7 @@ from ddpnopt.checks import (
 )
 from ddpnopt.errors import TerminalError, UnsupportedModelError
 from ddpnopt.front import merged, remember, weigh
-from ddpnopt.gradients import Consumed, Fingerprint
+from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
 from ddpnopt.notices import (
@@ -248,7 +248,7 @@ class Engine:
             p.grad.add_(correction)
             if step.borrowed.hyper[p].curvature.statistics != "none":
                 before, extra = self._carried.get(p, (None, None))
-                self._carried[p] = _sum(before, correction), _sum(extra, step.extra.get(p))
+                self._carried[p] = added(before, correction), added(extra, step.extra.get(p))
         self._open_report = report(self.options, step, "open_loop", skipped=self.skipped)
 
     # Step -----------------------------------------------------------------------------------
@@ -344,9 +344,3 @@ class Engine:
                 self.notices.say(NOT_RECOGNISED)
             return False
         return bool(trajectories)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b

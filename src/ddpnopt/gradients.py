@@ -84,3 +84,10 @@ class Consumed:
         return any(
             used.get(id(p.grad)) != p.grad._version for p in parameters if p.grad is not None
         )
+
+
+def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of what there is."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

@@ -9,6 +9,7 @@ from typing import Any
 
 from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.stages import Trajectory
+from ddpnopt.structure import mixes
 from ddpnopt.typing import Tensor
 
 NOT_RECOGNISED = (
@@ -63,10 +64,13 @@ class Notices:
         at, stages = trajectory.boundary, trajectory.stages
         if at:
             place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
+            reason = "the layers there don't run one after another"
+            if any(mixes(stage) for stage in stages[:at]):
+                reason = "samples are mixed there, as by BatchNorm in training mode"
             self.say(
                 f"each sample is weighted once, at {place}, for all that lies in front of it "
                 f"({', '.join(dict.fromkeys(repr(s.name) for s in stages[:at]))}), without "
-                "layer-wise feedback: samples are mixed there, as by BatchNorm in training mode"
+                f"layer-wise feedback: {reason}"
             )
         for stage in stages[at:]:
             if stage.plain and stage.plain != "frozen":

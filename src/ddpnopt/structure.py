@@ -20,6 +20,7 @@ from ddpnopt.typing import Tensor
 
 REENTRANT = "CheckpointFunctionBackward"
 MIXED = "samples are mixed behind it"
+BRANCHED = "branches run beside it, or past it"
 #: How the reason of a layer begins that mixes them itself.
 MIXING = "it mixes the samples"
 
@@ -223,15 +224,25 @@ class Ledger:
                 "(a model applied to its own output): feedback is for chains; train this model "
                 "with feedback=False"
             )
-        for source, target in self._skips:
-            if not stages[source].plain:
-                between = [s.name for s in stages[source + 1 : target] if not s.plain]
-                return (
-                    f"layers do not run one after another: '{stages[target].name}' receives the "
-                    f"output of '{stages[source].name}' past {', '.join(map(repr, between))}. "
-                    "Feedback is for chains; train this model with feedback=False"
-                )
         return ""
+
+    def rejoined(self, trajectory: Trajectory, start: int) -> int:
+        """The first stage from which on the layers run one after another.
+
+        Args:
+            trajectory: The pass, its stages marked.
+            start: Stages in front of this one are no chain for another reason.
+        """
+        stages, before = trajectory.stages, -1
+        while before != start:
+            before = start
+            for source, target in self._skips:
+                past = range(max(source + 1, start), target)
+                if any(not stages[index].plain for index in past):
+                    start = max(start, target)
+        for stage in stages[:start]:
+            stage.plain = stage.plain or BRANCHED
+        return start
 
     def mark(
         self, trajectory: Trajectory, shared: set[int], trainable: Callable[[Tensor], bool]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from ddpnopt.arrivals import Arrivals, counts
+from ddpnopt.arrivals import Arrivals, gradient_at_boundary, gradient_at_h, gradient_at_x
 from ddpnopt.certify import doubt
 from ddpnopt.inert import Anchor, Hook, probes, probing
 from ddpnopt.layers import FALLBACK, reason_against, rule_for
@@ -180,13 +180,14 @@ class Recorder:
             self._watch_boundary(trajectory)
 
     def _watch_boundary(self, trajectory: Trajectory) -> None:
-        """Weight the samples where their mixing begins, for everything in front of it."""
+        """Weight the samples once for everything in front of a mixing, or of the last branch."""
         start = max((i + 1 for i, s in enumerate(trajectory.stages) if mixes(s)), default=0)
+        start = self._ledger.rejoined(trajectory, start)
         at = trajectory.boundary = boundary(trajectory, start, self._ledger.states)
         edge = [*self._ledger.states, self._ledger.edges[-1]][at] if at else None
         if edge is not None:
             ref = weakref.ref(self.arrivals)
-            hook = partial(_gradient_at_boundary, ref, trajectory, edge.output_nr)
+            hook = partial(gradient_at_boundary, ref, trajectory, edge.output_nr)
             edge.node.register_prehook(hook)
 
     def _certify(self, trajectory: Trajectory) -> None:
@@ -285,13 +286,13 @@ class Recorder:
         edges = tuple(get_gradient_edge(x) if x.requires_grad else None for x in inputs)
         upstream = Link(stage, edges, None, self._link) if self.links else None
         ref = weakref.ref(self.arrivals)
-        hook = partial(_gradient_at_h, ref, trajectory, stage, upstream)
+        hook = partial(gradient_at_h, ref, trajectory, stage, upstream)
         out.register_hook(hook)  # type: ignore[no-untyped-call]
         wanted = self.state_gradients or trajectory.to_verify
         if wanted and len(trajectory.stages) > 1 and stage.rule is not None:
             for place, x in enumerate(inputs):
                 if x.requires_grad:
-                    x.register_hook(partial(_gradient_at_x, ref, stage, place))  # type: ignore[no-untyped-call]
+                    x.register_hook(partial(gradient_at_x, ref, stage, place))  # type: ignore[no-untyped-call]
         if self.links:
             self._link = Link(stage, edges, get_gradient_edge(out), self._link)
 
@@ -321,28 +322,6 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
-
-
-def _gradient_at_h(
-    ref: weakref.ref[Arrivals], trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor
-) -> None:
-    arrivals = ref()
-    if arrivals is not None and counts():
-        arrivals.at_h(trajectory, stage, link, G)
-
-
-def _gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, place: int, G: Tensor) -> None:
-    arrivals = ref()
-    if arrivals is not None and counts():
-        arrivals.at_x(stage, place, G)
-
-
-def _gradient_at_boundary(
-    ref: weakref.ref[Arrivals], trajectory: Trajectory, output: int, gradients: tuple[Any, ...]
-) -> None:
-    arrivals = ref()
-    if arrivals is not None and counts() and gradients[output] is not None:
-        arrivals.at_boundary_state(trajectory, output, gradients[output])
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

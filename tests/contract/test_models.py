@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -248,22 +249,42 @@ class Branching(nn.Module):
         return self.head(h)
 
 
-NAMES = {
-    "residual": r"left|right",
-    "parallel": r"left|right",
-    "long_skip": r"left|right|head",
-}
+BRANCHES = ("residual", "parallel", "long_skip")
 
 
+@quiet
 @pytest.mark.parametrize("feedback", FEEDBACKS)
-@pytest.mark.parametrize("kind", NAMES)
-def test_branching_is_refused_by_name(kind: str, feedback: object) -> None:
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_branches_take_the_gradient_of_a_weighted_loss(kind: str, feedback: object) -> None:
+    """Behind the last branch layer-wise, in front of it one weight a sample."""
     model = Branching(kind)
     opt = DDPNOpt(model, lr=LR, feedback=feedback)
-    before = snapshot(model)
-    with pytest.raises(UnsupportedModelError, match=NAMES[kind]):
+    for _ in range(3):
+        twin = copy.deepcopy(model)
+        x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        assert opt.last_step is not None and opt.last_step.front is not None
+        c = opt.last_step.front.coefficient
+        assert c is not None and float((c - 1).abs().max()) > 1e-4
+        (F.cross_entropy(twin(x), y, reduction="none") * c).mean().backward()
+        torch.optim.SGD([p for n, p in twin.named_parameters() if "head" not in n], LR).step()
+        for name in ("stem", "left", "right"):
+            assert_same(getattr(model, name), getattr(twin, name), 1e-13)
+        assert [layer.name for layer in opt.last_step.layers] == ["head"]
+        assert opt.last_step.front.name == "the input of 'head'"
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_branches_are_named_once(kind: str) -> None:
+    model = Branching(kind)
+    opt = DDPNOpt(model, lr=LR)
+    with pytest.warns(DDPNOptWarning, match=r"'left'.*one after another"):
         iterate(model, opt, [0])
-    assert_unchanged(model, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        iterate(model, opt, [1])
 
 
 @pytest.mark.parametrize("feedback", FEEDBACKS)
@@ -284,7 +305,7 @@ def test_layer_used_twice(feedback: object) -> None:
 
 
 @quiet
-@pytest.mark.parametrize("kind", [*NAMES, "shared"])
+@pytest.mark.parametrize("kind", [*BRANCHES, "shared"])
 def test_branching_without_feedback_is_plain(kind: str) -> None:
     model, twin = Branching(kind), Branching(kind)
     iterate(model, DDPNOpt(model, lr=LR, feedback=False), range(3))
