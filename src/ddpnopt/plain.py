@@ -65,15 +65,8 @@ def plain_updates(
     layers = step.plain_layers()
     done = {id(p) for layer in step.layers.values() for p in layer.params.values()}
     for layer in layers:
-        joined = step.borrowed.joined(layer)
-        d = _joint_gradients(step, layer, rescale) if joined else {}
-        for name in joined:
-            done.add(id(layer.params[name]))
-            if layer.params[name] in front and not added:
-                d[name] = d[name] + rescale * front[layer.params[name]]
-        if joined:
-            length = _joint_update(step, layer, d, rescale)
-            lengths += [length] if layer.params["weight"] in front else []
+        done.update(id(layer.params[name]) for name in step.borrowed.joined(layer))
+        lengths += _joint_update(step, layer, {} if added else front, rescale, front)
     records: dict[Tensor, PlainRecord] = {
         p: PlainRecord(name, layer, step.borrowed.hyper[p].curvature.statistics)
         for layer in layers
@@ -104,22 +97,28 @@ def plain_updates(
     return torch.stack(lengths).sum() if lengths else None
 
 
-def _joint_gradients(step: Step, layer: Layer, rescale: float) -> dict[str, Tensor]:
-    """p.grad of the parameters that a Kronecker curvature joins, or what the rule says it is."""
+def _joint_update(
+    step: Step,
+    layer: Layer,
+    to_add: Mapping[Tensor, Tensor],
+    rescale: float,
+    front: Mapping[Tensor, Tensor],
+) -> list[Tensor]:
+    """The step of the parameters that a Kronecker curvature joins; d^T P d if in the front."""
     joined = step.borrowed.joined(layer)
+    if not joined:
+        return []
     d = {name: grad for name in joined if (grad := layer.params[name].grad) is not None}
     if len(d) < len(joined):
         total = layer.weighted(layer.plain_vectors())
         d = {name: d[name] if name in d else total[name] * rescale for name in joined}
-    return d
-
-
-def _joint_update(step: Step, layer: Layer, d: Mapping[str, Tensor], rescale: float) -> Tensor:
-    """Their step; returns d^T P d."""
+    for name in joined:
+        if layer.params[name] in to_add:
+            d[name] = d[name] + rescale * to_add[layer.params[name]]
     joint = step.borrowed.joint(layer, layer.plain_vectors(), rescale)
     life = step.borrowed.hyper[layer.params["weight"]].life * rescale
     gain = step.borrowed.joint_gain(layer, joint, life)
     assert isinstance(layer.rule, MatrixRule)
     length = gain.square(layer.rule.joined(layer.module, d, gain.bias)) / rescale**2
     step.borrowed.joint_step(layer, d, joint)
-    return length
+    return [length] if layer.params["weight"] in front else []

@@ -252,7 +252,7 @@ class Branching(nn.Module):
 BRANCHES = ("residual", "parallel", "long_skip")
 
 
-@quiet
+@pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
 @pytest.mark.parametrize("feedback", FEEDBACKS)
 @pytest.mark.parametrize("kind", BRANCHES)
 def test_branches_take_the_gradient_of_a_weighted_loss(kind: str, feedback: object) -> None:
