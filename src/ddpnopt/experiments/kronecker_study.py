@@ -161,7 +161,8 @@ def render(results: list[RunResult]) -> str:
         for c in summary
     ]
     every = table([HEADER[0], "cell", *HEADER[2:6]], rows)
-    return f"{table(HEADER, best_rows)}\n\nEvery cell:\n\n{every}\n"
+    seeds = ", ".join(str(seed) for seed in sorted({r.config.seed for r in results}))
+    return f"Seeds {seeds}.\n\n{table(HEADER, best_rows)}\n\nEvery cell:\n\n{every}\n"
 
 
 def main(

@@ -248,7 +248,8 @@ def render(runs: pd.DataFrame, problems: Sequence[Problem], pairs: Sequence[Pair
     Returns:
         Markdown.
     """
-    parts = [verdicts(runs, problems, pairs)]
+    seeds = ", ".join(str(seed) for seed in sorted(runs["seed"].unique()))
+    parts = [f"Seeds {seeds}.", verdicts(runs, problems, pairs)]
     for problem in problems:
         own = select(runs, problem)
         tables = [pair_table(own, p) for p in pairs if label_of(p.borrowed) in set(own["label"])]
