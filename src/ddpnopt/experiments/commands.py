@@ -140,6 +140,21 @@ def train(
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
+def _contenders(
+    optimizer: list[str] | None, lr: list[str] | None, option: list[str] | None
+) -> list[Contender]:
+    """Optimizers with their rates and options, as `compare` takes them from the command line."""
+    shared = dict(parse_option(text) for text in option or [])
+    rates = parse_rates(lr or ["0.1"])
+    contenders: list[Contender] = []
+    for text in optimizer or ["sgd", "ddpnopt"]:
+        spec, _, own = text.partition("@")
+        kind, options = parse_optimizer(spec)
+        chosen = tuple(sorted({**shared, **options}.items()))
+        contenders.append(Contender(kind, parse_rates([own]) if own else rates, chosen))
+    return contenders
+
+
 @app.command(
     epilog="Example: [bold]ddpnopt compare --dataset digits --arch cnn --optimizer sgd "
     "--optimizer sgd-clip:grad_clip=0.5 --optimizer ddpnopt --lr 0.1,0.2,0.6 --seeds 4 "
@@ -176,14 +191,7 @@ def compare(
 ) -> None:
     """Compare optimizers over learning rates and seeds; resumes where it was interrupted."""
     with _readable_errors():
-        shared = dict(parse_option(text) for text in option or [])
-        rates = parse_rates(lr or ["0.1"])
-        contenders: list[Contender] = []
-        for text in optimizer or ["sgd", "ddpnopt"]:
-            spec, _, own = text.partition("@")
-            kind, options = parse_optimizer(spec)
-            chosen = tuple(sorted({**shared, **options}.items()))
-            contenders.append(Contender(kind, parse_rates([own]) if own else rates, chosen))
+        contenders = _contenders(optimizer, lr, option)
         configs: list[RunConfig] = []
         for name in dataset or ["digits"]:
             base = RunConfig(
