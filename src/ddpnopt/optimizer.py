@@ -36,17 +36,19 @@ class DDPNOpt(torch.optim.Optimizer):
     (Liu, Chen and Theodorou, ICLR 2021). Used as any optimizer of torch: the loop is unchanged.
 
     Args:
-        model: The network; its layers must run one after another.
+        model: The network. Behind the last branch and the last mixing of samples its layers get
+            their own feedback; all that lies in front is re-weighted once a sample.
         lr: Learning rate eta.
-        curvature: "identity" (SGD), "rmsprop", or an object with its options.
+        curvature: "identity" (SGD), "rmsprop", "adamw", "kfac", "ekfac", or an object with its
+            options.
         value: "moreau", "gauss_newton", "low_rank", "dense", or an object with its options.
         terminal: The loss: "auto" recognises cross-entropy and logistic losses from the output
             and its gradient; else "cross_entropy", "nll", "mse", "bce_with_logits", or a callable
             output z (B, C) -> factor S (B, C, r) of the loss's Hessian by z, S S^T, per sample.
         feedback: True: closed loop; "open_loop": coefficients without a second forward pass,
             written to ``p.grad`` by ``backward``; False: exactly the borrowed optimizer.
-        momentum: As in the borrowed optimizer.
-        weight_decay: Coupled, as in the borrowed optimizer.
+        momentum: As in the borrowed optimizer; AdamW has its own.
+        weight_decay: As in the borrowed optimizer: coupled, but decoupled for AdamW (default 0).
         weight_gradients: False: the layers' plain weight gradients are never computed; the step
             is cheaper, and ``clip_grad_norm_`` sees only biases.
         gram: Gram products of convolutions: "exact", "sketch" (unbiased estimate by random

@@ -69,9 +69,14 @@ class Anatomy:
         self.model, self.trainable = model, trainable
         self.hooked: dict[str, nn.Module] = {}
         self.containers: dict[str, nn.Module] = {}
+        inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
+            if name.startswith(inside):
+                continue
             own = any(p is not None for p in module._parameters.values())
             inner = any(True for m in module.children() for _ in m.parameters())
+            if hasattr(module, "parametrizations"):  # computes its weights: one layer as a whole
+                inside, own, inner = (*inside, f"{name}." if name else ""), True, False
             if own and not inner:
                 self.hooked[name] = module
             if inner or module is model:
