@@ -116,9 +116,12 @@ def _joint_update(
         if layer.params[name] in to_add:
             d[name] = d[name] + rescale * to_add[layer.params[name]]
     joint = step.borrowed.joint(layer, layer.plain_vectors(), rescale)
-    life = step.borrowed.hyper[layer.params["weight"]].life * rescale
-    gain = step.borrowed.joint_gain(layer, joint, life)
-    assert isinstance(layer.rule, MatrixRule)
-    length = gain.square(layer.rule.joined(layer.module, d, gain.bias)) / rescale**2
+    lengths = []
+    if layer.params["weight"] in front:
+        life = step.borrowed.hyper[layer.params["weight"]].life * rescale
+        gain = step.borrowed.joint_gain(layer, joint, life)
+        assert isinstance(layer.rule, MatrixRule)
+        D = layer.rule.joined(layer.module, d, gain.bias)
+        lengths.append(gain.square(D) / rescale**2)
     step.borrowed.joint_step(layer, d, joint)
-    return [length] if layer.params["weight"] in front else []
+    return lengths

@@ -101,8 +101,8 @@ class Joint(Curvature):
         """
         k = state.get("step", 0) + 1
         rows = sum(U.shape[0] * U.shape[2] for U, _ in factors)
-        A = torch.stack([_outer(U) for U, _ in factors]).sum(0) / max(samples, 1)
-        G = torch.stack([_outer(V) for _, V in factors]).sum(0) / max(rows, 1)
+        A = _sum([_outer(U) for U, _ in factors]) / max(samples, 1)
+        G = _sum([_outer(V) for _, V in factors]) / max(rows, 1)
         new = {
             "A": self._mean(state.get("A"), A, k),
             "G": self._mean(state.get("G"), G, k),
@@ -133,8 +133,7 @@ class Joint(Curvature):
     def _mean(self, before: Tensor | None, now: Tensor, k: int) -> Tensor:
         if before is None:
             return now
-        decay = min(self.decay, 1 - 1 / k)
-        return before * decay + now * (1 - decay)
+        return before.lerp(now, 1 - min(self.decay, 1 - 1 / k))
 
 
 @dataclass(frozen=True)
@@ -202,8 +201,7 @@ class EKFAC(Joint):
                 R_G = (new["T_G"] @ state["T_G"].mT).square()
                 scale = R_G @ scale @ R_A.mT
         T_A, T_G = new["T_A"], new["T_G"]
-        squares = [weight_squares(U @ T_A.mT, V @ T_G.mT) for U, V in factors]
-        now = torch.stack(squares).sum(0) / max(samples, 1)
+        now = _sum([weight_squares(U @ T_A.mT, V @ T_G.mT) for U, V in factors]) / max(samples, 1)
         new["scale"] = self._mean(scale, now, new["step"])
 
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
@@ -229,3 +227,7 @@ def _outer(U: Tensor) -> Tensor:
     """Sum over samples and positions of u u^T, by group."""
     rows = U.transpose(0, 1).flatten(1, 2)
     return rows.mT @ rows
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
