@@ -155,21 +155,6 @@ def _contenders(
     return contenders
 
 
-def _contenders(
-    optimizers: list[str], lrs: list[str], shared_options: list[str]
-) -> list[Contender]:
-    """Read the optimizers to compare; one without rates of its own is tried at `lrs`."""
-    shared = dict(parse_option(text) for text in shared_options)
-    rates = parse_rates(lrs)
-    contenders: list[Contender] = []
-    for text in optimizers:
-        spec, _, own = text.partition("@")
-        name, options = parse_optimizer(spec)
-        chosen = tuple(sorted({**shared, **options}.items()))
-        contenders.append(Contender(name, parse_rates([own]) if own else rates, chosen))
-    return contenders
-
-
 @app.command(
     epilog="Example: [bold]ddpnopt compare --dataset digits --arch cnn --optimizer sgd "
     "--optimizer sgd-clip:grad_clip=0.5 --optimizer ddpnopt --lr 0.1,0.2,0.6 --seeds 4 "
