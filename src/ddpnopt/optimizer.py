@@ -157,6 +157,11 @@ class DDPNOpt(torch.optim.Optimizer):
         """Steps skipped because a number was not finite (``nonfinite="skip"``)."""
         return self.engine.skipped
 
+    @property
+    def fallbacks(self) -> int:
+        """How often a factorisation of KFAC or EKFAC failed and was done another way."""
+        return sum(state.get("fallbacks", 0) for state in self.state.values())
+
     # Step -----------------------------------------------------------------------------------
 
     @overload
@@ -248,5 +253,19 @@ class DDPNOpt(torch.optim.Optimizer):
                     f"load_state_dict: parameter group {number} lacks {', '.join(sorted(lost))}"
                 )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "ddpnopt"})
+        self._keep_width(state_dict["state"])
         self.engine.load_state_dict(own)
         self.engine.attach()
+
+    def _keep_width(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
+        """Statistics of half-precision layers are wider than their weights; torch narrows them."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, state in saved.items():
+            p = parameters[index]
+            for name, value in state.items():
+                narrowed = self.state[p].get(name)
+                if isinstance(narrowed, Tensor) and narrowed.dtype in (
+                    torch.float16,
+                    torch.bfloat16,
+                ):
+                    self.state[p][name] = value.to(p.device, copy=True)

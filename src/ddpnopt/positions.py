@@ -45,12 +45,13 @@ class Kronecker:
 
     def coordinates(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
         """A weight gradient in those coordinates."""
+        D = D.to(torch.promote_types(D.dtype, self.T_G.dtype))
         return self.T_G.to(D.dtype) @ D @ self.T_A.to(D.dtype).mT
 
     def __call__(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
         """P D."""
         scaled = self.coordinates(D) * self.scale
-        return self.T_G.to(D.dtype).mT @ scaled @ self.T_A.to(D.dtype)
+        return self.T_G.to(scaled.dtype).mT @ scaled @ self.T_A.to(scaled.dtype)
 
     def square(self, D: Float[Tensor, "g o i"]) -> Tensor:
         """D^T P D, a scalar."""

@@ -66,7 +66,7 @@ class LayerRule:
 
     def function(self, module: nn.Module, x: Tensor) -> Tensor:
         """h = g(x, u) with the layer's present parameters."""
-        return _call(module, dict(module.named_parameters()), x)
+        return _call(module, _parameters(module, x), x)
 
     def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
         """g_x dx."""
@@ -83,7 +83,7 @@ class LayerRule:
 
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """Pull-back to the control, g_u^T V summed over the batch, by parameter name."""
-        params = dict(module.named_parameters())
+        params = _parameters(module, x)
         back: Any = vjp(lambda p: _call(module, p, x), params)[1]
         pulled: dict[str, Tensor] = back(V)[0]
         return pulled
@@ -102,7 +102,7 @@ class LayerRule:
         Returns:
             (r, B, *parameter's shape) for each parameter.
         """
-        params = dict(module.named_parameters())
+        params = _parameters(module, x)
 
         def one(x: Tensor, V: Tensor) -> dict[str, Tensor]:
             back: Any = vjp(lambda p: _call(module, p, x), params)[1]
@@ -157,10 +157,15 @@ class LayerRule:
         return V.sum([d for d in range(V.dim()) if d != axis])
 
 
+def _parameters(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The module's parameters, in the dtype of the state: the gradients are to have it, too."""
+    return {
+        name: p.to(x.dtype) if x.is_floating_point() else p for name, p in module.named_parameters()
+    }
+
+
 def _call(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The module's forward at other parameters, in the dtype of the state."""
-    if x.is_floating_point():
-        params = {name: p.to(x.dtype) for name, p in params.items()}
+    """The module's forward at other parameters."""
     h: Tensor = functional_call(_Bare(module), {f"module.{n}": p for n, p in params.items()}, (x,))
     return h
 
