@@ -153,6 +153,11 @@ def judge_pair(runs: pd.DataFrame, pair: Pair) -> Outcome:
     )
 
 
+def _with_error(difference: float, error: float) -> str:
+    # One seed has no standard error.
+    return f"{difference:+.1f}" + (f" ± {error:.1f}" if math.isfinite(error) else "")
+
+
 def _range(span: RateRange | None) -> str:
     return "-" if span is None else f"{span.low:g} to {span.high:g}"
 
@@ -185,7 +190,7 @@ def verdicts(runs: pd.DataFrame, problems: Sequence[Problem], pairs: Sequence[Pa
                     _range(outcome.clipped),
                     _range(outcome.twin),
                     "-" if outcome.twin is None else f"{sign}{outcome.widening:.3g}",
-                    f"{outcome.difference:+.1f} ± {outcome.error:.1f} at {outcome.worst_lr:g}",
+                    f"{_with_error(outcome.difference, outcome.error)} at {outcome.worst_lr:g}",
                     "yes" if outcome.no_loss else "**no**",
                 ]
             )
@@ -231,7 +236,7 @@ def pair_table(runs: pd.DataFrame, pair: Pair) -> str:
             rows.append([label, *[_cell(cells[lr]) if lr in cells else "" for lr in pair.lrs]])
     twin, borrowed = label_of(pair.twin), label_of(pair.borrowed)
     differences = [paired(runs, twin, borrowed, lr) for lr in pair.lrs]
-    shown = [f"{d:+.1f} ± {e:.1f} (n = {n})" if n else "" for d, e, n in differences]
+    shown = [f"{_with_error(d, e)} (n = {n})" if n else "" for d, e, n in differences]
     return table(
         ["lr", *[f"{lr:g}" for lr in pair.lrs]], [*rows, ["twin - borrowed, paired", *shown]]
     )
