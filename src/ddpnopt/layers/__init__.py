@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Layer rules: one file per family, registered by module type."""
 
-from ddpnopt.layers import conv, elementwise, linear
+from ddpnopt.layers import bilinear, conv, elementwise, embedding, linear
 from ddpnopt.layers.base import (
     FALLBACK,
     RULES,
@@ -18,8 +18,10 @@ __all__ = [
     "RULES",
     "LayerRule",
     "MatrixRule",
+    "bilinear",
     "conv",
     "elementwise",
+    "embedding",
     "linear",
     "reason_against",
     "register",

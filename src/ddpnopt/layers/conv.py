@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Two-dimensional convolutions with every option: stride, padding, dilation, groups."""
+"""Convolutions in one to three dimensions, and transposed ones, with every option."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.grad import conv2d_weight
+from torch.nn import grad as weight_gradients
 
 from ddpnopt.layers.base import register
 from ddpnopt.layers.matrix import MatrixRule
@@ -18,55 +18,84 @@ from ddpnopt.typing import Tensor
 
 #: Random filters of a sketched Gram matrix; the relative standard error is sqrt(2 / this).
 SKETCH_FILTERS = 8
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
+    1: weight_gradients.conv1d_weight,
+    2: weight_gradients.conv2d_weight,
+    3: weight_gradients.conv3d_weight,
+}
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def padded(conv: _Conv, x: Tensor) -> Tensor:
     """The input as the kernel sees it: padded by the layer's own mode."""
-    left_right_top_bottom = conv._reversed_padding_repeated_twice
-    if not any(left_right_top_bottom):
+    both_ends_of_each_axis = conv._reversed_padding_repeated_twice
+    if not any(both_ends_of_each_axis):
         return x
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, left_right_top_bottom, mode=mode)
+    return F.pad(x, both_ends_of_each_axis, mode=mode)
 
 
-@register(nn.Conv2d)
-class Conv2dRule(MatrixRule):
-    """g_x^T v is the transposed convolution, g_u^T v the correlation of x with v (eq. 12-14)."""
+def windows(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What a kernel sees at each of its places: (n, c, *places, *kernel), a view."""
+    for axis, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        x = x.unfold(axis, (k - 1) * d + 1, s)[..., ::d]
+    return x
+
+
+class ConvolutionRule(MatrixRule):
+    """What both kinds share: h is (n, channels, ...)."""
 
     feature_axis = 1
 
     def batched_dim(self, module: nn.Module) -> int:
-        """(B, channels, height, width)."""
-        return 4
+        """(B, channels, ...)."""
+        return len(cast(_Conv, module).kernel_size) + 2
 
     def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
-        """The convolution without its bias."""
-        conv = cast(nn.Conv2d, module)
-        dx = padded(conv, dx)
-        return F.conv2d(dx, conv.weight, None, conv.stride, 0, conv.dilation, conv.groups)
+        """The layer without its bias."""
+        return self.function(module, dx)
+
+
+@register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvRule(ConvolutionRule):
+    """g_x^T v is the transposed convolution, g_u^T v the correlation of x with v (eq. 12-14)."""
 
     def function(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The convolution; the bias does not matter to any linear map."""
-        return self.push(module, x, x)
+        """The convolution; its bias does not matter to any linear map."""
+        conv = cast(_Conv, module)
+        return _convolve(conv, padded(conv, x), conv.weight)
 
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """One weight gradient; the bias takes the sum over samples and positions."""
-        conv = cast(nn.Conv2d, module)
-        shape = list(conv.weight.shape)
-        gradient = {
-            "weight": conv2d_weight(  # type: ignore[no-untyped-call]
-                padded(conv, x), shape, V, conv.stride, 0, conv.dilation, conv.groups
-            )
-        }
-        if conv.bias is not None:
-            gradient["bias"] = V.sum((0, 2, 3))
-        return gradient
+        conv = cast(_Conv, module)
+        weight = WEIGHT_GRADIENTS[len(conv.kernel_size)](
+            padded(conv, x), list(conv.weight.shape), V, conv.stride, 0, conv.dilation, conv.groups
+        )
+        if conv.bias is None:
+            return {"weight": weight}
+        return {"weight": weight, "bias": self.bias_gradient(module, V)}
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """The inputs at each position."""
-        conv = cast(nn.Conv2d, module)
-        kernel = cast(tuple[int, int], conv.kernel_size)
-        patches = F.unfold(padded(conv, x), kernel, conv.dilation, 0, conv.stride)
+        conv = cast(_Conv, module)
+        seen, size = padded(conv, x), conv.kernel_size
+        if len(size) == 2:
+            patches = F.unfold(
+                seen, cast(Any, size), cast(Any, conv.dilation), 0, cast(Any, conv.stride)
+            )
+        else:
+            views = windows(seen, size, conv.stride, conv.dilation)
+            axes = len(size)
+            views = views.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+            patches = views.flatten(2 + axes).flatten(1, 1 + axes)
         rows, inputs, positions = patches.shape
         group_inputs = inputs // conv.groups
         patches = patches.reshape(samples, rows // samples, conv.groups, group_inputs, positions)
@@ -74,17 +103,17 @@ class Conv2dRule(MatrixRule):
         return patches.reshape(samples, conv.groups, -1, group_inputs)
 
     def outputs(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
-        """(r, n, O, H, W) by group and position."""
-        return _by_position(V, samples, cast(nn.Conv2d, module).groups)
+        """(r, n, O, ...) by group and position."""
+        return _by_position(V, samples, cast(_Conv, module).groups)
 
     def to_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """(O, I, kh, kw) to (g, o, i)."""
-        groups = cast(nn.Conv2d, module).groups
+        """(O, I, *kernel) to (g, o, i)."""
+        groups = cast(_Conv, module).groups
         return weight.reshape(groups, weight.shape[0] // groups, -1)
 
     def from_matrix(self, module: nn.Module, W: Tensor) -> Tensor:
         """And back."""
-        return W.reshape(cast(nn.Conv2d, module).weight.shape)
+        return W.reshape(cast(_Conv, module).weight.shape)
 
     def gram(
         self,
@@ -99,27 +128,108 @@ class Conv2dRule(MatrixRule):
         P = gain.get("weight")
         if sketch is None or P is None or isinstance(P, Tensor | Kronecker):
             return super().gram(module, x, V, gain, samples)
-        conv = cast(nn.Conv2d, module)
         columns = self.outputs(module, V, samples)
-        estimate = _sketched(conv, x, columns, samples, sketch) * P
+        estimate = _sketched(cast(_Conv, module), x, columns, samples, sketch) * P
         biases = {name: one for name, one in gain.items() if name != "weight"}
         return estimate + super().gram(module, x, V, biases, samples)
 
 
+@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class ConvTransposeRule(ConvolutionRule):
+    """At each input position the weight maps the channels to a patch of the output.
+
+    So the matrix is (patch, input channels), and the bias, which every output has once, is no
+    constant input of it.
+    """
+
+    joins_bias = False
+
+    def function(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The layer without its bias."""
+        conv = cast(nn.ConvTranspose2d, module)
+        return TRANSPOSED[len(conv.kernel_size)](
+            x,
+            conv.weight,
+            None,
+            conv.stride,
+            conv.padding,
+            conv.output_padding,
+            conv.groups,
+            conv.dilation,
+        )
+
+    def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
+        """The channels at each position."""
+        return _by_position(x[None], samples, cast(nn.ConvTranspose2d, module).groups)[0]
+
+    def outputs(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
+        """The patch of v that each input position makes."""
+        conv = cast(nn.ConvTranspose2d, module)
+        axes = len(conv.kernel_size)
+        columns, rows = V.shape[:2]
+        around = [p for p in reversed(cast(tuple[int, ...], conv.padding)) for _ in range(2)]
+        seen = F.pad(V.flatten(0, 1), around)
+        views = windows(seen, conv.kernel_size, conv.stride, conv.dilation)
+        for axis, size in enumerate(self._places(conv, V), start=2):
+            views = views.narrow(axis, 0, size)
+        groups = conv.groups
+        views = views.reshape(columns, samples, rows // samples, groups, -1, *views.shape[2:])
+        # (r, b, m, g, o, *places, *kernel) to (r, b, g, m places, o kernel)
+        places, kernel = range(5, 5 + axes), range(5 + axes, 5 + 2 * axes)
+        views = views.permute(0, 1, 3, 2, *places, 4, *kernel)
+        patch = views.shape[4 + axes :].numel()
+        return views.reshape(columns, samples, groups, -1, patch)
+
+    def bias_columns(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
+        """v at each output position."""
+        return _by_position(V, samples, cast(nn.ConvTranspose2d, module).groups)
+
+    def to_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """(I, O / g, *kernel) to (g, o kernel, i)."""
+        groups = cast(nn.ConvTranspose2d, module).groups
+        return weight.reshape(groups, weight.shape[0] // groups, -1).mT
+
+    def from_matrix(self, module: nn.Module, W: Tensor) -> Tensor:
+        """And back."""
+        return W.mT.reshape(cast(nn.ConvTranspose2d, module).weight.shape)
+
+    @staticmethod
+    def _places(conv: nn.ConvTranspose2d, V: Tensor) -> list[int]:
+        """Sizes of the input, from the output's."""
+        return [
+            (out - 1 + 2 * p - d * (k - 1) - o) // s + 1
+            for out, p, d, k, o, s in zip(
+                V.shape[3:],
+                cast(tuple[int, ...], conv.padding),
+                conv.dilation,
+                conv.kernel_size,
+                conv.output_padding,
+                conv.stride,
+                strict=True,
+            )
+        ]
+
+
+def _convolve(conv: _Conv, x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of a padded input."""
+    convolution = CONVOLUTIONS[len(conv.kernel_size)]
+    return convolution(x, weight.to(x.dtype), None, conv.stride, 0, conv.dilation, conv.groups)
+
+
 def _by_position(V: Tensor, samples: int, groups: int) -> Tensor:
-    """(r, n, O, H, W) to (r, b, g, t, o)."""
+    """(r, n, O, ...) to (r, b, g, t, o)."""
     columns, rows, features = V.shape[:3]
     V = V.reshape(columns, samples, rows // samples, groups, features // groups, -1)
     return V.permute(0, 1, 3, 2, 5, 4).reshape(columns, samples, groups, -1, features // groups)
 
 
 def _sketched(
-    conv: nn.Conv2d, x: Tensor, columns: Tensor, samples: int, generator: torch.Generator
+    conv: _Conv, x: Tensor, columns: Tensor, samples: int, generator: torch.Generator
 ) -> Tensor:
     """Unbiased |g_u|^2 = E_v |sum_t g_h[t] (x * v)[t]|^2 over random filters v, one for all o."""
     shape = (conv.groups * SKETCH_FILTERS, *conv.weight.shape[1:])
     filters = torch.randn(shape, generator=generator, dtype=torch.float32).to(x)
-    response = F.conv2d(padded(conv, x), filters, None, conv.stride, 0, conv.dilation, conv.groups)
+    response = _convolve(conv, padded(conv, x), filters)
     projected = _by_position(response[None], samples, conv.groups)[0]
     images = torch.einsum("rbgto,bgtk->rbgok", columns, projected)
     return torch.einsum("rbgok,sbgok->brs", images, images) / SKETCH_FILTERS

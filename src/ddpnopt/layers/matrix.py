@@ -8,9 +8,18 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.func import vmap
 
 from ddpnopt.layers.base import LayerRule
-from ddpnopt.positions import Gain, Kronecker, bias_gram, total, weight_gram, weight_squares
+from ddpnopt.positions import (
+    Gain,
+    Kronecker,
+    bias_gram,
+    sample_gradients,
+    total,
+    weight_gram,
+    weight_squares,
+)
 from ddpnopt.typing import Tensor
 
 
@@ -79,6 +88,18 @@ class MatrixRule(LayerRule):
             P = P.reshape(columns.shape[2], -1) if isinstance(P, Tensor) else P
             parts.append(bias_gram(columns, P))
         return total(parts, V, samples)
+
+    def sample_gradients(
+        self, module: nn.Module, x: Tensor, V: Tensor, samples: int
+    ) -> dict[str, Tensor]:
+        """Products over positions, formed one by one: for inspection; `gram` avoids them."""
+        W = sample_gradients(self.inputs(module, x, samples), self.outputs(module, V, samples))
+        to_weight = vmap(vmap(lambda one: self.from_matrix(module, one)))
+        found: dict[str, Tensor] = {"weight": to_weight(W)}
+        if module.bias is not None:
+            columns = self.bias_columns(module, V, samples)
+            found["bias"] = columns.sum(3).reshape(V.shape[0], samples, -1)
+        return found
 
     def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
         """Squares of the per-sample gradients; (V^2)^T x^2 for one position."""

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Checks for people who write layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ddpnopt.layers import LayerRule, MatrixRule, registered
+from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.typing import Tensor
+
+COLUMNS = 3
+
+
+def check_layer(
+    layer: nn.Module,
+    x: Tensor | Sequence[Tensor],
+    *,
+    rule: LayerRule | None = None,
+    samples: int | None = None,
+    tolerance: float = 1e-8,
+) -> None:
+    """Compare a layer's rule with autograd, in float64, on random vectors.
+
+    Args:
+        layer: The module; a copy of it is used.
+        x: Its input with a batch axis, or several.
+        rule: The rule to check; by default the one that is registered for the layer's type.
+        samples: Number of samples in dimension 0 (several rows may belong to one).
+        tolerance: Largest relative difference.
+
+    Raises:
+        ValueError: No rule is registered for the layer, or it refuses this one.
+        AssertionError: A method differs; it is named, with the difference.
+
+    Examples:
+        >>> check_layer(nn.Linear(4, 3), torch.randn(5, 4))
+    """
+    found = rule or registered(layer)
+    if found is None:
+        raise ValueError(
+            f"no rule is registered for {type(layer).__name__}; give one, or register it"
+        )
+    if reason := found.refusal(layer):
+        raise ValueError(f"{type(found).__name__} refuses this layer: {reason}")
+    module = copy.deepcopy(layer).double()
+    given = [x] if isinstance(x, Tensor) else list(x)
+    inputs = [t.double() if t.is_floating_point() else t for t in given]
+    state = found.pack(module, inputs)
+    B = state.shape[0] if samples is None else samples
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _Check(found, module, inputs, state, B, tolerance).run()
+
+
+class _Check:
+    """One layer against its autograd twin."""
+
+    def __init__(
+        self,
+        rule: LayerRule,
+        module: nn.Module,
+        inputs: list[Tensor],
+        x: Tensor,
+        samples: int,
+        tolerance: float,
+    ) -> None:
+        self.rule, self.module, self.x, self.samples = rule, module, x, samples
+        self.inputs, self.tolerance = inputs, tolerance
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+        self.moving = [t for t in leaves if t.requires_grad]
+        self.h: Tensor = module(*leaves)
+        self.params = {n: p for n, p in module.named_parameters()}
+        self.V = torch.randn(COLUMNS, *self.h.shape, dtype=torch.float64)
+
+    def run(self) -> None:
+        """Every method that a step may use."""
+        self._maps()
+        G = self._sample_gradients()
+        rule, module, x, V = self.rule, self.module, self.x, self.V
+        total = {n: g[0].sum(0) for n, g in G.items()}
+        for name, ours in rule.gradient(module, x, V[0]).items():
+            self._same(f"gradient[{name!r}]", ours, total[name])
+        if "bias" in self.params:
+            self._same("bias_gradient", rule.bias_gradient(module, V[0]), total["bias"])
+        for name, ours in rule.squares(module, x, V[0], self.samples).items():
+            self._same(f"squares[{name!r}]", ours, G[name][0].square().sum(0))
+        for name, ours in rule.sample_gradients(module, x, V, self.samples).items():
+            self._same(f"sample_gradients[{name!r}]", ours, G[name])
+        scalar: dict[str, Gain] = dict.fromkeys(G, 0.7)
+        diagonal: dict[str, Gain] = {n: torch.rand_like(p.detach()) for n, p in self.params.items()}
+        for kind, gain in (("scalar", scalar), ("diagonal", diagonal)):
+            self._gram(f"gram, {kind} gain", gain, G, lambda n, g, P=gain: g * P[n])  # type: ignore[misc]
+        if isinstance(rule, MatrixRule):
+            self._kronecker(rule, G)
+
+    def _maps(self) -> None:
+        """push and pull; a state of indices does not move."""
+        if not self.moving:
+            return
+        unit = torch.autograd.grad(
+            self.h, self.moving, self.V, is_grads_batched=True, retain_graph=True
+        )
+        pulled = self.rule.pack(self.module, list(unit))
+        self._same("pull", self.rule.pull(self.module, self.x, self.V), pulled)
+        dx = torch.randn_like(self.x)
+        pushed = self.rule.push(self.module, self.x, dx)
+        along = (self.V * pushed).flatten(1).sum(1)
+        self._same("push", along, (pulled * dx).flatten(1).sum(1))
+
+    def _sample_gradients(self) -> dict[str, Tensor]:
+        """(r, B, *shape) by autograd, one sample after another: slow, and independent."""
+        rows = self.h.shape[0] // self.samples
+        found: dict[str, list[Tensor]] = {name: [] for name in self.params}
+        for sample in range(self.samples):
+            seed = torch.zeros_like(self.V)
+            at = slice(sample * rows, (sample + 1) * rows)
+            seed[:, at] = self.V[:, at]
+            gradients = torch.autograd.grad(
+                self.h, list(self.params.values()), seed, is_grads_batched=True, retain_graph=True
+            )
+            for name, g in zip(self.params, gradients, strict=True):
+                found[name].append(g)
+        return {name: torch.stack(parts, 1) for name, parts in found.items()}
+
+    def _gram(
+        self,
+        place: str,
+        gain: Mapping[str, Gain],
+        G: Mapping[str, Tensor],
+        applied: Callable[[str, Tensor], Tensor],
+    ) -> None:
+        expected = self.V.new_zeros(self.samples, COLUMNS, COLUMNS)
+        for name, g in G.items():
+            expected += torch.einsum("rbi,sbi->brs", applied(name, g).flatten(2), g.flatten(2))
+        ours = self.rule.gram(self.module, self.x, self.V, gain, self.samples)
+        self._same(place, ours, expected)
+
+    def _kronecker(self, rule: MatrixRule, G: Mapping[str, Tensor]) -> None:
+        bias = rule.joins_bias and "bias" in G
+        W = rule.joined(self.module, {n: p.detach() for n, p in self.params.items()}, bias)
+        groups, outputs, width = W.shape
+        P = Kronecker(
+            torch.randn(groups, width, width, dtype=W.dtype),
+            torch.randn(groups, outputs, outputs, dtype=W.dtype),
+            torch.rand(groups, outputs, width, dtype=W.dtype),
+            bias,
+        )
+        joined = {"weight", "bias"} if bias else {"weight"}
+        flat = [
+            {n: g[r, b] for n, g in G.items()} for r in range(COLUMNS) for b in range(self.samples)
+        ]
+        D = torch.stack([P.coordinates(rule.joined(self.module, one, bias)) for one in flat])
+        D = (D * P.scale.sqrt()).reshape(COLUMNS, self.samples, -1)  # type: ignore[union-attr]
+        expected = torch.einsum("rbi,sbi->brs", D, D)
+        ours = rule.gram(self.module, self.x, self.V, {"weight": P}, self.samples)
+        self._same(f"gram, Kronecker gain of {', '.join(sorted(joined))}", ours, expected)
+
+    def _same(self, place: str, ours: Tensor, theirs: Tensor) -> None:
+        name = f"{type(self.rule).__name__}.{place}"
+        if ours.shape != theirs.shape:
+            raise AssertionError(
+                f"{name}: shape {tuple(ours.shape)}, autograd has {tuple(theirs.shape)}"
+            )
+        difference = float((ours - theirs).abs().max()) if ours.numel() else 0.0
+        scale = max(1.0, float(theirs.abs().max()) if theirs.numel() else 1.0)
+        if not difference <= self.tolerance * scale:
+            raise AssertionError(f"{name}: differs from autograd by {difference:.3g}")
