@@ -13,7 +13,7 @@ from ddpnopt.experiments import kronecker_study, twins_study
 from ddpnopt.experiments.kronecker_study import cells, seconds_to
 from ddpnopt.experiments.sweep import Contender
 from ddpnopt.experiments.training import Epoch, RunConfig, RunResult
-from ddpnopt.experiments.twins import Pair, Problem, judge_pair, paired, render
+from ddpnopt.experiments.twins import Pair, Problem, finished, judge_pair, paired, render
 
 PAIR = Pair("rmsprop", "ddpnopt-rmsprop", (0.01, 0.1, 1.0), clips=(1.0,))
 BASE = RunConfig(architecture="mlp-4x1-tanh", batch=256, epochs=1)
@@ -68,6 +68,25 @@ def test_tables_name_failures_and_leave_out_what_was_not_run() -> None:
     )
     assert "| Tiny | RMSprop | 0.01 to 0.1 | 0.1 to 0.1 | 0.01 to 1 | >= 10 |" in text
     assert "10.0 (10.0, 100 % failed)" in text and "AdamW" not in text
+
+
+def test_seeds_that_are_not_finished_are_left_out() -> None:
+    whole = runs_of(
+        {
+            (label, lr): [90.0, 91.0]
+            for label in (
+                *("RMSprop", "RMSprop (grad_clip=1.0)"),
+                *("DDPNOpt RMSprop", "DDPNOpt RMSprop open loop"),
+            )
+            for lr in PAIR.lrs
+        }
+    )
+    problem = Problem(BASE, "Tiny")
+    assert len(finished(whole, [problem], [PAIR])) == len(whole)
+    # The last row is seed 1's: with it gone, seed 0 remains.
+    left = finished(whole[:-1], [problem], [PAIR])
+    assert set(left["seed"]) == {0} and len(left) == len(whole) // 2
+    assert finished(RUNS, [problem], [PAIR]).empty
 
 
 def result(losses: list[float], accuracy: float = 0.9, damping: float = 0.1) -> RunResult:

@@ -192,11 +192,12 @@ def verdicts(runs: pd.DataFrame, problems: Sequence[Problem], pairs: Sequence[Pa
                     "-" if outcome.twin is None else f"{sign}{outcome.widening:.3g}",
                     f"{_with_error(outcome.difference, outcome.error)} at {outcome.worst_lr:g}",
                     "yes" if outcome.no_loss else "**no**",
+                    str(own.loc[own["label"] == label_of(pair.twin), "seed"].nunique()),
                 ]
             )
     header = ("network", "borrowed", "good rates", "with its widest clip", "twin")
     return table(
-        [*header, "upper edge x", "largest loss inside", f"loss <= {LOSS:g}"],
+        [*header, "upper edge x", "largest loss inside", f"loss <= {LOSS:g}", "seeds"],
         rows,
     )
 
@@ -209,6 +210,31 @@ def select(runs: pd.DataFrame, problem: Problem) -> pd.DataFrame:
         & (runs["architecture"] == base.architecture)
         & (runs["batch"] == base.batch)
     ]
+
+
+def finished(
+    runs: pd.DataFrame, problems: Sequence[Problem], pairs: Sequence[Pair]
+) -> pd.DataFrame:
+    """Leave out what an interrupted study has begun: means over unequal seeds would mislead.
+
+    Args:
+        runs: The study's runs.
+        problems: The networks.
+        pairs: Borrowed optimizers and twins.
+
+    Returns:
+        The runs of every problem, pair and seed with all contenders at all rates.
+    """
+    parts = [runs[:0]]
+    for problem in problems:
+        own = select(runs, problem)
+        for pair in pairs:
+            names = {label_of(c.optimizer, dict(c.options)) for c in pair.contenders()}
+            mine = own[own["label"].isin(names) & own["lr"].isin(pair.lrs)]
+            mine = mine.drop_duplicates(["label", "lr", "seed"])
+            sizes = mine.groupby("seed")["lr"].transform("size")
+            parts.append(mine[sizes == len(names) * len(pair.lrs)])
+    return pd.concat(parts)
 
 
 def _cell(row: pd.Series) -> str:

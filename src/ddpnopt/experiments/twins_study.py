@@ -22,7 +22,7 @@ from ddpnopt.experiments.names import lookup
 from ddpnopt.experiments.store import CsvStore
 from ddpnopt.experiments.sweep import frame, grid, sweep
 from ddpnopt.experiments.training import RunConfig
-from ddpnopt.experiments.twins import Pair, Problem, render
+from ddpnopt.experiments.twins import Pair, Problem, finished, render
 
 SCALE_FREE_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 KRONECKER_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -116,7 +116,7 @@ def main(
         bool, typer.Option("--publish", help="Write the tables into the documentation.")
     ] = False,
 ) -> None:
-    """Run what is missing of a study, then show (and publish) its tables."""
+    """Run what is missing of a study, then show (and publish) tables of what is complete."""
     chosen = lookup(STUDIES, study, "study")
     console = Console()
     store = CsvStore(out / study / "runs.csv")
@@ -134,7 +134,9 @@ def main(
         sweep(configs, store, jobs=jobs, title=name, console=console)
     seeds_shown = range(first_seed, first_seed + seeds)
     runs = frame(r for r in store.results() if r.config.seed in seeds_shown)
-    text = render(runs, list(chosen.problems.values()), chosen.pairs)
+    problems = list(chosen.problems.values())
+    runs = finished(runs, problems, chosen.pairs)
+    text = render(runs, problems, chosen.pairs)
     console.print(text, soft_wrap=True, highlight=False)
     if published:
         for path in publish(runs, study, text, docs):
