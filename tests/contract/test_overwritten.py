@@ -234,7 +234,10 @@ class Ends(nn.Module):
 @pytest.mark.parametrize("feedback", [True, "open_loop"])
 @pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
 def test_mixing_of_some_samples_is_found(ends: tuple[int, int], feedback: object) -> None:
-    """The first passes perturb the middle sample, the first and the last."""
+    """The first passes perturb the middle sample, the first and the last.
+
+    Once it is found, the layer in front of it takes the gradient of the re-weighted loss.
+    """
     model = Ends(ends)
     opt = DDPNOpt(model, lr=LR, feedback=feedback)  # type: ignore[arg-type]
     iterate(model, opt, range(3))
@@ -243,5 +246,10 @@ def test_mixing_of_some_samples_is_found(ends: tuple[int, int], feedback: object
     assert opt.last_step is not None
     assert [name for name, _ in opt.last_step.plain] == ["net.0"]
     assert {layer.name for layer in opt.last_step.layers} == {"net.2", "net.4"}
-    iterate(twin, torch.optim.SGD(twin.parameters(), lr=LR), [3])
-    assert_same(model.net[0], twin.net[0])
+    front = opt.last_step.front
+    assert front is not None and front.coefficient is not None
+    assert float(front.coefficient.min()) < 1
+    x, y = data(3)
+    (F.cross_entropy(twin(x), y, reduction="none") * front.coefficient).mean().backward()
+    torch.optim.SGD(twin.net[0].parameters(), lr=LR).step()
+    assert_same(model.net[0], twin.net[0], 1e-12)
