@@ -16,6 +16,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.inert import probes, probing
+from ddpnopt.linearise import pulled
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.typing import Tensor
 
@@ -69,14 +70,9 @@ class Arrivals:
             with probing():
                 self.at_output(trajectory, link, total)
 
-    def at_x(self, stage: Stage, place: int, G: Tensor) -> None:
-        """A gradient has arrived at one of a stage's inputs."""
-        G = G.detach()
-        if len(stage.inputs) > 1 and stage.rule is not None:
-            parts = [torch.zeros_like(x) for x in stage.inputs]
-            parts[place] = G
-            G = stage.rule.pack(stage.module, parts)
-        G = G[None] if stage.unbatched else G
+    def at_x(self, stage: Stage, G: Tensor) -> None:
+        """A gradient has arrived at a stage's state."""
+        G = G.detach()[None] if stage.unbatched else G.detach()
         stage.fresh_g_x = G if stage.fresh_g_x is None else stage.fresh_g_x + G
 
     def at_boundary_state(self, trajectory: Trajectory, output: int, G: Tensor) -> None:
@@ -129,6 +125,8 @@ class Arrivals:
             if stage.fresh_g_x is not None:
                 known = stage.g_x if add else None
                 stage.g_x = stage.fresh_g_x if known is None else known + stage.fresh_g_x
+            if stage.pulls and stage.G is not None:
+                stage.g_x = pulled(stage, stage.G[None])[0]
             for name, columns in stage.fresh_Z.items():
                 setattr(stage, name, columns)
             stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
@@ -178,11 +176,11 @@ def gradient_at_h(
         arrivals.at_h(trajectory, stage, link, G)
 
 
-def gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, place: int, G: Tensor) -> None:
+def gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, G: Tensor) -> None:
     """Hook of one of a stage's inputs."""
     arrivals = ref()
     if arrivals is not None and counts():
-        arrivals.at_x(stage, place, G)
+        arrivals.at_x(stage, G)
 
 
 def gradient_at_boundary(

@@ -7,7 +7,7 @@ factor's columns pulled back to every stage, or the Jacobians of the segments be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,25 +62,16 @@ def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: Valu
 def _pull_columns(link: Link, links: list[Link], Z_x: Tensor) -> None:
     """One batched back-propagation of all columns from the last layer's input to every stage."""
     inner = [one for one in links if any(one.x)]
-    edges = [one.h for one in links] + [edge for one in inner for edge in one.x if edge]
-    pulled = iter(_vjp(link, Z_x, edges))
+    single = [one for one in inner if len(one.x) == 1]
+    edges = [one.h for one in links] + [one.x[0] for one in single]
+    found = iter(_vjp(link, Z_x, edges))
     for one in links:
-        one.stage.fresh_Z["Z_h"] = _batched(one.stage, next(pulled))
+        one.stage.fresh_Z["Z_h"] = _batched(one.stage, next(found))
+    for one in single:
+        one.stage.fresh_Z["Z_x"] = _batched(one.stage, next(found))
     for one in inner:
-        one.stage.fresh_Z["Z_x"] = _packed(one, pulled, Z_x.shape[0])
-
-
-def _packed(link: Link, pulled: Iterator[Tensor], columns: int) -> Tensor:
-    """Columns at a stage's inputs as columns at its state; zero at inputs without a gradient."""
-    stage = link.stage
-    if stage.rule is None:
-        return _batched(stage, next(pulled))
-    parts = stage.rule.unpack(stage.module, stage.x)
-    known = [
-        _batched(stage, next(pulled)) if edge else part.new_zeros(columns, *part.shape)
-        for part, edge in zip(parts, link.x, strict=True)
-    ]
-    return stage.rule.pack(stage.module, known)
+        if len(one.x) > 1:  # one input may depend on another: not what autograd has there
+            one.stage.fresh_Z["Z_x"] = pulled(one.stage, one.stage.fresh_Z["Z_h"])
 
 
 def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: int) -> None:
@@ -107,7 +98,7 @@ def _vjp(link: Link, columns: Tensor, inputs: Sequence[Any]) -> tuple[Tensor, ..
     known: list[tuple[GradientEdge, Tensor]] = [
         (edge, part.contiguous()) for edge, part in zip(link.x, parts, strict=False) if edge
     ]
-    pulled = torch.autograd.grad(
+    found = torch.autograd.grad(
         tuple(edge for edge, _ in known),
         inputs,
         tuple(part for _, part in known),
@@ -115,24 +106,31 @@ def _vjp(link: Link, columns: Tensor, inputs: Sequence[Any]) -> tuple[Tensor, ..
         is_grads_batched=True,
         allow_unused=True,
     )
-    if any(p is None for p in pulled):
+    if any(p is None for p in found):
         raise UnsupportedModelError(
             "a layer's output does not reach the loss through the layers behind it; "
             "use value='moreau' or feedback=False"
         )
-    return pulled
+    return found
 
 
 def _through_layer(stage: Stage, columns: Tensor) -> Tensor:
     """Columns at a stage's output to its state, by its rule or by autograd."""
     if stage.rule is not None:
-        dtype = next(stage.module.parameters()).dtype  # autocast may run x in a narrower one
-        x = cast_state(stage.x, dtype)
-        return cast_state(stage.rule.pull(stage.module, x, columns.to(dtype)), stage.x.dtype)
+        return pulled(stage, columns)
     columns = columns.to(stage.x.dtype)
     vjp: Any = torch.func.vjp(stage.module, stage.x)[1]
     back: Tensor = torch.func.vmap(lambda column: vjp(column)[0])(columns)
     return back
+
+
+@torch.no_grad()
+def pulled(stage: Stage, columns: Tensor) -> Tensor:
+    """Columns at a stage's output to its state, by its rule."""
+    assert stage.rule is not None
+    dtype = next(stage.module.parameters()).dtype  # autocast may run x in a narrower one
+    x = cast_state(stage.x, dtype)
+    return cast_state(stage.rule.pull(stage.module, x, columns.to(dtype)), stage.x.dtype)
 
 
 def _batched(stage: Stage, columns: Tensor) -> Tensor:

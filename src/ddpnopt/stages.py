@@ -33,6 +33,8 @@ class Stage:
         fresh_G, fresh_g_x, fresh_Z: The same, of a backward pass that has not ended.
         Z_h, Z_x: The terminal factor's columns pulled back to h and x.
         J: Jacobian of the next active layer's state (or the output) by h, (B, X', H).
+        pulls: Its gradient at the state is pulled back by its rule: one of its inputs may depend
+            on another, and autograd's gradient at it would count that way, too.
         plain: Why this stage takes the plain step; empty if it takes part in feedback.
     """
 
@@ -54,6 +56,7 @@ class Stage:
     Z_x: Tensor | None = None
     J: Tensor | None = None
     plain: str = ""
+    pulls: bool = False
 
 
 @dataclass(eq=False)

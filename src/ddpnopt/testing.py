@@ -83,14 +83,14 @@ class _Check:
         G = self._sample_gradients()
         rule, module, x, V = self.rule, self.module, self.x, self.V
         total = {n: g[0].sum(0) for n, g in G.items()}
-        for name, ours in rule.gradient(module, x, V[0]).items():
-            self._same(f"gradient[{name!r}]", ours, total[name])
         if "bias" in self.params:
             self._same("bias_gradient", rule.bias_gradient(module, V[0]), total["bias"])
-        for name, ours in rule.squares(module, x, V[0], self.samples).items():
-            self._same(f"squares[{name!r}]", ours, G[name][0].square().sum(0))
+        for name, ours in rule.gradient(module, x, V[0]).items():
+            self._same(f"gradient[{name!r}]", ours, total[name])
         for name, ours in rule.sample_gradients(module, x, V, self.samples).items():
             self._same(f"sample_gradients[{name!r}]", ours, G[name])
+        for name, ours in rule.squares(module, x, V[0], self.samples).items():
+            self._same(f"squares[{name!r}]", ours, G[name][0].square().sum(0))
         scalar: dict[str, Gain] = dict.fromkeys(G, 0.7)
         diagonal: dict[str, Gain] = {n: torch.rand_like(p.detach()) for n, p in self.params.items()}
         for kind, gain in (("scalar", scalar), ("diagonal", diagonal)):

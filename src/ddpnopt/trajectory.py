@@ -290,9 +290,10 @@ class Recorder:
         out.register_hook(hook)  # type: ignore[no-untyped-call]
         wanted = self.state_gradients or trajectory.to_verify
         if wanted and len(trajectory.stages) > 1 and stage.rule is not None:
-            for place, x in enumerate(inputs):
-                if x.requires_grad:
-                    x.register_hook(partial(gradient_at_x, ref, stage, place))  # type: ignore[no-untyped-call]
+            if len(inputs) > 1:
+                stage.pulls = any(edges)
+            elif inputs[0].requires_grad:
+                inputs[0].register_hook(partial(gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
         if self.links:
             self._link = Link(stage, edges, get_gradient_edge(out), self._link)
 

@@ -30,6 +30,7 @@ WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
     3: weight_gradients.conv3d_weight,
 }
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def padded(conv: _Conv, x: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class ConvTransposeRule(ConvolutionRule):
 
     def function(self, module: nn.Module, x: Tensor) -> Tensor:
         """The layer without its bias."""
-        conv = cast(nn.ConvTranspose2d, module)
+        conv = cast(_Transposed, module)
         return TRANSPOSED[len(conv.kernel_size)](
             x,
             conv.weight,
@@ -160,11 +161,11 @@ class ConvTransposeRule(ConvolutionRule):
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """The channels at each position."""
-        return _by_position(x[None], samples, cast(nn.ConvTranspose2d, module).groups)[0]
+        return _by_position(x[None], samples, cast(_Transposed, module).groups)[0]
 
     def outputs(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
         """The patch of v that each input position makes."""
-        conv = cast(nn.ConvTranspose2d, module)
+        conv = cast(_Transposed, module)
         axes = len(conv.kernel_size)
         columns, rows = V.shape[:2]
         around = [p for p in reversed(cast(tuple[int, ...], conv.padding)) for _ in range(2)]
@@ -182,19 +183,19 @@ class ConvTransposeRule(ConvolutionRule):
 
     def bias_columns(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
         """v at each output position."""
-        return _by_position(V, samples, cast(nn.ConvTranspose2d, module).groups)
+        return _by_position(V, samples, cast(_Transposed, module).groups)
 
     def to_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """(I, O / g, *kernel) to (g, o kernel, i)."""
-        groups = cast(nn.ConvTranspose2d, module).groups
+        groups = cast(_Transposed, module).groups
         return weight.reshape(groups, weight.shape[0] // groups, -1).mT
 
     def from_matrix(self, module: nn.Module, W: Tensor) -> Tensor:
         """And back."""
-        return W.mT.reshape(cast(nn.ConvTranspose2d, module).weight.shape)
+        return W.mT.reshape(cast(_Transposed, module).weight.shape)
 
     @staticmethod
-    def _places(conv: nn.ConvTranspose2d, V: Tensor) -> list[int]:
+    def _places(conv: _Transposed, V: Tensor) -> list[int]:
         """Sizes of the input, from the output's."""
         return [
             (out - 1 + 2 * p - d * (k - 1) - o) // s + 1
