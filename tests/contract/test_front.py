@@ -466,7 +466,7 @@ def test_backward_twice_through_one_graph_adds_up(feedback: Any) -> None:
         assert bool(p.isfinite().all())
         moved, gradient = (q - p).detach().flatten(), q.grad.flatten()  # type: ignore[union-attr]
         if float(gradient.norm()) > 1e-9:
-    
+            assert float(F.cosine_similarity(moved, gradient, dim=0)) > 0.9
 
 
 @pytest.mark.parametrize("net", NETS)
