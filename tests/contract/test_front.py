@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
+from ddpnopt.curvature import KFAC
 from oracles.common import assert_same
 from oracles.fronts import (
     BATCH,
@@ -211,3 +212,29 @@ def test_scale_free_front_is_not_the_plain_step(curvature: str) -> None:
         take(model, opt, seed)
         take(twin, off, seed)
     assert float((model[0].weight - twin[0].weight).detach().abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("feedback", DEPTHS)
+@QUIET
+def test_kronecker_step_of_the_front(feedback: Any) -> None:
+    """M from the plain gradients, d from the weighted ones: u <- u - eta M^-1 d, by hand."""
+    model, twin = mlp_bn(), mlp_bn()
+    damping, rate = 0.1, 0.05
+    opt = DDPNOpt(model, lr=rate, curvature=KFAC(damping=damping), feedback=feedback)
+    take(model, opt)
+    x, y = batch()
+    h = twin[0](x)
+    (g,) = torch.autograd.grad(F.cross_entropy(twin[1:](h), y), h)
+    u = torch.cat([x, x.new_ones(BATCH, 1)], 1)
+    A, G = u.mT @ u / BATCH, BATCH * g.mT @ g
+    pi = ((A.trace() / len(A)) / (G.trace() / len(G))).sqrt()
+    A = A + pi * damping**0.5 * torch.eye(len(A), dtype=A.dtype)
+    G = G + damping**0.5 / pi * torch.eye(len(G), dtype=G.dtype)
+    before = torch.cat([twin[0].weight, twin[0].bias[:, None]], 1).detach()
+    twin = mlp_bn()
+    weighted_gradients(twin, coefficients(opt), 0)
+    assert twin[0].weight.grad is not None and twin[0].bias.grad is not None
+    D = torch.cat([twin[0].weight.grad, twin[0].bias.grad[:, None]], 1)
+    want = before - rate * torch.linalg.solve(G, torch.linalg.solve(A, D, left=False))
+    after = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach()
+    torch.testing.assert_close(after, want, rtol=1e-9, atol=1e-11)
