@@ -17,6 +17,7 @@ from torch import nn
 from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.inert import weakly
 from ddpnopt.options import Options
 from ddpnopt.report import LayerReport, StepReport
 from ddpnopt.stages import Stage, Trajectory
@@ -112,7 +113,7 @@ class Step:
             counts,
             params,
             factor=self.settings.value.linearization == "factor",
-            couple=self.couple,
+            couple=weakly(self.couple),  # the step holds its layers: no cycle
             sketch=self.settings.sketch,
             keep_gain=self.settings.diagnose or not self.settings.weight_gradients,
         )
