@@ -4,6 +4,7 @@
 from ddpnopt import curvature, value
 from ddpnopt.baselines import EKFAC, KFAC
 from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError, UnsupportedModelError
+from ddpnopt.explain import explain
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.recognition import MSE
 from ddpnopt.report import LayerReport, StepReport
@@ -25,5 +26,6 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "curvature",
+    "explain",
     "value",
 ]

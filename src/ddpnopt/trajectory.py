@@ -68,6 +68,7 @@ class Recorder:
         self._link: Link | None = None
         self._last: Tensor | None = None
         self._held: dict[str, nn.Parameter] = {}
+        self._newest: weakref.ref[Trajectory] | None = None
         self._doubts: dict[tuple[Any, ...], str] = {}
         self._mixing: dict[tuple[Any, ...], tuple[int, int]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -102,6 +103,11 @@ class Recorder:
         """Remove every hook and forget everything recorded."""
         _remove(self._handles)
         self.arrivals.drop()
+
+    @property
+    def latest(self) -> Trajectory | None:
+        """The last pass, while its graph lives."""
+        return self._newest() if self._newest is not None else None
 
     # Forward pass ---------------------------------------------------------------------------
 
@@ -156,6 +162,7 @@ class Recorder:
         trajectory = self._open
         if complete and trajectory is not None and trajectory.stages and self._ledger.edges:
             self._classify(trajectory)
+        self._newest = weakref.ref(trajectory) if trajectory is not None else None
         self._open, self._link, self._last = None, None, None
         self._ledger = Ledger(set())
         self.passes += 1

@@ -45,6 +45,8 @@ class LayerRule:
     parameters: tuple[str, ...] = ("weight", "bias")
     #: `gradient` makes autograd's own gradient of ``weight`` unnecessary.
     holds_weight: bool = False
+    #: The rule differentiates the module's own forward, whatever it is.
+    general: bool = False
     #: How many tensors the module is called with.
     arguments: tuple[int, ...] = (1,)
 
@@ -173,6 +175,7 @@ def _call(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
 RULES: dict[type[nn.Module], LayerRule] = {}
 #: Serves every type that is not in RULES, after a check against autograd on its first pass.
 FALLBACK = LayerRule()
+FALLBACK.general = True
 R = TypeVar("R", bound=type[LayerRule])
 
 

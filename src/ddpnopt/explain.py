@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT
+"""What feedback a model gets, layer by layer, and what a step costs: run this first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpnopt.checks import check_model
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.inert import probing
+from ddpnopt.linearise import cast_state
+from ddpnopt.optimizer import DDPNOpt
+from ddpnopt.replay import preserved
+from ddpnopt.stages import Stage, Trajectory
+from ddpnopt.typing import Tensor
+
+HEADINGS = ("layer", "type", "rule", "treatment", "parameters", "extra MFLOP", "extra KiB", "why")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One execution of a layer, or parameters that belong to none.
+
+    Attributes:
+        name: Module or parameter path.
+        type: Its class.
+        rule: The layer rule; "autograd" for the general one, "-" for none.
+        treatment: "feedback" (layer-wise), "weighted" (one weight a sample, set behind it), "plain"
+            (the borrowed optimizer's step) or "refused".
+        reason: Why it is not "feedback"; empty if it is.
+        parameters: Number of scalars.
+        flops: Extra operations of a closed-loop step for this layer: its share of the second
+            forward pass, the Gram product and the re-weighted weight gradient; where it is
+            weighted, the second backward pass.
+        memory: Extra bytes kept until the step: the gradients at its state and its output.
+    """
+
+    name: str
+    type: str
+    rule: str
+    treatment: str
+    reason: str
+    parameters: int
+    flops: int = 0
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A model's layers in execution order.
+
+    Attributes:
+        rows: One for each.
+        samples: Number of samples B that was found in the batch.
+        boundary: Where samples are weighted once for everything in front; empty for nowhere.
+        refusal: Why a step would be refused; empty if it would not.
+        sgd_flops: Operations of a step of plain SGD (forward and backward pass).
+    """
+
+    rows: tuple[Row, ...]
+    samples: int
+    boundary: str
+    refusal: str
+    sgd_flops: int
+
+    @property
+    def flops(self) -> int:
+        """Extra operations of a closed-loop step."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """Operations of a closed-loop step over plain SGD's."""
+        return 1 + self.flops / self.sgd_flops if self.sgd_flops else 1.0
+
+    @property
+    def memory(self) -> int:
+        """Extra bytes kept until the step."""
+        return sum(row.memory for row in self.rows)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's cells as text, a tuple for each row (columns: `HEADINGS`)."""
+        return [
+            (
+                row.name,
+                row.type,
+                row.rule,
+                row.treatment,
+                f"{row.parameters:,}",
+                f"{row.flops / 1e6:.3f}",
+                f"{row.memory / 1024:.1f}",
+                row.reason,
+            )
+            for row in self.rows
+        ]
+
+    def summary(self) -> str:
+        """What the table amounts to."""
+        if self.refusal:
+            return f"refused: {self.refusal}"
+        parts = [
+            f"{self.samples} samples; closed-loop step: {self.ratio:.2f} times the operations of "
+            f"SGD, {self.memory / 1024:.1f} KiB more memory"
+        ]
+        if self.boundary:
+            parts.append(f"samples are weighted once at {self.boundary} for all in front of it")
+        return "\n".join(parts)
+
+    def __str__(self) -> str:
+        """The table and its summary."""
+        lines = [HEADINGS, *self.cells()]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(HEADINGS))]
+        text = [
+            "  ".join(
+                cell.rjust(width) if k in (4, 5, 6) else cell.ljust(width)
+                for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*text, "", self.summary()])
+
+
+def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
+    """Run a model once and say what feedback each of its layers would get.
+
+    Nothing is changed: weights, gradients, buffers, generators and hooks are as before. Operations
+    are those of matrix products and convolutions (two for each multiply-accumulate), as
+    `torch.utils.flop_counter` counts them; memory is that of the default value function.
+
+    Args:
+        model: The network, in the mode in which it is trained.
+        *inputs: A batch, as the model is called.
+        **kwargs: Further arguments of the call.
+
+    Returns:
+        The table; ``print`` it.
+
+    Raises:
+        TypeError: Not a module.
+        ValueError: The model has no parameters.
+        UnsupportedModelError: It can't be recorded (named), or ran no layer.
+
+    Examples:
+        >>> print(explain(model, x))
+    """
+    check_model(model)
+    counter = FlopCounterMode(display=False)
+    with preserved(model), torch.enable_grad(), DDPNOpt(model, lr=0.0) as opt:
+        recorder = opt.engine.recorder
+        assert recorder is not None
+        with counter:
+            output = model(*inputs, **kwargs)
+        trajectory = recorder.latest
+        if trajectory is None:
+            raise UnsupportedModelError(
+                "no trainable layer ran, or none of its outputs has a gradient"
+            )
+        rows = [*_stages(trajectory), *_unseen(model, trajectory)]
+        del output
+    at, stages = trajectory.boundary, trajectory.stages
+    place = ""
+    if at:
+        place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
+    forward = counter.get_total_flops()
+    return Explanation(
+        tuple(rows), trajectory.samples, place, _refusal(trajectory), _sgd(forward, stages)
+    )
+
+
+def _refusal(trajectory: Trajectory) -> str:
+    if trajectory.refusal:
+        return trajectory.refusal
+    return "" if trajectory.owned else "its layers ran outside any call that contains all of them"
+
+
+def _sgd(forward: int, stages: list[Stage]) -> int:
+    """Forward and backward pass; the first layer needs no gradient at its input."""
+    return 3 * forward - (_forward_flops(stages[0]) if stages else 0)
+
+
+def _stages(trajectory: Trajectory) -> Iterator[Row]:
+    refused = _refusal(trajectory)
+    for index, stage in enumerate(trajectory.stages):
+        module, rule = stage.module, stage.rule
+        treatment, reason = "feedback", ""
+        if refused:
+            treatment, reason = "refused", refused
+        elif stage.plain:
+            weighted = index < trajectory.boundary and stage.plain != "frozen"
+            treatment, reason = "weighted" if weighted else "plain", stage.plain
+        flops = memory = 0
+        if not refused:
+            # Every layer is run again; the front's gradients are taken twice.
+            flops = _forward_flops(stage) * (3 if treatment == "weighted" else 1)
+        if treatment == "feedback":
+            flops += _policy_flops(stage, trajectory.samples)
+            memory = _bytes(stage, index > 0)
+        kind = "autograd" if rule is not None and rule.general else type(rule).__name__
+        yield Row(
+            stage.name or "(model)",
+            type(module).__name__,
+            kind if rule is not None else "-",
+            treatment,
+            reason,
+            sum(p.numel() for p in module.parameters()),
+            flops,
+            memory,
+        )
+
+
+def _unseen(model: nn.Module, trajectory: Trajectory) -> Iterator[Row]:
+    """Parameters of no layer that ran."""
+    ran = {id(p) for stage in trajectory.stages for p in stage.module.parameters()}
+    for name, p in model.named_parameters():
+        if id(p) in ran:
+            continue
+        weighted = bool(trajectory.boundary) and p.requires_grad
+        treatment = "weighted" if weighted else "plain"
+        reason = "used by no layer that ran" if p.requires_grad else "frozen"
+        yield Row(name, type(p).__name__, "-", treatment, reason, p.numel())
+
+
+def _output(stage: Stage) -> Tensor | None:
+    if stage.rule is None:
+        return None
+    x = cast_state(stage.x, next(stage.module.parameters()).dtype)
+    with probing(), preserved(stage.module), torch.no_grad():
+        return stage.rule.function(stage.module, x)
+
+
+def _forward_flops(stage: Stage) -> int:
+    with FlopCounterMode(display=False) as counter:
+        _output(stage)
+    return int(counter.get_total_flops())
+
+
+def _policy_flops(stage: Stage, samples: int) -> int:
+    """The Gram product of one column, and the weight gradient of re-weighted samples."""
+    h = _output(stage)
+    assert h is not None and stage.rule is not None
+    x = cast_state(stage.x, h.dtype)
+    named = [name for name, _ in stage.module.named_parameters()]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stage.rule.gram(stage.module, x, h[None], dict.fromkeys(named, 1.0), samples)
+        stage.rule.gradient(stage.module, x, h)
+    return int(counter.get_total_flops())
+
+
+def _bytes(stage: Stage, has_state: bool) -> int:
+    h = _output(stage)
+    assert h is not None
+    state = stage.x.numel() * stage.x.element_size() if has_state else 0
+    return state + h.numel() * h.element_size()
