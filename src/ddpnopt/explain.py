@@ -150,12 +150,10 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         >>> print(explain(model, x))
     """
     check_model(model)
-    counter = FlopCounterMode(display=False)
     with preserved(model), torch.enable_grad(), DDPNOpt(model, lr=0.0) as opt:
         recorder = opt.engine.recorder
         assert recorder is not None
-        with counter:
-            output = model(*inputs, **kwargs)
+        output = model(*inputs, **kwargs)
         trajectory = recorder.latest
         if trajectory is None:
             raise UnsupportedModelError(
@@ -167,7 +165,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     place = ""
     if at:
         place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
-    forward = counter.get_total_flops()
+    with preserved(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs, **kwargs)
+    forward = int(counter.get_total_flops())
     return Explanation(
         tuple(rows), trajectory.samples, place, _refusal(trajectory), _sgd(forward, stages)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The commands `ddpnopt train`, `compare` and `demo`."""
+"""The commands of `ddpnopt`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ddpnopt.experiments.data import DATASETS
+from ddpnopt.experiments.explain_command import explain_command
 from ddpnopt.experiments.models import ARCHITECTURE_HELP
 from ddpnopt.experiments.optimizers import OPTIMIZERS
 from ddpnopt.experiments.report import print_optimizers, write_comparison, write_run
@@ -238,3 +239,10 @@ def demo(
         raise typer.Exit(1) from error
     for path in written:
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
+
+
+app.command(
+    "explain",
+    epilog="Example: [bold]ddpnopt explain cnn-16-bn --input 8,1,8,8[/], or "
+    "[bold]ddpnopt explain mynets:resnet --input 8,3,32,32[/]",
+)(explain_command)
