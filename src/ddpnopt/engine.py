@@ -8,6 +8,7 @@ in open loop what has been added to p.grad.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -300,7 +301,7 @@ class Engine:
         feedback = in_feedback and bool(step.layers or fronts or open_loop)
         depth = self.options.depth if feedback else "off"
         if in_feedback and open_loop and self._open_report is not None:
-            return self._open_report
+            return replace(self._open_report, rescale=rescale)
         return report(self.options, step, depth, rescale, self.skipped)
 
     def _apply(self, step: Step, trajectories: list[Trajectory]) -> None:

@@ -277,3 +277,14 @@ def test_feedback_does_something() -> None:
         results.append(model)
     assert distance(results[0], results[1]) > 1e-4
     assert distance(results[1], results[2]) > 1e-4
+
+
+def test_open_loop_reports_the_rescaling() -> None:
+    model = torch.nn.Linear(4, 3)
+    opt = DDPNOpt(model, feedback="open_loop")
+    x, y = torch.randn(8, 4) * 9, torch.randint(3, (8,))
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+    opt.step()
+    assert opt.last_step is not None
+    assert opt.last_step.rescale == pytest.approx(0.1 / norm, rel=1e-3)
