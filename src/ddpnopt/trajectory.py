@@ -234,6 +234,7 @@ class Recorder:
             and weight.requires_grad
             and id(weight) not in self.anatomy.shared
             and self.trainable(weight)
+            and not reason_against(module, (*args, *kwargs.values()))
         ):
             weight.requires_grad_(False)
             self._held[name] = weight
@@ -249,25 +250,26 @@ class Recorder:
             output = replaced = Anchor.apply(output, self.arrivals.token)  # type: ignore[no-untyped-call]
         if not self._recording() or output is None:
             return replaced
-        inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        given = (*args, *kwargs.values())
         tensors = [output] if isinstance(output, Tensor) else _tensors(output)
         if not any(t.requires_grad for t in tensors):
             return replaced
         orphan = self._open is None
         if orphan:
             self._begin(owned=False)
-        self._add(name, module, inputs, tensors)
+        self._add(name, module, given, tensors)
         if orphan:
             self._close(complete=True)
         return replaced
 
     def _add(
-        self, name: str, module: nn.Module, inputs: list[Tensor], tensors: list[Tensor]
+        self, name: str, module: nn.Module, given: tuple[Any, ...], tensors: list[Tensor]
     ) -> None:
         trajectory = self._open
         assert trajectory is not None
+        inputs = [a for a in given if isinstance(a, Tensor)]
         out = tensors[0]
-        against = reason_against(module, len(inputs), len(tensors))
+        against = reason_against(module, given, len(tensors))
         rule = None if against else rule_for(module)
         aliases = tuple(t.detach() for t in inputs)
         state = rule.pack(module, aliases) if rule is not None else (*aliases, out.detach())[0]

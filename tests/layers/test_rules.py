@@ -68,6 +68,7 @@ CASES: dict[str, tuple[nn.Module, Tensor | Sequence[Tensor]]] = {
     "bag, sum": (nn.EmbeddingBag(7, 5, mode="sum"), indices(7, 4, 6)),
     "bag, mean": (nn.EmbeddingBag(7, 5, mode="mean", padding_idx=1), indices(7, 4, 6)),
     "bag, offsets": (nn.EmbeddingBag(7, 5), (indices(7, 9), torch.tensor([0, 2, 2, 5]))),
+    "bag, empty": (nn.EmbeddingBag(7, 5), (indices(7, 0), torch.tensor([0, 0]))),
     "bilinear": (nn.Bilinear(3, 4, 5), (R(6, 3), R(6, 4))),
     "bilinear, positions": (nn.Bilinear(3, 4, 5, bias=False), (R(6, 2, 3), R(6, 2, 4))),
 }
@@ -113,6 +114,7 @@ def test_convolutions_of_all_shapes(
 
 
 MUTANTS = {
+    "function": lambda rule: lambda m, x: 2 * type(rule).function(rule, m, x),
     "push": lambda rule: lambda m, x, dx: 2 * type(rule).push(rule, m, x, dx),
     "pull": lambda rule: lambda m, x, V: 2 * type(rule).pull(rule, m, x, V),
     "gradient": lambda rule: (
@@ -256,6 +258,40 @@ def test_without_feedback_it_is_sgd(kind: str) -> None:
         F.cross_entropy(twin(x), y).backward()
         sgd.step()
     assert_same(model, twin)
+
+
+class Called(nn.Module):
+    """A layer that is called with more than its input, and a head."""
+
+    def __init__(self, inner: nn.Module, width: int, option: str) -> None:
+        super().__init__()
+        self.inner, self.head, self.option = inner, nn.Linear(width, 3), option
+        self.double()
+
+    def forward(self, x: Tensor, given: object) -> Tensor:
+        return self.head(torch.tanh(self.inner(x, **{self.option: given})).flatten(1))
+
+
+@pytest.mark.parametrize("weight_gradients", [True, False])
+@pytest.mark.parametrize("option", ["per_sample_weights", "output_size"])
+def test_calls_without_a_rule_take_the_plain_step(option: str, weight_gradients: bool) -> None:
+    torch.manual_seed(0)
+    if option == "output_size":
+        model = Called(nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1), 18, option)
+        x, given = R(8, 2, 3).double(), [6]
+    else:
+        model = Called(nn.EmbeddingBag(9, 6, mode="sum"), 6, option)
+        x, given = indices(9, 8, 4), torch.rand(8, 4).double()  # type: ignore[assignment]
+    twin, y = copy.deepcopy(model), indices(3, 8)
+    opt = DDPNOpt(model, lr=0.3, weight_gradients=weight_gradients)
+    sgd = torch.optim.SGD(twin.parameters(), 0.3)
+    for net, each in ((model, opt), (twin, sgd)):
+        F.cross_entropy(net(x, given), y).backward()
+        each.step()
+    assert opt.last_step is not None
+    ((name, reason),) = opt.last_step.plain
+    assert name == "inner" and option in reason
+    assert_same(model.inner, twin.inner, 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["layer norm", "embedding", "conv1d", "transposed", "bilinear"])

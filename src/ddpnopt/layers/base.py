@@ -54,6 +54,10 @@ class LayerRule:
         """Why this module, as it is now, can't be served; empty if it can."""
         return ""
 
+    def call_refusal(self, module: nn.Module, given: Sequence[object]) -> str:
+        """Why a call with these arguments, of a module that is served, is not; empty if it is."""
+        return ""
+
     def batched_dim(self, module: nn.Module) -> int:
         """Dimensions of an input with a batch axis; one fewer means a single sample."""
         return 2
@@ -214,12 +218,16 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     return None if rule.refusal(module) else rule
 
 
-def reason_against(module: nn.Module, inputs: int, outputs: int) -> str:
-    """Why a module called with so many tensors has no rule; empty if it has one."""
+def reason_against(module: nn.Module, given: Sequence[object], outputs: int = 1) -> str:
+    """Why a module called with these arguments has no rule; empty if it has one."""
     rule = registered(module) or FALLBACK
     kind = type(module).__name__
     if reason := rule.refusal(module):
         return reason
+    inputs = sum(isinstance(one, Tensor) for one in given)
     if inputs not in rule.arguments:
-        return f"{kind} was called with {inputs} tensors, and its rule takes {rule.arguments[0]}"
-    return "" if outputs == 1 else f"{kind} returned {outputs} tensors, and a rule describes one"
+        known = " or ".join(map(str, rule.arguments))
+        return f"{kind} was called with {inputs} tensors, and its rule takes {known}"
+    if outputs != 1:
+        return f"{kind} returned {outputs} tensors, and a rule describes one"
+    return rule.call_refusal(module, given)

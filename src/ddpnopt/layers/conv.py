@@ -145,6 +145,11 @@ class ConvTransposeRule(ConvolutionRule):
 
     joins_bias = False
 
+    def call_refusal(self, module: nn.Module, given: Sequence[object]) -> str:
+        """An output size given in the call is known to that call alone."""
+        sized = any(one is not None and not isinstance(one, Tensor) for one in given)
+        return f"{type(module).__name__} was called with an output_size" if sized else ""
+
     def function(self, module: nn.Module, x: Tensor) -> Tensor:
         """The layer without its bias."""
         conv = cast(_Transposed, module)

@@ -136,6 +136,11 @@ class EmbeddingBagRule(LookupRule):
             return "EmbeddingBag(mode='max') is not linear in its weights"
         return "EmbeddingBag(sparse=True) has sparse gradients" if bag.sparse else ""
 
+    def call_refusal(self, module: nn.Module, given: Sequence[object]) -> str:
+        """A second tensor is offsets, or the weights of the places, which the state can't hold."""
+        weighted = any(isinstance(t, Tensor) and t.is_floating_point() for t in given[1:])
+        return "EmbeddingBag(per_sample_weights=...) has no rule" if weighted else ""
+
     def batched_dim(self, module: nn.Module) -> int:
         """(B, L)."""
         return 2
@@ -151,7 +156,9 @@ class EmbeddingBagRule(LookupRule):
         length = int((ends - offsets).max()) if offsets.numel() else 0
         at = offsets[:, None] + torch.arange(max(length, 1), device=index.device)
         inside = at < ends[:, None]
-        return torch.where(inside, index[at.clamp(max=max(index.numel() - 1, 0))], EMPTY)
+        if not index.numel():
+            return torch.full_like(at, EMPTY)
+        return torch.where(inside, index[at.clamp(max=index.numel() - 1)], EMPTY)
 
     def function(self, module: nn.Module, x: Tensor) -> Tensor:
         """Sum or mean of the rows looked up."""
