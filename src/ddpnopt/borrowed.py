@@ -12,7 +12,7 @@ import torch
 
 from ddpnopt.bellman import Layer
 from ddpnopt.curvature import CURVATURES, Curvature, Joint
-from ddpnopt.curvature.kronecker import momentum_step
+from ddpnopt.curvature.base import momentum_step
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.layers import MatrixRule
 from ddpnopt.positions import Gain, Kronecker

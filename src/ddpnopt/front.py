@@ -95,16 +95,17 @@ class Boundary:
         return [v.reshape(self.G.shape)]
 
     def project(self, dx: Blocks) -> Tensor:
-        """Not needed: nothing lies below."""
-        raise NotImplementedError
+        """Columns times dx."""
+        columns = self._columns() if self.Z is None else self._columns()[:, 1:]
+        return (columns @ self.push(dx)[..., None])[..., 0]
 
     def push(self, dx: Blocks) -> Tensor:
-        """Not needed either."""
-        raise NotImplementedError
+        """dx itself."""
+        return torch.cat([change.reshape(self.samples, -1) for change in dx])
 
     def pull(self, V: Tensor) -> Tensor:
-        """Nor this."""
-        raise NotImplementedError
+        """V itself."""
+        return V
 
 
 def weigh(

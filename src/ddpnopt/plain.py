@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,22 +21,19 @@ Carried = Mapping[Tensor, tuple[Tensor | None, Tensor | None]]
 
 @dataclass(eq=False)
 class PlainRecord:
-    """A parameter of a recorded layer outside the feedback: what p.grad does not hold."""
+    """A recorded layer outside the feedback: what p.grad of its parameters does not hold."""
 
-    name: str
     layer: Layer
-    curvature_statistics: str
 
-    def gradient(self, scale: float) -> Tensor:
-        """The plain gradient by the layer's rule, in p.grad's units."""
-        return self.layer.weighted(self.layer.plain_vectors())[self.name] * scale
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """The plain gradients by the layer's rule, in the units in which backward left p.grad."""
+        return self.layer.weighted(self.layer.plain_vectors())
 
-    def squares(self, scale: float) -> tuple[Tensor, int] | None:
-        """Sum of the samples' squared gradients and their number, where M is fed with them."""
-        if self.curvature_statistics != "squares":
-            return None
-        squares = self.layer.squares(self.layer.plain_vectors())[self.name]
-        return squares * scale**2, sum(self.layer.counts)
+    @cached_property
+    def squares(self) -> dict[str, Tensor]:
+        """Sums of the samples' squared gradients, likewise."""
+        return self.layer.squares(self.layer.plain_vectors())
 
 
 def plain_updates(
@@ -67,20 +65,21 @@ def plain_updates(
     for layer in layers:
         done.update(id(layer.params[name]) for name in step.borrowed.joined(layer))
         lengths += _joint_update(step, layer, {} if added else front, rescale, front)
-    records: dict[Tensor, PlainRecord] = {
-        p: PlainRecord(name, layer, step.borrowed.hyper[p].curvature.statistics)
-        for layer in layers
-        for name, p in layer.params.items()
-    }
+    records: dict[int, tuple[str, PlainRecord]] = {}
+    for record in map(PlainRecord, layers):
+        records.update({id(p): (name, record) for name, p in record.layer.params.items()})
     for p in parameters:
         if id(p) in done or not p.requires_grad:
             continue
+        name, known = records.get(id(p), ("", None))
         gradient = p.grad
-        if gradient is None and p in records:
-            gradient = records[p].gradient(rescale)
+        if gradient is None and known is not None:
+            gradient = known.gradients[name] * rescale
         if gradient is None:
             continue
-        squares = records[p].squares(rescale) if p in records else None
+        squares = None
+        if known is not None and step.borrowed.hyper[p].curvature.statistics == "squares":
+            squares = known.squares[name] * rescale**2, sum(known.layer.counts)
         correction, extra = carried.get(p, (None, None))
         plain = gradient if correction is None else gradient - rescale * correction
         if p in front and not added:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from ddpnopt.layers import LayerRule, MatrixRule, registered
-from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.positions import Kronecker
 from ddpnopt.typing import Tensor
 
 COLUMNS = 3
@@ -92,10 +92,11 @@ class _Check:
             self._same(f"sample_gradients[{name!r}]", ours, G[name])
         for name, ours in rule.squares(module, x, V[0], self.samples).items():
             self._same(f"squares[{name!r}]", ours, G[name][0].square().sum(0))
-        scalar: dict[str, Gain] = dict.fromkeys(G, 0.7)
-        diagonal: dict[str, Gain] = {n: torch.rand_like(p.detach()) for n, p in self.params.items()}
-        for kind, gain in (("scalar", scalar), ("diagonal", diagonal)):
-            self._gram(f"gram, {kind} gain", gain, G, lambda n, g, P=gain: g * P[n])  # type: ignore[misc]
+        scalar = dict.fromkeys(G, 0.7)
+        diagonal = {n: torch.rand_like(p.detach()) for n, p in self.params.items()}
+        gains: dict[str, Mapping[str, float | Tensor]] = {"scalar": scalar, "diagonal": diagonal}
+        for kind, gain in gains.items():
+            self._gram(f"gram, {kind} gain", gain, G)
         if isinstance(rule, MatrixRule):
             self._kronecker(rule, G)
 
@@ -141,37 +142,32 @@ class _Check:
         return {name: torch.stack(parts, 1) for name, parts in found.items()}
 
     def _gram(
-        self,
-        place: str,
-        gain: Mapping[str, Gain],
-        G: Mapping[str, Tensor],
-        applied: Callable[[str, Tensor], Tensor],
+        self, place: str, gain: Mapping[str, float | Tensor], G: Mapping[str, Tensor]
     ) -> None:
         expected = self.V.new_zeros(self.samples, COLUMNS, COLUMNS)
         for name, g in G.items():
-            expected += torch.einsum("rbi,sbi->brs", applied(name, g).flatten(2), g.flatten(2))
-        ours = self.rule.gram(self.module, self.x, self.V, gain, self.samples)
+            weighted = (g * gain[name]).flatten(2)
+            expected += torch.einsum("rbi,sbi->brs", weighted, g.flatten(2))
+        ours = self.rule.gram(self.module, self.x, self.V, dict(gain), self.samples)
         self._same(place, ours, expected)
 
     def _kronecker(self, rule: MatrixRule, G: Mapping[str, Tensor]) -> None:
         bias = rule.joins_bias and "bias" in G
         W = rule.joined(self.module, {n: p.detach() for n, p in self.params.items()}, bias)
         groups, outputs, width = W.shape
-        P = Kronecker(
-            torch.randn(groups, width, width, dtype=W.dtype),
-            torch.randn(groups, outputs, outputs, dtype=W.dtype),
-            torch.rand(groups, outputs, width, dtype=W.dtype),
-            bias,
-        )
-        joined = {"weight", "bias"} if bias else {"weight"}
+        T_A = torch.randn(groups, width, width, dtype=W.dtype)
+        T_G = torch.randn(groups, outputs, outputs, dtype=W.dtype)
+        scale = torch.rand(groups, outputs, width, dtype=W.dtype)
+        P = Kronecker(T_A, T_G, scale, bias)
+        joined = "bias, weight" if bias else "weight"
         flat = [
             {n: g[r, b] for n, g in G.items()} for r in range(COLUMNS) for b in range(self.samples)
         ]
         D = torch.stack([P.coordinates(rule.joined(self.module, one, bias)) for one in flat])
-        D = (D * P.scale.sqrt()).reshape(COLUMNS, self.samples, -1)  # type: ignore[union-attr]
+        D = (D * scale.sqrt()).reshape(COLUMNS, self.samples, -1)
         expected = torch.einsum("rbi,sbi->brs", D, D)
         ours = rule.gram(self.module, self.x, self.V, {"weight": P}, self.samples)
-        self._same(f"gram, Kronecker gain of {', '.join(sorted(joined))}", ours, expected)
+        self._same(f"gram, Kronecker gain of {joined}", ours, expected)
 
     def _same(self, place: str, ours: Tensor, theirs: Tensor) -> None:
         name = f"{type(self.rule).__name__}.{place}"

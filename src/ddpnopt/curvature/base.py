@@ -63,3 +63,16 @@ class Curvature(ABC):
     ) -> Tensor | None:
         """Statistics to store once the re-weighted gradient d is known (default: as they are)."""
         return moment
+
+
+def momentum_step(
+    p: Tensor, direction: Tensor, state: State, lr: float, momentum: float
+) -> dict[str, Any]:
+    """b <- mu b + direction, u <- u - eta b, in place; returns what is new in the state."""
+    if momentum == 0:
+        p.add_(direction, alpha=-lr)
+        return {}
+    buffer = state.get("momentum_buffer")
+    buffer = direction.clone() if buffer is None else buffer.mul(momentum).add_(direction)
+    p.add_(buffer, alpha=-lr)
+    return {"momentum_buffer": buffer}

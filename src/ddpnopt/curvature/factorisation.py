@@ -8,6 +8,7 @@ import torch
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.typing import Tensor
 
+# Documented, but left out of torch.linalg's type information.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 

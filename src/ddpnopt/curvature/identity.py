@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ddpnopt.curvature.base import Curvature, State
+from ddpnopt.curvature.base import Curvature, State, momentum_step
 from ddpnopt.typing import Tensor
 
 
@@ -28,10 +28,4 @@ class Identity(Curvature):
         self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
     ) -> dict[str, Any]:
         """b <- mu b + d, u <- u - eta b."""
-        if momentum == 0:
-            p.add_(d, alpha=-lr)
-            return {}
-        buffer = state.get("momentum_buffer")
-        buffer = d.clone() if buffer is None else buffer.mul(momentum).add_(d)
-        p.add_(buffer, alpha=-lr)
-        return {"momentum_buffer": buffer}
+        return momentum_step(p, d, state, lr, momentum)

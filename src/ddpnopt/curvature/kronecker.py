@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State
+from ddpnopt.curvature.base import Curvature, State, momentum_step
 from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
 from ddpnopt.positions import Kronecker, weight_squares
 from ddpnopt.typing import Tensor
@@ -111,20 +111,20 @@ class Joint(Curvature):
             "T_A": state.get("T_A"),
             "T_G": state.get("T_G"),
         }
-        fresh = k <= self.update_every or k % self.update_every == 0
-        self._decompose(state, new, fresh, factors, samples)
+        if k <= self.update_every or k % self.update_every == 0:
+            self._decompose(state, new)
+        self._measure(state, new, factors, samples)
         return new
 
     @abstractmethod
-    def _decompose(
-        self,
-        state: State,
-        new: dict[str, Any],
-        fresh: bool,
-        factors: Sequence[Factors],
-        samples: int,
+    def _decompose(self, state: State, new: dict[str, Any]) -> None:
+        """Make T_A and T_G of the present A and G."""
+
+    def _measure(
+        self, state: State, new: dict[str, Any], factors: Sequence[Factors], samples: int
     ) -> None:
-        """Fill in T_A and T_G, anew where ``fresh``."""
+        """What is measured in the coordinates of T_A and T_G at every step: nothing here."""
+        return None
 
     @abstractmethod
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
@@ -145,17 +145,8 @@ class KFAC(Joint):
 
     name: ClassVar[str] = "kfac"
 
-    def _decompose(
-        self,
-        state: State,
-        new: dict[str, Any],
-        fresh: bool,
-        factors: Sequence[Factors],
-        samples: int,
-    ) -> None:
+    def _decompose(self, state: State, new: dict[str, Any]) -> None:
         """T_A = L^-1 of the damped factor A = L L^T, likewise T_G."""
-        if not fresh:
-            return
         A, G = new["A"], new["G"]
         a, g = (F.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] for F in (A, G))
         known = (a > 0) & (g > 0)
@@ -181,46 +172,29 @@ class EKFAC(Joint):
 
     name: ClassVar[str] = "ekfac"
 
-    def _decompose(
-        self,
-        state: State,
-        new: dict[str, Any],
-        fresh: bool,
-        factors: Sequence[Factors],
-        samples: int,
+    def _decompose(self, state: State, new: dict[str, Any]) -> None:
+        """T_A and T_G have the eigenvectors as rows; s follows into the new basis."""
+        for name, F in (("T_A", new["A"]), ("T_G", new["G"])):
+            Q, failed = eigenvectors(F)
+            new[name] = Q.mT.contiguous()
+            new["fallbacks"] += failed
+        if "scale" in state:
+            R_A = (new["T_A"] @ state["T_A"].mT).square()
+            R_G = (new["T_G"] @ state["T_G"].mT).square()
+            new["scale"] = R_G @ state["scale"] @ R_A.mT
+
+    def _measure(
+        self, state: State, new: dict[str, Any], factors: Sequence[Factors], samples: int
     ) -> None:
-        """T_A and T_G have the eigenvectors as rows."""
-        scale = state.get("scale")
-        if fresh:
-            for name, F in (("T_A", new["A"]), ("T_G", new["G"])):
-                Q, failed = eigenvectors(F)
-                new[name] = Q.mT.contiguous()
-                new["fallbacks"] += failed
-            if scale is not None:
-                R_A = (new["T_A"] @ state["T_A"].mT).square()
-                R_G = (new["T_G"] @ state["T_G"].mT).square()
-                scale = R_G @ scale @ R_A.mT
+        """s, the samples' squared gradients in the eigenbasis."""
         T_A, T_G = new["T_A"], new["T_G"]
         now = _sum([weight_squares(U @ T_A.mT, V @ T_G.mT) for U, V in factors]) / max(samples, 1)
-        new["scale"] = self._mean(scale, now, new["step"])
+        new["scale"] = self._mean(new.get("scale", state.get("scale")), now, new["step"])
 
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
         """A diagonal in the eigenbasis."""
         scale = eta / (joint["scale"] + self.damping)
         return Kronecker(joint["T_A"], joint["T_G"], scale, bias)
-
-
-def momentum_step(
-    p: Tensor, direction: Tensor, state: State, lr: float, momentum: float
-) -> dict[str, Any]:
-    """b <- mu b + direction, u <- u - eta b, in place; returns what is new in the state."""
-    if momentum == 0:
-        p.add_(direction, alpha=-lr)
-        return {}
-    buffer = state.get("momentum_buffer")
-    buffer = direction.clone() if buffer is None else buffer.mul(momentum).add_(direction)
-    p.add_(buffer, alpha=-lr)
-    return {"momentum_buffer": buffer}
 
 
 def _outer(U: Tensor) -> Tensor:

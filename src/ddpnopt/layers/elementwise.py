@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from ddpnopt.layers.base import LayerRule, register
 from ddpnopt.typing import Tensor
 
 
-class ElementwiseRule(LayerRule):
+class ElementwiseRule(LayerRule, ABC):
     """g_u^T v = (sum of v * m, sum of v) over the positions that share a weight."""
 
     holds_weight = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -17,17 +18,17 @@ from ddpnopt.typing import Tensor
 EMPTY = -1
 
 
-class LookupRule(LayerRule):
+class LookupRule(LayerRule, ABC):
     """A sample's gradient is sparse: v[t] is added to row index[t] for each of its positions t."""
 
     parameters = ("weight",)
     holds_weight = True
 
+    @abstractmethod
     def places(
         self, module: nn.Module, x: Tensor, V: Tensor, samples: int
     ) -> tuple[Tensor, Tensor]:
         """Rows looked up (b, t), EMPTY for none, and what is added there (r, b, t, d)."""
-        raise NotImplementedError
 
     def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
         """Indices don't move."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -23,7 +23,7 @@ from ddpnopt.positions import (
 from ddpnopt.typing import Tensor
 
 
-class MatrixRule(LayerRule):
+class MatrixRule(LayerRule, ABC):
     """h[b, g, t, o] = sum_i W[g, o, i] U[b, g, t, i] (+ bias[g, o])."""
 
     holds_weight = True
