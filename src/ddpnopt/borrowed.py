@@ -245,8 +245,9 @@ class Borrowed:
             self._new[p] = {**joint, **new} if name == "weight" else new
 
     def factors(self) -> list[Tensor]:
-        """New statistics of the joined layers, to be checked before they are kept."""
-        return [new[name] for new in self._new.values() for name in ("A", "G") if name in new]
+        """New statistics of Kronecker curvatures, to be checked before they are kept."""
+        names = ("A", "G", "scale", "fisher")
+        return [new[name] for new in self._new.values() for name in names if name in new]
 
     def rollback(self) -> None:
         """Restore every parameter; the state was never written."""

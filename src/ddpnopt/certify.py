@@ -52,7 +52,7 @@ def _difference(stage: Stage, h: GradientEdge, x: GradientEdge | None, samples: 
     rule, module = stage.rule, stage.module
     assert rule is not None
     dtype = next(module.parameters()).dtype
-    state = cast_state(stage.x, dtype)
+    state = cast_state(stage.x, dtype).clone()  # the module may work in place on its input
     out = rule.function(module, state)
     generator = torch.Generator().manual_seed(0)
     V = torch.randn(out.shape, generator=generator).to(out)

@@ -18,6 +18,8 @@ from ddpnopt.linearise import cast_state
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.replay import preserved
 from ddpnopt.stages import Stage, Trajectory
+from ddpnopt.structure import FROZEN
+from ddpnopt.trajectory import tensors_of
 from ddpnopt.typing import Tensor
 
 HEADINGS = ("layer", "type", "rule", "treatment", "parameters", "extra MFLOP", "extra KiB", "why")
@@ -35,9 +37,8 @@ class Row:
             (the borrowed optimizer's step) or "refused".
         reason: Why it is not "feedback"; empty if it is.
         parameters: Number of scalars.
-        flops: Extra operations of a closed-loop step for this layer: its share of the second
-            forward pass, the Gram product and the re-weighted weight gradient; where it is
-            weighted, the second backward pass.
+        flops: Operations that a closed-loop step adds for this layer's own policy: the Gram product
+            and the re-weighted weight gradient (the added passes are the model's: `pass_flops`).
         memory: Extra bytes kept until the step: the gradients at its state and its output.
     """
 
@@ -61,6 +62,8 @@ class Explanation:
         boundary: Where samples are weighted once for everything in front; empty for nowhere.
         refusal: Why a step would be refused; empty if it would not.
         sgd_flops: Operations of a step of plain SGD (forward and backward pass).
+        pass_flops: Operations of the passes that feedback adds: the second forward pass, and the
+            second backward pass through what is weighted.
     """
 
     rows: tuple[Row, ...]
@@ -68,11 +71,12 @@ class Explanation:
     boundary: str
     refusal: str
     sgd_flops: int
+    pass_flops: int
 
     @property
     def flops(self) -> int:
         """Extra operations of a closed-loop step."""
-        return sum(row.flops for row in self.rows)
+        return self.pass_flops + sum(row.flops for row in self.rows)
 
     @property
     def ratio(self) -> float:
@@ -161,16 +165,33 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
             )
         rows = [*_stages(trajectory), *_unseen(model, trajectory)]
         del output
-    at, stages = trajectory.boundary, trajectory.stages
+        at, stages = trajectory.boundary, trajectory.stages
     place = ""
     if at:
         place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
-    with preserved(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*inputs, **kwargs)
-    forward = int(counter.get_total_flops())
+    forward, backward = _count(model, inputs, kwargs)
+    shared = 0
+    if any(row.treatment in ("feedback", "weighted") for row in rows):
+        shared = forward  # the second forward pass
+        if at:  # the front's second backward pass: what is not the layers' behind it
+            shared += max(0, backward - sum(2 * _forward_flops(s) for s in stages[at:]))
     return Explanation(
-        tuple(rows), trajectory.samples, place, _refusal(trajectory), _sgd(forward, stages)
+        tuple(rows), trajectory.samples, place, _refusal(trajectory), forward + backward, shared
     )
+
+
+def _count(model: nn.Module, inputs: Any, kwargs: Any) -> tuple[int, int]:
+    """Operations of a forward and of a backward pass, as autograd makes them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with probing(), preserved(model), torch.enable_grad():
+        with FlopCounterMode(display=False) as counter:
+            output = model(*inputs, **kwargs)
+        forward = int(counter.get_total_flops())
+        ends = [t for t in tensors_of(output) if t.requires_grad]
+        with FlopCounterMode(display=False) as counter:
+            seeds = [torch.ones_like(t) for t in ends]
+            torch.autograd.grad(ends, trained, seeds, allow_unused=True)
+    return forward, int(counter.get_total_flops())
 
 
 def _refusal(trajectory: Trajectory) -> str:
@@ -179,28 +200,23 @@ def _refusal(trajectory: Trajectory) -> str:
     return "" if trajectory.owned else "its layers ran outside any call that contains all of them"
 
 
-def _sgd(forward: int, stages: list[Stage]) -> int:
-    """Forward and backward pass; the first layer needs no gradient at its input."""
-    return 3 * forward - (_forward_flops(stages[0]) if stages else 0)
-
-
 def _stages(trajectory: Trajectory) -> Iterator[Row]:
     refused = _refusal(trajectory)
+    counted: set[int] = set()
     for index, stage in enumerate(trajectory.stages):
         module, rule = stage.module, stage.rule
         treatment, reason = "feedback", ""
         if refused:
             treatment, reason = "refused", refused
         elif stage.plain:
-            weighted = index < trajectory.boundary and stage.plain != "frozen"
+            weighted = index < trajectory.boundary and stage.plain != FROZEN
             treatment, reason = "weighted" if weighted else "plain", stage.plain
         flops = memory = 0
-        if not refused:
-            # Every layer is run again; the front's gradients are taken twice.
-            flops = _forward_flops(stage) * (3 if treatment == "weighted" else 1)
         if treatment == "feedback":
-            flops += _policy_flops(stage, trajectory.samples)
+            flops = _policy_flops(stage, trajectory.samples)
             memory = _bytes(stage, index > 0)
+        own = [p for p in module.parameters() if id(p) not in counted]  # shared ones count once
+        counted.update(id(p) for p in own)
         kind = "autograd" if rule is not None and rule.general else type(rule).__name__
         yield Row(
             stage.name or "(model)",
@@ -208,7 +224,7 @@ def _stages(trajectory: Trajectory) -> Iterator[Row]:
             kind if rule is not None else "-",
             treatment,
             reason,
-            sum(p.numel() for p in module.parameters()),
+            sum(p.numel() for p in own),
             flops,
             memory,
         )
@@ -222,7 +238,7 @@ def _unseen(model: nn.Module, trajectory: Trajectory) -> Iterator[Row]:
             continue
         weighted = bool(trajectory.boundary) and p.requires_grad
         treatment = "weighted" if weighted else "plain"
-        reason = "used by no layer that ran" if p.requires_grad else "frozen"
+        reason = "used by no layer that ran" if p.requires_grad else FROZEN
         yield Row(name, type(p).__name__, "-", treatment, reason, p.numel())
 
 

@@ -188,7 +188,7 @@ def _gain(
     if not parameters:
         return 0.0
     if FRONT in step.running:
-        return step.running[FRONT] * life(step, parameters)
+        return step.running[FRONT] * life(step)
     length = rows.new_zeros(())
     for p, g in _pulled(edge, parameters, G).items():
         length = length + step.borrowed.first_length(p, g, step.settings.rescale)
@@ -196,18 +196,17 @@ def _gain(
     return float(length / alone) if bool(alone > 0) else 0.0
 
 
-def life(step: Step, parameters: Sequence[Tensor]) -> float:
-    """r eta / (1 - momentum) of the front: K follows a schedule at once."""
-    return step.borrowed.hyper[parameters[0]].life * step.settings.rescale
+def life(step: Step) -> float:
+    """The largest r eta / (1 - momentum): in its units K follows a schedule at once."""
+    return max(hyper.life for hyper in step.borrowed.hyper.values()) * step.settings.rescale
 
 
 def remember(step: Step, fronts: Sequence[Front], length: Tensor | None) -> None:
     """K of this step, for the next."""
-    parameters = [p for front in fronts for p in front.corrections]
-    if not parameters or length is None:
+    if not fronts or length is None:
         return
     weighted = torch.stack([front.weighted for front in fronts]).sum()
-    scale = float(weighted) * life(step, parameters)
+    scale = float(weighted) * life(step)
     now = float(length) / scale if scale > 0 else 0.0
     if 0 < now < float("inf"):
         before = step.running.get(FRONT, now)

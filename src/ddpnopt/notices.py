@@ -9,7 +9,7 @@ from typing import Any
 
 from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.stages import Trajectory
-from ddpnopt.structure import mixes
+from ddpnopt.structure import FROZEN, mixes
 from ddpnopt.typing import Tensor
 
 NOT_RECOGNISED = (
@@ -73,7 +73,7 @@ class Notices:
                 f"layer-wise feedback: {reason}"
             )
         for stage in stages[at:]:
-            if stage.plain and stage.plain != "frozen":
+            if stage.plain and stage.plain != FROZEN:
                 reasons.setdefault(stage.plain, {})[f"'{stage.name}'"] = None
         ran = {id(p) for s in stages for p in s.module.parameters()}
         ran |= {id(p) for p in (trajectory.front.corrections if trajectory.front else ())}

@@ -130,19 +130,24 @@ def buffers_of(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Leave buffers, training flags and generators as they are before the block."""
-    buffers = [(m, name, b, b.detach().clone()) for m, name, b in buffers_of(model)]
+    """Leave buffers, training flags and generators as they are before the block.
+
+    The block works on copies of the buffers: a graph that still lives may hold the originals, and
+    would notice even a write of the same values.
+    """
+    buffers = buffers_of(model)
+    copies = {id(buffer): buffer.detach().clone() for _, _, buffer in buffers}
     training = [(module, module.training) for module in model.modules()]
     outside = Randomness.capture()
+    for module, name, buffer in buffers:
+        module._buffers[name] = copies[id(buffer)]
     try:
         yield
     finally:
         for module, flag in training:
             module.training = flag
-        with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(saved)
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
         outside.restore()
 
 

@@ -125,6 +125,8 @@ class Step:
             for stage in trajectory.stages:
                 if stage.rule is None or stage.G is None or stage.name in self.layers:
                     continue
+                if stage.rows == 0:  # an empty batch tells no statistics
+                    continue
                 blocks, counts = found.setdefault(stage.name, ([], []))
                 blocks.append(stage)
                 whole = trajectory.samples and stage.rows % trajectory.samples == 0

@@ -20,6 +20,7 @@ from ddpnopt.typing import Tensor
 
 REENTRANT = "CheckpointFunctionBackward"
 MIXED = "samples are mixed behind it"
+FROZEN = "frozen"
 BRANCHED = "branches run beside it, or past it"
 #: How the reason of a layer begins that mixes them itself.
 MIXING = "it mixes the samples"
@@ -259,7 +260,7 @@ class Ledger:
         for stage in trajectory.stages:
             own = list(stage.module.parameters())
             if not any(trainable(p) for p in own):
-                stage.plain = "frozen"
+                stage.plain = FROZEN
             elif stage.rule is not None and (
                 uses[stage.name] > 1 or any(id(p) in shared for p in own)
             ):

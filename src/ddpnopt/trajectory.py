@@ -24,7 +24,7 @@ from ddpnopt.inert import Anchor, Hook, probes, probing
 from ddpnopt.layers import FALLBACK, reason_against, rule_for
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
-from ddpnopt.structure import Anatomy, Ledger, boundary, held_weight, mixes, mixing_start
+from ddpnopt.structure import FROZEN, Anatomy, Ledger, boundary, held_weight, mixes, mixing_start
 from ddpnopt.typing import Tensor
 
 #: The first passes of each structure are probed for mixing, each at another sample, and then
@@ -198,15 +198,22 @@ class Recorder:
             edge.node.register_prehook(hook)
 
     def _certify(self, trajectory: Trajectory) -> None:
-        """Mark stages of unknown type that the general rule does not describe."""
+        """Take the general rule from stages that it does not describe.
+
+        Stages outside the feedback are looked at, too: a curvature may be fed by the rule.
+        """
         for index, stage in enumerate(trajectory.stages):
-            if stage.rule is not FALLBACK or stage.plain:
+            if stage.rule is not FALLBACK or stage.plain == FROZEN:
                 continue
             case = (trajectory.key, stage.name)
             if case not in self._doubts or trajectory.to_verify:
                 h, x = self._ledger.edges[index], self._ledger.states[index]
-                self._doubts[case] = doubt(stage, h, x, trajectory.samples)
-            stage.plain = self._doubts[case]
+                whole = trajectory.samples and stage.rows % trajectory.samples == 0
+                samples = trajectory.samples if whole else stage.rows
+                self._doubts[case] = doubt(stage, h, x, samples)
+            if self._doubts[case]:
+                stage.rule = None
+                stage.plain = stage.plain or self._doubts[case]
 
     def _find_mixing(self, trajectory: Trajectory) -> None:
         """Mark the stages in front of a layer that mixes samples; they don't tell B either."""
@@ -251,7 +258,7 @@ class Recorder:
         if not self._recording() or output is None:
             return replaced
         given = (*args, *kwargs.values())
-        tensors = [output] if isinstance(output, Tensor) else _tensors(output)
+        tensors = [output] if isinstance(output, Tensor) else tensors_of(output)
         if not any(t.requires_grad for t in tensors):
             return replaced
         orphan = self._open is None
@@ -326,12 +333,13 @@ class Recorder:
         ]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested containers."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, tuple | list) else []
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -99,6 +99,8 @@ class Joint(Curvature):
         Raises:
             NonFiniteError: A factor that is to be inverted is not finite.
         """
+        if "A" in state and state["A"].shape[-1] != factors[0][0].shape[-1]:
+            state = {}  # a bias has joined or left the matrix: other statistics
         k = state.get("step", 0) + 1
         rows = sum(U.shape[0] * U.shape[2] for U, _ in factors)
         A = _sum([_outer(U) for U, _ in factors]) / max(samples, 1)

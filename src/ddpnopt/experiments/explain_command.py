@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.experiments.models import ARCHITECTURE_HELP, build_model
 from ddpnopt.explain import HEADINGS, Explanation, explain
 
@@ -33,13 +32,16 @@ def explain_command(
     """Say which feedback each layer of a model gets, and what a step costs."""
     try:
         sizes = tuple(int(part) for part in shape.split(","))
-        if not sizes or min(sizes) < 1:
+        if min(sizes) < 1:
             raise ValueError(f"--input {shape}: sizes must be positive, such as 8,3,32,32")
         net = _own(model) if ":" in model else build_model(model, sizes[1:], classes)
-        x = torch.randn(sizes) if vocabulary is None else torch.randint(vocabulary, sizes)
-        found = explain(net, x)
-    except (ValueError, TypeError, ImportError, AttributeError, UnsupportedModelError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise typer.BadParameter(str(error)) from error
+    x = torch.randn(sizes) if vocabulary is None else torch.randint(vocabulary, sizes)
+    try:
+        found = explain(net, x)
+    except (RuntimeError, ValueError) as error:
+        raise typer.BadParameter(f"{model} with an input of {shape}: {error}") from error
     _show(found)
 
 
