@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from typer.testing import CliRunner
 
 from ddpnopt import DDPNOpt, UnsupportedModelError, explain
@@ -109,6 +112,62 @@ def test_operations_of_a_dense_net() -> None:
     units = (first, last)  # the re-weighted gradient; the Gram products are small
     assert all(unit <= row.flops < 2 * unit for row, unit in zip(found.rows, units, strict=True))
     assert 1.5 < found.ratio < 2.6
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight, self.head = self.first.weight, nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class Operations(TorchDispatchMode):
+    """Counts products as `FlopCounterMode` does, without its hooks on modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+
+def frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    model[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "tied", "frozen", "evaluated"])
+@pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
+def test_the_operations_of_a_real_step(kind: str) -> None:
+    """SGD's to the last product, a closed-loop step's to a tenth."""
+    if kind == "evaluated":
+        model, x = Tokens().eval(), torch.randint(9, (12, 7))
+    elif kind in MODELS:
+        model, x = MODELS[kind][0](), MODELS[kind][1]()
+    else:
+        model, x = (
+            (Tied(), torch.randn(12, 8)) if kind == "tied" else (frozen(), torch.randn(12, 6))
+        )
+    y = torch.randint(5, (12,))
+    found = explain(model, x)
+    with Operations() as plain:
+        F.cross_entropy(model(x), y).backward()
+    opt = DDPNOpt(model, lr=0.01)
+    for _ in range(4):  # the first passes look at the model, too
+        opt.zero_grad()
+        with Operations() as closed:
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+    assert found.sgd_flops == plain.total
+    assert found.flops + found.sgd_flops == pytest.approx(closed.total, rel=0.1)
 
 
 def test_refusals_and_bad_models() -> None:

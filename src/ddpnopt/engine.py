@@ -176,8 +176,8 @@ class Engine:
     def _at_output(self, trajectory: Trajectory, link: Link | None, G: Tensor) -> None:
         """The output's gradient has arrived: which loss was it, and what has to be linearised."""
         trajectory.pending = (None, None)
-        if self.options.feedback is False or trajectory.z is None:
-            return
+        if self.options.feedback is False or trajectory.z is None or G.numel() == 0:
+            return  # off, or an empty batch, which tells nothing
         with torch.no_grad():
             if not bool(G.isfinite().all()):
                 return  # GradScaler probes with overflows: the last decision stands
