@@ -244,10 +244,12 @@ class Borrowed:
             new = momentum_step(p, step.to(p.dtype), self.state(p), hyper.lr, hyper.momentum)
             self._new[p] = {**joint, **new} if name == "weight" else new
 
-    def factors(self) -> list[Tensor]:
-        """New statistics of Kronecker curvatures, to be checked before they are kept."""
-        names = ("A", "G", "scale", "fisher")
-        return [new[name] for new in self._new.values() for name in names if name in new]
+    def statistics(self) -> dict[Tensor, list[Tensor]]:
+        """The new state's tensors by parameter, to be checked before they are kept."""
+        return {
+            p: [t for t in new.values() if isinstance(t, Tensor) and t.is_floating_point()]
+            for p, new in self._new.items()
+        }
 
     def rollback(self) -> None:
         """Restore every parameter; the state was never written."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import norms, own_momentum
+from ddpnopt.borrowed import Borrowed, norms, own_momentum
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import dense_gradients
 from ddpnopt.linearise import cast_state
@@ -107,29 +107,32 @@ def check_backward(
     if recorder is not None and not trajectories and recorder.anatomy.layers():
         raise RuntimeError(
             "gradients arrived, but no forward pass of the model was recorded: was it called "
-            "through torch.compile, torch.func, or not at all? Train the uncompiled module, or use "
+            "through torch.compile, torch.func, or not at all? Was the backward pass run with "
+            "create_graph=True? Train the uncompiled module with a plain backward pass, or use "
             "feedback=False"
         )
 
 
-def check_finite(
-    parameters: Sequence[Tensor],
+def check_gradients(
+    borrowed: Borrowed,
     trajectories: Sequence[Trajectory],
     names: Callable[[], dict[Tensor, str]],
     held: bool,
 ) -> None:
-    """Refuse gradients that are not finite, by the layer where they appear first.
+    """Refuse gradients that are not finite, by the layer where they appear first, or sparse ones.
 
     Args:
-        parameters: Parameters to be stepped on.
+        borrowed: The borrowed optimizer, nothing stepped yet.
         trajectories: The passes.
         names: Paths of the parameters.
         held: Weight gradients are not computed, so the layers themselves are looked at.
 
     Raises:
         NonFiniteError: The layer or parameter is named.
+        UnsupportedModelError: A parameter has a sparse gradient and needs a dense one.
     """
-    gradients = dense_gradients(parameters)
+    stepped = [p for p in borrowed.hyper if p.requires_grad]
+    gradients = dense_gradients(stepped)
     if held or (gradients and not bool(norms(gradients).isfinite().all())):
         place = first_nonfinite(trajectories, names)
         if place:
@@ -137,34 +140,45 @@ def check_finite(
                 f"the gradient at '{place}' is not finite (seen first there, going backwards from "
                 "the loss); nothing was changed. Lower lr, or use nonfinite='skip'"
             )
+    for p in stepped:
+        if p.grad is None or not p.grad.is_sparse:
+            continue
+        hyper = borrowed.hyper[p]
+        fed = hyper.curvature.statistics == "gradient"
+        if fed or hyper.weight_decay:
+            what = f"curvature={hyper.curvature.name!r}" if fed else "weight_decay"
+            raise UnsupportedModelError(
+                f"'{names().get(p, 'a parameter')}' has a sparse gradient, which {what} can't use; "
+                "make the layer with sparse=False, or put its parameters into a group of their own "
+                "with curvature='identity' and weight_decay=0"
+            )
 
 
-def check_weights(updated: Sequence[Tensor], names: Callable[[], dict[Tensor, str]]) -> None:
-    """Refuse new weights that are not finite.
+def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> None:
+    """Refuse new weights and optimizer states that are not finite: they would stay so.
 
     Raises:
         NonFiniteError: The parameter is named.
     """
-    if updated and not bool(norms(list(updated)).isfinite().all()):
+    updated = borrowed.updated()
+    if updated and not bool(norms(updated).isfinite().all()):
         bad = next((p for p in updated if not bool(p.isfinite().all())), None)
         if bad is not None:  # a norm may overflow where no entry does
             raise NonFiniteError(
                 f"the new weights of '{names().get(bad, 'a parameter')}' are not finite; nothing "
                 "was changed. Lower lr, or use nonfinite='skip'"
             )
-
-
-def check_factors(factors: Sequence[Tensor]) -> None:
-    """Refuse curvature statistics that are not finite: they would stay so.
-
-    Raises:
-        NonFiniteError: Squared gradients or activations have left the dtype's range.
-    """
-    if factors and not bool(norms(list(factors)).isfinite().all()):
-        raise NonFiniteError(
-            "the squares of a layer's inputs or gradients leave the range of its dtype; nothing "
-            "was changed. Lower lr or scale the inputs, or use nonfinite='skip'"
-        )
+    statistics = borrowed.statistics()
+    kept = [t for tensors in statistics.values() for t in tensors]
+    if not kept or bool(norms(kept).isfinite().all()):
+        return
+    for p, tensors in statistics.items():
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            raise NonFiniteError(
+                f"the optimizer's statistics of '{names().get(p, 'a parameter')}' would not be "
+                "finite (squares of inputs or gradients leave the range of its dtype); nothing was "
+                "changed. Lower lr or scale the inputs, or use nonfinite='skip'"
+            )
 
 
 def usable(trajectory: Trajectory) -> bool:
@@ -278,3 +292,22 @@ def verify_chain(trajectory: Trajectory) -> None:
                 f"'{stage.name}' (a feature that is returned and used, an auxiliary loss): "
                 "feedback is for chains; use feedback=False"
             )
+
+
+def verify_once(trajectory: Trajectory, keep_states: bool) -> None:
+    """`verify_chain` if it is due; what is wrong is raised at the step, where it is expected.
+
+    Args:
+        trajectory: Its backward pass is over.
+        keep_states: The gradients at the states are needed later, too.
+    """
+    due, trajectory.to_verify = trajectory.to_verify, False
+    if not due or trajectory.error is not None:
+        return
+    try:
+        verify_chain(trajectory)
+    except UnsupportedModelError as error:
+        trajectory.error = error
+    if not keep_states:
+        for stage in trajectory.stages:
+            stage.g_x = None

@@ -19,16 +19,15 @@ from ddpnopt.arrivals import Arrivals
 from ddpnopt.borrowed import Borrowed, needs_squares
 from ddpnopt.checks import (
     check_backward,
-    check_factors,
-    check_finite,
+    check_gradients,
     check_states,
+    check_update,
     check_usable,
-    check_weights,
     output_intact,
     usable,
-    verify_chain,
+    verify_once,
 )
-from ddpnopt.errors import TerminalError, UnsupportedModelError
+from ddpnopt.errors import NonFiniteError, TerminalError
 from ddpnopt.front import merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.inert import weakly
@@ -203,7 +202,10 @@ class Engine:
         if cost is None or trajectory.refusal or not bool(G.isfinite().all()):
             return
         step = self._new_step([trajectory], self.rescale, 1.0, early=True)
-        trajectory.fresh_front = weigh(trajectory, G, edge, cost, step, self.parameters())
+        try:
+            trajectory.fresh_front = weigh(trajectory, G, edge, cost, step, self.parameters())
+        except NonFiniteError as error:
+            trajectory.pending = (cost, error)
 
     def _backward_started(self) -> None:
         """Keep what p.grad holds already, so that this pass's own gradient can be told from it."""
@@ -215,24 +217,16 @@ class Engine:
     @torch.no_grad()
     def _backward_ended(self, trajectories: list[Trajectory]) -> None:
         """Verify the chain; in open loop, write the re-weighted gradients to p.grad."""
-        for trajectory in trajectories:
-            self._verify(trajectory)
+        if self.options.feedback is not False:
+            for trajectory in trajectories:
+                verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
         if self.in_backward and trajectories and all(usable(t) for t in trajectories):
-            self._open_loop(trajectories)
+            try:
+                self._open_loop(trajectories)
+            except NonFiniteError as error:  # p.grad is still the plain gradient
+                trajectories[0].error = error
         self._base = {}
         self._fingerprint.take(self.parameters())
-
-    def _verify(self, trajectory: Trajectory) -> None:
-        """What is wrong with a pass is raised at the step, where it is expected."""
-        due, trajectory.to_verify = trajectory.to_verify, False
-        if due and trajectory.error is None and self.options.feedback is not False:
-            try:
-                verify_chain(trajectory)
-            except UnsupportedModelError as error:
-                trajectory.error = error
-            for stage in trajectory.stages:
-                if not self.recorder or not self.recorder.state_gradients:
-                    stage.g_x = None  # was needed for this alone
 
     def _open_loop(self, trajectories: list[Trajectory]) -> None:
         step = self._new_step(trajectories, self.rescale, 1.0)
@@ -269,27 +263,30 @@ class Engine:
         recording = self.recorder if self.options.feedback is not False else None
         check_backward(fresh, trajectories, recording)
         rescale = self._fingerprint.rescaling()
-        check_finite(parameters, trajectories, self.names, not self.options.weight_gradients)
+        step = self._new_step(trajectories, rescale, rescale)
+        check_gradients(step.borrowed, trajectories, self.names, not self.options.weight_gradients)
         in_feedback = self._usable(trajectories)
         if in_feedback:
             check_states(trajectories, self.options.closed_loop)
         if rescale != 1.0 and not self.options.weight_gradients and in_feedback:
             self.notices.say(CLIPPED_BIASES)
-        step = self._new_step(trajectories, rescale, rescale)
         running, sketch = dict(self.running), self.sketch.get_state()
-        open_loop = self.in_backward
         try:
-            if in_feedback and not open_loop:
+            if in_feedback and not self.in_backward:
                 step.build()
             fronts = [t.front for t in trajectories if t.front is not None and in_feedback]
             length = plain_updates(
-                step, self.parameters(), self._carried, merged(fronts), rescale, added=open_loop
+                step,
+                self.parameters(),
+                self._carried,
+                merged(fronts),
+                rescale,
+                added=self.in_backward,
             )
             if step.layers:
                 step.recurse()
                 self._apply(step, trajectories)
-            check_weights(step.borrowed.updated(), self.names)
-            check_factors(step.borrowed.factors())
+            check_update(step.borrowed, self.names)
             remember(step, fronts, length)
         except BaseException:
             step.borrowed.rollback()
@@ -298,9 +295,9 @@ class Engine:
             raise
         step.borrowed.commit(self.state())
         self.rescale = rescale
-        feedback = in_feedback and bool(step.layers or fronts or open_loop)
+        feedback = in_feedback and bool(step.layers or fronts or self.in_backward)
         depth = self.options.depth if feedback else "off"
-        if in_feedback and open_loop and self._open_report is not None:
+        if in_feedback and self.in_backward and self._open_report is not None:
             return replace(self._open_report, rescale=rescale)
         return report(self.options, step, depth, rescale, self.skipped)
 

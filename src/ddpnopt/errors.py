@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Errors and warnings of the library; each message names the place and the way out."""
 
+import torch
+
+#: What torch raises for singular matrices; documented, but left out of its type information.
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 
 class UnsupportedModelError(RuntimeError):
     """The model, or the way it is called, is outside what feedback can handle."""

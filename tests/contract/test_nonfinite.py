@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch.nn import functional as F
 from ddpnopt import DDPNOpt
 from ddpnopt.errors import NonFiniteError, UnsupportedModelError
 from ddpnopt.value import LowRank, Moreau
+from ddpnopt.value.backups import dense_backup
 from oracles.common import assert_same, assert_unchanged, data, iterate, mlp, snapshot
 
 LR = 0.7
@@ -174,3 +178,94 @@ def test_last_step_survives_refusal() -> None:
     with pytest.raises(UnsupportedModelError):
         opt.step()
     assert opt.last_step is record
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_a_backup_without_solution(
+    feedback: Any, norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also inside the backward pass it is found, kept, and raised at the step."""
+    torch.manual_seed(0)
+    middle = nn.BatchNorm1d(5) if norm else nn.Tanh()
+    model = nn.Sequential(nn.Linear(4, 5), middle, nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    twin = copy.deepcopy(model)
+    opt = DDPNOpt(model, lr=0.1, value="dense", feedback=feedback)
+    skip = DDPNOpt(twin, lr=0.1, value="dense", feedback=feedback, nonfinite="skip")
+    before = copy.deepcopy(model.state_dict())
+
+    def singular(*_: Any) -> Tensor:
+        raise torch.linalg.LinAlgError("singular")  # type: ignore[attr-defined]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.linalg, "solve", singular)
+        F.cross_entropy(model(x), y).backward()
+        with pytest.raises(NonFiniteError, match="no solution in this dtype"):
+            opt.step()
+        F.cross_entropy(twin(x), y).backward()
+        skip.step()
+    assert skip.skipped == 1
+    opt.zero_grad()
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in weights.items())
+    F.cross_entropy(model(x), y).backward()
+    opt.step()
+    assert any(not torch.equal(before[name], p) for name, p in weights.items())
+
+
+def test_a_singular_matrix_is_no_backup() -> None:
+    eye = torch.eye(3)[None]
+    with pytest.raises(NonFiniteError, match="no solution"):
+        dense_backup("proximal", torch.ones(1, 3), -eye, eye)
+
+
+@pytest.mark.parametrize("curvature", ["rmsprop", "adamw"])
+@pytest.mark.parametrize("feedback", [True, False])
+def test_statistics_that_overflow(curvature: str, feedback: bool) -> None:
+    """The square of 1e20 and more is infinite in float32; the weights themselves would stay finite."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    opt = DDPNOpt(model, lr=0.1, curvature=curvature, feedback=feedback)
+    x, y = torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
+    F.cross_entropy(model(x), y).backward()
+    opt.step()
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict()["state"])
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    model[0].bias.grad.mul_(1e25)
+    with pytest.raises(NonFiniteError, match=r"statistics of '0\.bias'|weights of '0\.weight'"):
+        opt.step()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    after = opt.state_dict()["state"]
+    for k, entries in state.items():
+        for name, value in entries.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[k][name])), name
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"curvature": "adamw"}, "curvature='adamw'"),
+        ({"curvature": "rmsprop"}, "curvature='rmsprop'"),
+        ({"weight_decay": 0.1}, "weight_decay"),
+    ],
+)
+def test_sparse_gradients_are_refused_by_name(options: dict[str, Any], reason: str) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
+    words, y = torch.randint(9, (5, 3)), torch.randint(3, (5,))
+    opt = DDPNOpt(model, lr=0.1, **options)
+    before = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        F.cross_entropy(model(words), y).backward()
+        with pytest.raises(UnsupportedModelError, match=rf"'0\.weight'.*{reason}"):
+            opt.step()
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        opt.detach()
+        own = {"params": [model[0].weight], "curvature": "identity", "weight_decay": 0.0}
+        others = {"params": list(model[2].parameters())}
+        opt = DDPNOpt(model, lr=0.1, params=[own, others], **options)
+        opt.zero_grad()
+        F.cross_entropy(model(words), y).backward()
+        opt.step()
+    assert all(not torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from ddpnopt.errors import NonFiniteError
+from ddpnopt.errors import LinAlgError, NonFiniteError
 from ddpnopt.typing import Tensor
-
-# Documented, but left out of torch.linalg's type information.
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
 def inverse_factor(A: Tensor) -> tuple[Tensor, int]:

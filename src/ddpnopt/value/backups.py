@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ddpnopt.errors import LinAlgError, NonFiniteError
 from ddpnopt.typing import Float, Tensor
 
 BACKUPS = ("proximal", "closed_loop", "riccati")
@@ -36,7 +37,7 @@ def factor_backup(
     """Terminal coordinates: the new (C, c)."""
     residual = (s - (S @ c[..., None])[..., 0])[..., None]
     if kind == "proximal":
-        RC = symmetric(torch.linalg.solve(identity_like(C) + C @ S, C))
+        RC = symmetric(solve(identity_like(C) + C @ S, C))
         return RC, c + (RC @ residual)[..., 0]
     first = c + (C @ residual)[..., 0]
     if kind == "riccati":
@@ -56,7 +57,7 @@ def dense_backup(
     I = identity_like(V_hh)  # noqa: E741 - the literature's letter
     both = torch.cat([V_h[..., None], V_hh], dim=-1)
     if kind == "proximal":
-        both = torch.linalg.solve(I + V_hh @ D, both)
+        both = solve(I + V_hh @ D, both)
         return both[..., 0], symmetric(both[..., 1:])
     rate = I - V_hh @ D
     if kind == "riccati":
@@ -64,6 +65,22 @@ def dense_backup(
         return both[..., 0], symmetric(both[..., 1:])
     V_h = (rate @ rate @ V_h[..., None])[..., 0]
     return V_h, symmetric(rate @ V_hh @ rate.transpose(-1, -2))
+
+
+def solve(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix^-1 columns.
+
+    Raises:
+        NonFiniteError: The matrix is singular to rounding: eta V_hh is out of the dtype's range.
+    """
+    try:
+        found: Tensor = torch.linalg.solve(matrix, columns)
+    except LinAlgError as error:
+        raise NonFiniteError(
+            "the value function's backup has no solution in this dtype (lr times the curvature is "
+            "out of range); nothing was changed. Lower lr, or use nonfinite='skip' or float64"
+        ) from error
+    return found
 
 
 def clip_factor(
