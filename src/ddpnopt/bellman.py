@@ -38,6 +38,7 @@ class Layer:
         keep_gain: The gain is needed after the backward pass, too; it is as large as the weights.
         couple: Computes rho.
         sketch: Generator of sketched Gram matrices; None for exact ones.
+        strength: The factor on S that suits the curvature.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Layer:
     factor: bool
     couple: Callable[[Layer, Tensor], Tensor]
     sketch: torch.Generator | None = None
+    strength: float = 1.0
     gain: dict[str, Gain] = field(default_factory=dict)
     policy: Policy | None = None
     keep_gain: bool = True

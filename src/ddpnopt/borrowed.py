@@ -145,6 +145,10 @@ class Borrowed:
         life = rescale * self.hyper[p].life
         return life if inverse is None else inverse * life
 
+    def strength(self, parameters: Iterable[Tensor]) -> float:
+        """The factor on S that suits the curvatures; the smallest, where they differ."""
+        return min((self.hyper[p].curvature.strength for p in parameters), default=1.0)
+
     def first_length(self, p: Tensor, g: Tensor, rescale: float) -> Tensor:
         """g^T P g before a parameter's layer is known: a bound for Kronecker curvatures."""
         curvature = self.hyper[p].curvature

@@ -43,12 +43,14 @@ class Boundary:
         Z: Columns of the terminal factor there, (r, rows, ...), or None.
         samples: B.
         K: The front's gain.
+        strength: The factor on S that suits the curvatures in the front.
     """
 
     G: Tensor
     Z: Tensor | None
     samples: int
     K: float
+    strength: float = 1.0
 
     def _columns(self) -> Tensor:
         columns = self.G[None] if self.Z is None else torch.cat([self.G[None], self.Z])
@@ -143,7 +145,7 @@ def weigh(
         known = at < len(trajectory.stages)
         Z = (stage.fresh_Z["Z_x"] if known else cost.factor(value.rank)).to(rows.dtype)
     K = _gain(step, edge, G, rows, inside)
-    front = Boundary(rows, Z, trajectory.samples, K)
+    front = Boundary(rows, Z, trajectory.samples, K, step.borrowed.strength(inside))
     policy = recursion.back(front, bottom=True)
     (v,) = policy(front, None)
     seed = v.reshape(G.shape).to(G.dtype)

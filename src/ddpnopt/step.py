@@ -115,6 +115,7 @@ class Step:
             factor=self.settings.value.linearization == "factor",
             couple=weakly(self.couple),  # the step holds its layers: no cycle
             sketch=self.settings.sketch,
+            strength=self.borrowed.strength(params.values()),
             keep_gain=self.settings.diagnose or not self.settings.weight_gradients,
         )
 

@@ -236,14 +236,20 @@ def test_low_rank_equals_dense(name: str) -> None:
     assert_same(model, twin, 1e-10)
 
 
+@pytest.mark.parametrize("strength", [None, 0.25, 1.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_S_of_the_last_layer_by_dense_algebra(name: str) -> None:
-    """S_i = rho eta g_u^T M^-1 g_u (of the plain loss) with the M of this step."""
+def test_S_of_the_last_layer_by_dense_algebra(name: str, strength: float | None) -> None:
+    """S_i = c rho eta g_u^T M^-1 g_u (of the plain loss) with the M of this step.
+
+    Without a number c is 1, and 1/2 for AdamW.
+    """
     model = net()
     x, y = data(1)[0]
     twin = copy.deepcopy(model)
-    opt = DDPNOpt(model, lr=0.05, curvature=name, feedback="open_loop")
+    value = Moreau(strength=strength)
+    opt = DDPNOpt(model, lr=0.05, curvature=name, value=value, feedback="open_loop")
     train(model, opt, [(x, y)])
+    c = (0.5 if name == "adamw" else 1.0) if strength is None else strength
     each = []
     for i in range(16):
         twin.zero_grad()
@@ -264,7 +270,7 @@ def test_S_of_the_last_layer_by_dense_algebra(name: str) -> None:
     assert opt.last_step is not None
     S = opt.last_step.layers[-1].S
     assert S is not None
-    torch.testing.assert_close(S, s * rho / 16, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(S, c * s * rho / 16, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

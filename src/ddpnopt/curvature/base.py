@@ -29,6 +29,8 @@ class Curvature(ABC):
     decoupled: ClassVar[bool] = False
     #: Heavy-ball momentum may be added (AdamW has its own).
     heavy_ball: ClassVar[bool] = True
+    #: The factor on the Moreau envelope's S that suits it, where the user names none (measured).
+    strength: ClassVar[float] = 1.0
 
     @property
     def statistics(self) -> str:

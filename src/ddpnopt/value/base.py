@@ -24,6 +24,10 @@ class Maps(Protocol):
     Columns are [g, Z_1 .. Z_r]: the ordinary gradient and the pulled-back factor (r may be 0).
     """
 
+    @property
+    def strength(self) -> float:
+        """The factor on S that suits the layer's curvature."""
+
     def gram(self) -> Tensor:
         """(B, 1+r, 1+r) Gram matrix eta (g, Z)_u^T M^-1 (g, Z)_u."""
 

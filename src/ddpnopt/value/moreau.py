@@ -36,9 +36,10 @@ class Moreau(ValueFunction):
         line: "auto" takes the logistic line where the terminal cost has a bounded slope;
             "quadratic" takes l' = 1 + kappa delta always.
         coupling: Multiply s_k by rho, the mean-field of the samples' joint step.
-        strength: The factor c on S of the Moreau envelope. None (for the logistic line): no
-            constant; the coefficient is the line's average slope along its gradient flow of
-            length S, the envelope with c rising from 1/2 at small S to 1 at large S.
+        strength: The factor c on S of the Moreau envelope. None: what suits the curvature, 1 but
+            for AdamW (1/2); and for the logistic line the coefficient is then the line's average
+            slope along its gradient flow of that length, the envelope with a factor that rises
+            from 1/2 at small S to 1 at large S.
         statistics: "plain": M is fed with the plain gradient; "value": with Q_u.
 
     Raises:
@@ -72,7 +73,6 @@ class _Envelope(Recursion):
 
     def __init__(self, options: Moreau, line: Line, w: Tensor) -> None:
         self.options, self.line, self.w = options, line, w
-        self.strength = 1.0 if options.strength is None else float(options.strength)
         flows = options.strength is None and line.excess is not None
         self.coefficient = flow_coefficient if flows else coefficient
         self.S = torch.zeros_like(w)
@@ -84,7 +84,8 @@ class _Envelope(Recursion):
     def back(self, maps: Maps, bottom: bool) -> Policy:
         """S_t = S_{t+1} + c rho s_t, s_t = eta G_u^T M^-1 G_u / w."""
         squares = maps.gram()[:, 0, 0]
-        s = squares / self.w * self.strength
+        s = squares / self.w
+        s = s * (maps.strength if self.options.strength is None else self.options.strength)
         if self.options.coupling:
             s = s * maps.coupling(squares)
         # An overflow to infinity would make q - S l' undefined; any huge S gives the same step.
