@@ -223,7 +223,7 @@ def test_a_singular_matrix_is_no_backup() -> None:
 @pytest.mark.parametrize("curvature", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("feedback", [True, False])
 def test_statistics_that_overflow(curvature: str, feedback: bool) -> None:
-    """The square of 1e20 and more is infinite in float32; the weights themselves would stay finite."""
+    """Squares from 1e20 on are infinite in float32; the weights themselves would stay finite."""
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     opt = DDPNOpt(model, lr=0.1, curvature=curvature, feedback=feedback)
     x, y = torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
