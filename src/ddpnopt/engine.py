@@ -43,7 +43,7 @@ from ddpnopt.options import Options
 from ddpnopt.plain import plain_updates
 from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
-from ddpnopt.rollout import rollout
+from ddpnopt.rollout import Method, policies
 from ddpnopt.stages import Link, Trajectory
 from ddpnopt.step import Settings, Step, report
 from ddpnopt.trajectory import Recorder
@@ -52,6 +52,10 @@ from ddpnopt.typing import Tensor
 
 class Engine:
     """Feedback for one optimizer.
+
+    Attributes:
+        method: How a step moves the layers in feedback.
+        needs_cost: A step whose loss is not recognised is the borrowed optimizer's.
 
     Args:
         model: The network.
@@ -68,6 +72,8 @@ class Engine:
         state: Callable[[], dict[Tensor, dict[str, Any]]],
     ) -> None:
         self.model, self.options, self.groups, self.state = model, options, groups, state
+        self.method: Method = policies
+        self.needs_cost = True
         self.diagnose = False
         self.skipped = 0
         self.rescale = 1.0
@@ -284,8 +290,8 @@ class Engine:
                 added=self.in_backward,
             )
             if step.layers:
-                step.recurse()
-                self._apply(step, trajectories)
+                assert self.recorder is not None
+                self.method(self.recorder, step, trajectories)
             check_update(step.borrowed, self.names)
             remember(step, fronts, length)
         except BaseException:
@@ -300,14 +306,6 @@ class Engine:
         if in_feedback and self.in_backward and self._open_report is not None:
             return replace(self._open_report, rescale=rescale)
         return report(self.options, step, depth, rescale, self.skipped)
-
-    def _apply(self, step: Step, trajectories: list[Trajectory]) -> None:
-        if self.options.closed_loop:
-            assert self.recorder is not None
-            rollout(self.recorder, trajectories, step.layers, step.apply)
-        else:
-            for layer in step.layers.values():
-                step.apply(layer, None)
 
     def _new_step(
         self,
@@ -335,7 +333,7 @@ class Engine:
         check_usable(trajectories)
         for trajectory in trajectories:
             self.notices.say_plain(trajectory, self.names, self.trainable)
-        if any(t.cost is None for t in trajectories):
+        if self.needs_cost and any(t.cost is None for t in trajectories):
             if any(t.stages[-1].G is None for t in trajectories):
                 self.notices.say(NO_OUTPUT_GRADIENT)
             elif self.recogniser.decision == "unrecognised":

@@ -106,10 +106,10 @@ class Call:
                     "modify a copy, or use feedback='open_loop'"
                 )
 
-    def run(self) -> None:
-        """Run the module again, without gradients and without the autocast weight cache."""
+    def run(self, grad: bool = False) -> None:
+        """Run the module again, without the autocast weight cache; with ``grad``, record it."""
         with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.set_grad_enabled(grad))
             for device, (enabled, dtype) in self.autocast.items():
                 # A cached half-precision copy of a weight would be the old weight's.
                 stack.enter_context(
@@ -187,10 +187,10 @@ class Replay:
         for module, flag in zip(self.call.module.modules(), self.call.training, strict=True):
             module.training = flag
 
-    def run_in_place(self) -> None:
+    def run_in_place(self, grad: bool = False) -> None:
         """Run the whole call, with ``arrive`` called at each layer."""
         self.prepare()
-        self.call.run()
+        self.call.run(grad)
 
     def advance(self) -> None:
         """Run until the next layer or the end; ``at`` is where it stands."""

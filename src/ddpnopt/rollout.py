@@ -11,12 +11,27 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from ddpnopt.bellman import Layer
+from ddpnopt.cuts import hook_replays
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.replay import Replay, interleave, preserved
 from ddpnopt.stages import Stage, Trajectory
+from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
+
+#: Moves the layers in feedback: (recorder, step with its layers built, its passes).
+Method = Callable[[Recorder, Step, Sequence[Trajectory]], None]
+
+
+def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
+    """DDPNOpt's method: Bellman's recursion, then each layer's policy in the rollout."""
+    step.recurse()
+    if all(t.call is not None for t in trajectories):
+        rollout(recorder, trajectories, step.layers, step.apply)
+        return
+    for layer in step.layers.values():  # open loop
+        step.apply(layer, None)
 
 
 def rollout(
@@ -54,7 +69,8 @@ def rollout(
         stack.callback(setattr, recorder, "paused", False)
         stack.enter_context(preserved(recorder.model))
         current: list[Replay] = []
-        for handle in recorder.hook_replays(order, lambda name, x: current[0].reach(name, x)):
+        modules = {name: recorder.anatomy.hooked[name] for name in order}
+        for handle in hook_replays(modules, lambda name, x: current[0].reach(name, x)):
             stack.callback(handle.remove)
         calls = [t.call for t in trajectories if t.call is not None]
         if len(calls) == 1:

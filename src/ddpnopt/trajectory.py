@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Records nominal passes: states, gradients and the call that made them. The only file with hooks.
+"""Records nominal passes: states, gradients and the call that made them.
 
 A trajectory belongs to the output that receives gradients: during the forward pass only the
 recorder holds it, afterwards only the autograd graph does (through the tensor hooks), and once a
@@ -10,7 +10,7 @@ closure over its own graph would be a cycle that can't be collected.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -312,25 +312,6 @@ class Recorder:
                 inputs[0].register_hook(partial(gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
         if self.links:
             self._link = Link(stage, edges, get_gradient_edge(out), self._link)
-
-    # Rollout --------------------------------------------------------------------------------
-
-    def hook_replays(
-        self, names: Iterable[str], reach: Callable[[str, Tensor], None]
-    ) -> list[torch.utils.hooks.RemovableHandle]:
-        """Call ``reach(name, x)`` with the state before each of the named layers computes."""
-
-        def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            rule = rule_for(module)
-            reach(name, rule.pack(module, inputs) if rule is not None else inputs[0])
-
-        return [
-            self.anatomy.hooked[name].register_forward_pre_hook(
-                partial(before, name), with_kwargs=True
-            )
-            for name in names
-        ]
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call, hessian, jvp, vjp, vmap
 
 from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
@@ -71,8 +71,12 @@ class LayerRule:
         return (x,)
 
     def function(self, module: nn.Module, x: Tensor) -> Tensor:
-        """h = g(x, u) with the layer's present parameters."""
+        """g(x, u) up to a constant, with the layer's present parameters."""
         return _call(module, _parameters(module, x), x)
+
+    def output(self, module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """h = g(x, u) itself, the module's forward; parameters that are not given are its own."""
+        return _call(module, {**_parameters(module, x), **parameters}, x)
 
     def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
         """g_x dx."""
@@ -93,6 +97,36 @@ class LayerRule:
         back: Any = vjp(lambda p: _call(module, p, x), params)[1]
         pulled: dict[str, Tensor] = back(V)[0]
         return pulled
+
+    def mixed(self, module: nn.Module, x: Tensor, dx: Tensor, V: Tensor) -> dict[str, Tensor]:
+        """(V . g_ux) dx, summed over the batch, by parameter name.
+
+        How the pull-back of V to the control changes with the state: the second derivative of V . g
+        by control and state, applied to dx.
+        """
+
+        def pushed(params: dict[str, Tensor]) -> Tensor:
+            change: Tensor = jvp(lambda s: self.output(module, s, params), (x,), (dx,))[1]
+            return change
+
+        back: Any = vjp(pushed, _parameters(module, x))[1]
+        found: dict[str, Tensor] = back(V)[0]
+        return found
+
+    def state_curvature(
+        self, module: nn.Module, x: Tensor, V: Tensor, samples: int
+    ) -> Tensor | None:
+        """V . g_xx of each sample, (B, X, X); None where g is linear in the state."""
+        rows = x.reshape(samples, -1, *x.shape[1:])
+        columns = V.reshape(samples, -1, *V.shape[1:])
+        params = _parameters(module, x)
+
+        def along(state: Tensor, v: Tensor) -> Tensor:
+            return (self.output(module, state, params) * v).sum()
+
+        found: Tensor = vmap(hessian(along))(rows, columns)
+        size = rows[0].numel()
+        return found.reshape(samples, size, size)
 
     def sample_gradients(
         self, module: nn.Module, x: Tensor, V: Tensor, samples: int

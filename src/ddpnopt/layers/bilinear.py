@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpnopt.layers.base import register
+from ddpnopt.layers.base import LayerRule, register
 from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.typing import Tensor
 
@@ -34,6 +34,17 @@ class BilinearRule(MatrixRule):
         """x1^T W x2."""
         first, second = self.unpack(module, x)
         return F.bilinear(first, second, cast(nn.Bilinear, module).weight.to(x.dtype))
+
+    def output(self, module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """x1^T W x2 + b."""
+        own = {name: p.to(x.dtype) for name, p in module.named_parameters()}
+        own.update(parameters)
+        first, second = self.unpack(module, x)
+        return F.bilinear(first, second, own["weight"], own.get("bias"))
+
+    # Not linear in the state, which holds both inputs: by automatic differentiation.
+    mixed = LayerRule.mixed
+    state_curvature = LayerRule.state_curvature
 
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """Sum of v (x1 (x) x2)."""

@@ -155,3 +155,13 @@ class PReLURule(ElementwiseRule):
     def weight_axes(self, module: nn.Module, dims: int) -> tuple[int, ...]:
         """The channels, if they have weights of their own."""
         return (1,) if cast(nn.PReLU, module).num_parameters > 1 else ()
+
+    def mixed(self, module: nn.Module, x: Tensor, dx: Tensor, V: Tensor) -> dict[str, Tensor]:
+        """V dx where x < 0."""
+        return self.gradient(module, -(x < 0).to(x.dtype), -V * dx)
+
+    def state_curvature(
+        self, module: nn.Module, x: Tensor, V: Tensor, samples: int
+    ) -> Tensor | None:
+        """None: piecewise linear."""
+        return None

@@ -101,6 +101,17 @@ class MatrixRule(LayerRule, ABC):
             found["bias"] = columns.sum(3).reshape(V.shape[0], samples, -1)
         return found
 
+    def mixed(self, module: nn.Module, x: Tensor, dx: Tensor, V: Tensor) -> dict[str, Tensor]:
+        """The weight's gradient at dx in place of x; the bias knows nothing of the state."""
+        found = self.gradient(module, dx, V)
+        return {name: g if name == "weight" else torch.zeros_like(g) for name, g in found.items()}
+
+    def state_curvature(
+        self, module: nn.Module, x: Tensor, V: Tensor, samples: int
+    ) -> Tensor | None:
+        """None: h is linear in x."""
+        return None
+
     def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
         """Squares of the per-sample gradients; (V^2)^T x^2 for one position."""
         columns = self.outputs(module, V[None], samples)[0]
