@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule
 from ddpnopt.linearise import cast_state, per_sample, unit_columns
+from ddpnopt.matrices import Matrices
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
@@ -39,6 +41,7 @@ class Layer:
         couple: Computes rho.
         sketch: Generator of sketched Gram matrices; None for exact ones.
         strength: The factor on S that suits the curvature.
+        segments: Its time steps of each pass cut at its layers, for second-order dynamics.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Layer:
     couple: Callable[[Layer, Tensor], Tensor]
     sketch: torch.Generator | None = None
     strength: float = 1.0
+    segments: list[Cut] = field(default_factory=list)
     gain: dict[str, Gain] = field(default_factory=dict)
     policy: Policy | None = None
     keep_gain: bool = True
@@ -64,7 +68,8 @@ class Layer:
         narrow = self.own_dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if narrow else self.own_dtype
 
-    def _columns(self, stage: Stage) -> Tensor:
+    def columns(self, stage: Stage) -> Tensor:
+        """A pass's columns [g, Z] in h-space."""
         assert stage.G is not None
         G = stage.G.to(self.dtype)[None]
         return G if stage.Z_h is None else torch.cat([G, stage.Z_h.to(self.dtype)])
@@ -73,7 +78,7 @@ class Layer:
         """eta (g, Z)_u^T M^-1 (g, Z)_u."""
         return torch.cat(
             [
-                self.rule.gram(self.module, self._x(s), self._columns(s), self.gain, n, self.sketch)
+                self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
                 for s, n in zip(self.blocks, self.counts, strict=True)
             ]
         )
@@ -81,7 +86,7 @@ class Layer:
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""
         flat = [
-            per_sample(self._columns(s), n) for s, n in zip(self.blocks, self.counts, strict=True)
+            per_sample(self.columns(s), n) for s, n in zip(self.blocks, self.counts, strict=True)
         ]
         return torch.cat([v @ v.transpose(-1, -2) for v in flat])
 
@@ -124,14 +129,14 @@ class Layer:
 
     def gradient(self) -> Tensor:
         """(B, H)."""
-        return torch.cat([self._G(s).reshape(n, -1) for s, n in self._pairs()])
+        return torch.cat([self.G(s).reshape(n, -1) for s, n in self.pairs()])
 
     def curvature(self) -> Tensor:
         """D, the Gram matrix of all unit vectors of h-space."""
         return torch.cat(
             [
-                self.rule.gram(self.module, self._x(s), unit_columns(self._G(s), n), self.gain, n)
-                for s, n in self._pairs()
+                self.rule.gram(self.module, self.x(s), unit_columns(self.G(s), n), self.gain, n)
+                for s, n in self.pairs()
             ]
         )
 
@@ -142,16 +147,16 @@ class Layer:
                 self.rule.push(
                     self.module, cast_state(s.x, self.own_dtype), change.to(self.own_dtype)
                 ).reshape(n, -1)
-                for (s, n), change in zip(self._pairs(), dx, strict=True)
+                for (s, n), change in zip(self.pairs(), dx, strict=True)
             ]
         ).to(self.dtype)
 
     def pull(self, V: Tensor) -> Tensor:
         """g_x^T V for (B, H, k)."""
         parts, at = [], 0
-        for stage, samples in self._pairs():
+        for stage, samples in self.pairs():
             columns = V[at : at + samples].permute(2, 0, 1)
-            columns = columns.reshape(-1, *self._G(stage).shape)
+            columns = columns.reshape(-1, *self.G(stage).shape)
             x, columns = cast_state(stage.x, self.own_dtype), columns.to(self.own_dtype)
             pulled = self.rule.pull(self.module, x, columns).to(self.dtype)
             parts.append(per_sample(pulled, samples).transpose(1, 2))
@@ -165,15 +170,29 @@ class Layer:
 
     def split(self, v: Tensor) -> Blocks:
         """(B, H) to one tensor for each pass."""
-        shapes = [self._G(s).shape for s in self.blocks]
+        shapes = [self.G(s).shape for s in self.blocks]
         parts = torch.split(v, self.counts)
         return [p.reshape(shape) for p, shape in zip(parts, shapes, strict=True)]
+
+    @property
+    def matrices(self) -> Matrices:
+        """The same maps as explicit matrices."""
+        return Matrices(self)
+
+    def bent(self, vectors: Blocks, dx: Blocks) -> dict[str, Tensor]:
+        """(V . g_ux) dx summed over all passes, by parameter."""
+        total: dict[str, Tensor] = {}
+        for stage, v, change in zip(self.blocks, vectors, dx, strict=True):
+            change = change.to(self.dtype)
+            one = self.rule.mixed(self.module, self.x(stage), change, v.to(self.dtype))
+            total = {k: total[k] + g if k in total else g for k, g in one.items()}
+        return {k: g.to(self.own_dtype) for k, g in total.items()}
 
     def weighted(self, vectors: Blocks) -> dict[str, Tensor]:
         """The weight gradient sum_i g_u^T v_i over all passes."""
         total: dict[str, Tensor] = {}
         for stage, v in zip(self.blocks, vectors, strict=True):
-            one = self.rule.gradient(self.module, self._x(stage), v.to(self.dtype))
+            one = self.rule.gradient(self.module, self.x(stage), v.to(self.dtype))
             total = {k: total[k] + g if k in total else g for k, g in one.items()}
         return {k: g.to(self.own_dtype) for k, g in total.items()}
 
@@ -181,14 +200,14 @@ class Layer:
         """Sum over samples of the squared per-sample gradients of given h-space vectors."""
         total: dict[str, Tensor] = {}
         for stage, n, v in zip(self.blocks, self.counts, vectors, strict=True):
-            x = self._x(stage)
+            x = self.x(stage)
             one = self.rule.squares(self.module, x, v.to(self.dtype), n)
             total = {k: total[k] + g if k in total else g for k, g in one.items()}
         return total
 
     def plain_vectors(self) -> Blocks:
         """g itself."""
-        return [self._G(s) for s in self.blocks]
+        return [self.G(s) for s in self.blocks]
 
     def factors(self, vectors: Blocks, bias: bool) -> list[tuple[Tensor, Tensor]]:
         """Inputs and given h-space vectors at each position, for Kronecker statistics.
@@ -202,8 +221,8 @@ class Layer:
         """
         assert isinstance(self.rule, MatrixRule)
         found = []
-        for (stage, n), v in zip(self._pairs(), vectors, strict=True):
-            U = self.rule.inputs(self.module, self._x(stage), n)
+        for (stage, n), v in zip(self.pairs(), vectors, strict=True):
+            U = self.rule.inputs(self.module, self.x(stage), n)
             if bias:
                 U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
             V = self.rule.outputs(self.module, v.to(self.dtype)[None], n)[0]
@@ -233,14 +252,17 @@ class Layer:
                 parts.append((gradients[name].square() * P).sum())
         return torch.stack(parts).sum()
 
-    def _x(self, stage: Stage) -> Tensor:
+    def x(self, stage: Stage) -> Tensor:
+        """A pass's state."""
         return cast_state(stage.x, self.dtype)
 
-    def _G(self, stage: Stage) -> Tensor:
+    def G(self, stage: Stage) -> Tensor:
+        """A pass's gradient in h-space."""
         assert stage.G is not None
         return stage.G.to(self.dtype)
 
-    def _pairs(self) -> list[tuple[Stage, int]]:
+    def pairs(self) -> list[tuple[Stage, int]]:
+        """Each pass with its number of samples."""
         return list(zip(self.blocks, self.counts, strict=True))
 
 

@@ -27,7 +27,7 @@ from ddpnopt.checks import (
     usable,
     verify_once,
 )
-from ddpnopt.errors import NonFiniteError, TerminalError
+from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.front import merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.inert import weakly
@@ -55,7 +55,8 @@ class Engine:
 
     Attributes:
         method: How a step moves the layers in feedback.
-        needs_cost: A step whose loss is not recognised is the borrowed optimizer's.
+        needs_cost: The method uses the terminal cost: a step whose loss is not recognised is the
+            borrowed optimizer's, and the front is weighted by it.
 
     Args:
         model: The network.
@@ -181,8 +182,9 @@ class Engine:
     def _at_output(self, trajectory: Trajectory, link: Link | None, G: Tensor) -> None:
         """The output's gradient has arrived: which loss was it, and what has to be linearised."""
         trajectory.pending = (None, None)
-        if self.options.feedback is False or trajectory.z is None or G.numel() == 0:
-            return  # off, or an empty batch, which tells nothing
+        off = self.options.feedback is False or not self.needs_cost
+        if off or trajectory.z is None or G.numel() == 0:
+            return  # nobody asks, or an empty batch, which tells nothing
         with torch.no_grad():
             if not bool(G.isfinite().all()):
                 return  # GradScaler probes with overflows: the last decision stands
@@ -210,7 +212,7 @@ class Engine:
         step = self._new_step([trajectory], self.rescale, 1.0, early=True)
         try:
             trajectory.fresh_front = weigh(trajectory, G, edge, cost, step, self.parameters())
-        except NonFiniteError as error:
+        except (NonFiniteError, UnsupportedModelError) as error:
             trajectory.pending = (cost, error)
 
     def _backward_started(self) -> None:
@@ -229,7 +231,10 @@ class Engine:
         if self.in_backward and trajectories and all(usable(t) for t in trajectories):
             try:
                 self._open_loop(trajectories)
-            except NonFiniteError as error:  # p.grad is still the plain gradient
+            except (
+                NonFiniteError,
+                UnsupportedModelError,
+            ) as error:  # p.grad is still the plain gradient
                 trajectories[0].error = error
         self._base = {}
         self._fingerprint.take(self.parameters())
@@ -332,7 +337,7 @@ class Engine:
             return False
         check_usable(trajectories)
         for trajectory in trajectories:
-            self.notices.say_plain(trajectory, self.names, self.trainable)
+            self.notices.say_plain(trajectory, self.names, self.trainable, self.needs_cost)
         if self.needs_cost and any(t.cost is None for t in trajectories):
             if any(t.stages[-1].G is None for t in trajectories):
                 self.notices.say(NO_OUTPUT_GRADIENT)

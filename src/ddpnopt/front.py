@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.bellman import backward
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.linearise import per_sample
 from ddpnopt.stages import Front, Stage, Trajectory
 from ddpnopt.step import Step
@@ -64,6 +65,14 @@ class Boundary:
     def gram(self) -> Tensor:
         """K times these."""
         return self.h_gram() * self.K
+
+    @property
+    def matrices(self) -> NoReturn:
+        """None: the front is known by its gain alone."""
+        raise UnsupportedModelError(
+            "second-order dynamics and values coupled over the batch are for chains that keep "
+            "samples apart; use another value function here, value='moreau' or 'low_rank'"
+        )
 
     def coupling(self, weight: Tensor) -> Tensor:
         """1: K contains it."""

@@ -137,6 +137,31 @@ def _batched(stage: Stage, columns: Tensor) -> Tensor:
     return columns[:, None] if stage.unbatched else columns
 
 
+def second_derivative(h: Tensor, end: Tensor, V: Tensor, samples: int) -> Tensor:
+    """V . sigma_hh of the function from a layer's output to the next layer's state.
+
+    Args:
+        h: The output, a leaf.
+        end: The state, on h's graph.
+        V: (B, X').
+        samples: B.
+
+    Returns:
+        (B, H, H); zero where the function is piecewise linear.
+    """
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(
+            end, h, V.reshape(end.shape).to(end.dtype), create_graph=True
+        )
+        columns = unit_columns(h, samples)
+        if not slope.requires_grad:
+            return per_sample(torch.zeros_like(columns), samples)
+        found = torch.autograd.grad(
+            slope, h, columns, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )[0]
+    return per_sample(torch.zeros_like(columns) if found is None else found, samples)
+
+
 def cast_state(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A state in another dtype; indices stay what they are."""
     return x.to(dtype) if x.is_floating_point() else x

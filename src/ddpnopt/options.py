@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ddpnopt.recognition import MSE, TERMINALS, Terminal
+from ddpnopt.recognition import TERMINALS, Terminal
+from ddpnopt.terminal import MMC, MSE
 from ddpnopt.value import VALUES, ValueFunction
 
 GRAM = ("auto", "exact", "sketch")
@@ -19,7 +20,7 @@ class Options:
     """Choices that hold for the whole optimizer (those per parameter live in its groups)."""
 
     value: ValueFunction
-    terminal: Terminal | MSE
+    terminal: Terminal | MSE | MMC
     feedback: bool | str
     weight_gradients: bool
     gram: str
@@ -33,6 +34,11 @@ class Options:
         """
         if not (isinstance(self.feedback, bool) or self.feedback == "open_loop"):
             raise ValueError(f"feedback={self.feedback!r}: choose from True, 'open_loop', False")
+        if self.feedback == "open_loop" and self.value.segments:
+            raise ValueError(
+                "feedback='open_loop': second-order dynamics need a second forward pass; use "
+                "feedback=True, or dynamics='first_order'"
+            )
         if isinstance(self.terminal, str) and self.terminal not in TERMINALS:
             raise ValueError(
                 f"terminal={self.terminal!r}: choose from {', '.join(TERMINALS)}, or give a "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from ddpnopt.bellman import Layer
-from ddpnopt.cuts import hook_replays
+from ddpnopt.cuts import cut, hook_replays
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.replay import Replay, interleave, preserved
 from ddpnopt.stages import Stage, Trajectory
@@ -26,12 +26,26 @@ Method = Callable[[Recorder, Step, Sequence[Trajectory]], None]
 
 def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
     """DDPNOpt's method: Bellman's recursion, then each layer's policy in the rollout."""
+    if step.settings.value.segments:
+        cut_segments(recorder, step, trajectories)
     step.recurse()
     if all(t.call is not None for t in trajectories):
         rollout(recorder, trajectories, step.layers, step.apply)
         return
     for layer in step.layers.values():  # open loop
         step.apply(layer, None)
+
+
+def cut_segments(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
+    """Give every layer the function from its output to the next state, as a graph."""
+    for trajectory in trajectories:
+        if trajectory.call is None or [s.name for s in trajectory.active] != list(step.layers):
+            raise UnsupportedModelError(
+                "second-order dynamics need a chain of layers and the closed loop: use "
+                "feedback=True, or dynamics='first_order'"
+            )
+        for one in cut(trajectory, recorder.model, outputs=True):
+            step.layers[one.stage.name].segments.append(one)
 
 
 def rollout(

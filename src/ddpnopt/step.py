@@ -254,6 +254,10 @@ class Step:
             total["bias"] = torch.stack(biases).sum(0)  # p.grad holds the bias's plain gradient
         else:
             total = layer.weighted(vectors)
+        bend = layer.policy.bend(layer, dx) if dx is not None else None
+        if bend is not None and dx is not None:
+            bent = layer.bent(bend, dx)
+            total = {name: g + bent[name] if name in bent else g for name, g in total.items()}
         d = {name: total[name] if scale == 1.0 else total[name] * scale for name in layer.params}
         for name, p in layer.params.items():
             if not self._is_held(name, p):

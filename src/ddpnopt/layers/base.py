@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.func import functional_call, hessian, jvp, vjp, vmap
+from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
@@ -124,7 +124,7 @@ class LayerRule:
         def along(state: Tensor, v: Tensor) -> Tensor:
             return (self.output(module, state, params) * v).sum()
 
-        found: Tensor = vmap(hessian(along))(rows, columns)
+        found: Tensor = vmap(jacrev(jacrev(along)))(rows, columns)
         size = rows[0].numel()
         return found.reshape(samples, size, size)
 

@@ -18,6 +18,34 @@ Blocks = Sequence[Tensor]
 STATISTICS = ("plain", "value")
 
 
+class Matrices(Protocol):
+    """One layer's maps as explicit matrices, U all its parameters."""
+
+    def control(self) -> Tensor:
+        """(B, U, H) g_u^T, U all parameters of the layer."""
+
+    def control_columns(self) -> Tensor:
+        """(1+r, B, U) the columns [g, Z_1 .. Z_r] pulled back to the control."""
+
+    def precondition(self, columns: Tensor) -> Tensor:
+        """P times (B, U, k)."""
+
+    def state_map(self) -> Tensor:
+        """(B, H, X) g_x."""
+
+    def state(self, dx: Blocks) -> Tensor:
+        """(B, X) a change of the state."""
+
+    def mixed(self, V: Tensor) -> Tensor:
+        """(B, U, X) V . g_ux for V (B, H)."""
+
+    def state_curvature(self, V: Tensor) -> Tensor | None:
+        """(B, X, X) V . g_xx; None where g is linear in the state."""
+
+    def segment_curvature(self, V: Tensor) -> Tensor:
+        """(B, H, H) V . sigma_hh for V (B, X') at the next layer's state."""
+
+
 class Maps(Protocol):
     """One layer's linear maps over all samples B of the step (the passes are concatenated).
 
@@ -65,6 +93,10 @@ class Maps(Protocol):
     def split(self, v: Tensor) -> Blocks:
         """(B, H) to h-space vectors, one for each pass."""
 
+    @property
+    def matrices(self) -> Matrices:
+        """The same maps as explicit matrices, for value functions that can't do without."""
+
 
 class TerminalCost(Protocol):
     """The recognised or named terminal cost phi of the step's samples, at the output z."""
@@ -96,6 +128,10 @@ class Policy(ABC):
     def __call__(self, maps: Maps, dx: Blocks | None) -> Blocks:
         """The h-space vectors v_i with d_t = sum_i (g + v)_u,i; dx None for q = 0."""
 
+    def bend(self, maps: Maps, dx: Blocks) -> Blocks | None:
+        """Vectors V_i whose (V_i . g_ux) dx_i is added to d_t; None for first-order dynamics."""
+        return None
+
 
 class Recursion(ABC):
     """The value function at one layer's output, on its way backwards."""
@@ -123,6 +159,11 @@ class ValueFunction(ABC):
     statistics: str
     #: Columns of the factor kept (None: exact).
     rank: int | None = None
+
+    @property
+    def segments(self) -> bool:
+        """The functions between the layers are needed, for their second derivatives."""
+        return False
 
     @abstractmethod
     def start(self, terminal: TerminalCost) -> Recursion:

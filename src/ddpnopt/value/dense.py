@@ -9,9 +9,13 @@ from typing import ClassVar
 import torch
 
 from ddpnopt.typing import Tensor
-from ddpnopt.value.backups import clip_factor, dense_backup, identity_like, symmetric
-from ddpnopt.value.base import Blocks, Maps, Policy, Recursion, TerminalCost
+from ddpnopt.value.backups import clip_factor, dense_backup, symmetric
+from ddpnopt.value.base import Blocks, Maps, Policy, Recursion, TerminalCost, check_choice
+from ddpnopt.value.explicit import Explicit
 from ddpnopt.value.quadratic import Quadratic
+from ddpnopt.value.second_order import SecondOrder
+
+DYNAMICS = ("first_order", "second_order")
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,13 @@ class Dense(Quadratic):
     Args:
         regularization: eps_Vxx, V_xx + eps I after every pull-back to a state (Algorithm 3), in
             the units of the loss that autograd sees (which carries 1/B for a mean).
+        dynamics: "first_order" (Gauss-Newton), or "second_order": Q_xx, Q_ux and Q_uu contain
+            V'_x . f_xx, f_ux and f_uu, by one more pass cut at its layers; memory B U X a layer
+            with U parameters. V_xx may then be indefinite. Needs the closed loop.
     """
 
     regularization: float | int = 0.0
+    dynamics: str = "first_order"
 
     name: ClassVar[str] = "dense"
     linearization: ClassVar[str] = "jacobian"
@@ -31,55 +39,45 @@ class Dense(Quadratic):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
+        check_choice("Dense", "dynamics", self.dynamics, DYNAMICS)
         if not self.regularization >= 0:
             raise ValueError(f"Dense(regularization={self.regularization}): must not be negative")
 
+    @property
+    def segments(self) -> bool:
+        """The functions between the layers are needed, for their second derivatives."""
+        return self.dynamics == "second_order"
+
     def start(self, terminal: TerminalCost) -> Recursion:
         """V_h = g and V_hh = S S^T at the output."""
-        return _Matrices(self, terminal.hessian_factor())
+        factor = terminal.hessian_factor()
+        if self.segments:
+            rules = self.backup, self.own_layer, self.clip
+            return SecondOrder(factor, self.regularization, *rules)
+        return _Matrices(self, factor)
 
 
-class _Matrices(Recursion):
+class _Matrices(Explicit):
+    """First-order dynamics: everything stays in h-space."""
+
     def __init__(self, options: Dense, factor: Tensor) -> None:
+        super().__init__(factor, options.regularization)
         self.options = options
-        self.factor = factor
-        self.V: tuple[Tensor, Tensor] | None = None
-        self.at: tuple[Maps, Tensor, Tensor] | None = None
 
-    def _here(self, maps: Maps) -> tuple[Tensor, Tensor]:
-        """(V_h, V_hh) of this layer: V' through the activation (eq. 12)."""
-        if self.at is not None and self.at[0] is maps:
-            return self.at[1:]
-        if self.V is None:
-            V_h, V_hh = maps.gradient(), maps.through(self.factor)
-            V_hh = V_hh @ V_hh.transpose(-1, -2)
-        else:
-            V_x, V_xx = self.V
-            V_h = maps.through(V_x[..., None])[..., 0]
-            V_hh = symmetric(maps.through(maps.through(V_xx).transpose(-1, -2)))
-        self.at = (maps, V_h, V_hh)
-        return V_h, V_hh
-
-    def correction(self, maps: Maps) -> Blocks | None:
-        """V_h - g."""
-        V_h, _ = self._here(maps)
-        return maps.split(V_h - maps.gradient())
-
-    def back(self, maps: Maps, bottom: bool) -> Policy:
-        """Backup in h-space, pull-back by g_x (eq. 13), Tikhonov."""
-        V_h, V_hh = self._here(maps)
+    def backup(
+        self, maps: Maps, V_h: Tensor, V_hh: Tensor, bottom: bool
+    ) -> tuple[Policy, tuple[Tensor, Tensor] | None]:
+        """Backup in h-space, pull-back by g_x (eq. 13)."""
         D = maps.curvature()
         k, K = V_h, V_hh
         if self.options.own_layer:
             k, K = dense_backup("proximal", V_h, V_hh, D)
-        self.at = None
+        policy = _MatrixPolicy(self.options, k, K)
         if bottom:
-            return _MatrixPolicy(self.options, k, K)
+            return policy, None
         V_h, V_hh = dense_backup(self.options.backup, V_h, V_hh, D)
         V_x = maps.pull(V_h[..., None])[..., 0]
-        V_xx = symmetric(maps.pull(maps.pull(V_hh).transpose(-1, -2)))
-        self.V = V_x, V_xx + self.options.regularization * identity_like(V_xx)
-        return _MatrixPolicy(self.options, k, K)
+        return policy, (V_x, symmetric(maps.pull(maps.pull(V_hh).mT)))
 
 
 class _MatrixPolicy(Policy):
