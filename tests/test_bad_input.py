@@ -124,7 +124,7 @@ def test_unrecognised_is_plain_not_an_error(feedback: object) -> None:
     [
         ("curvature", ("identity", "rmsprop")),
         ("value", ("moreau", "gauss_newton", "low_rank", "dense")),
-        ("terminal", ("auto", "cross_entropy", "nll", "mse", "bce_with_logits")),
+        ("terminal", ("auto", "cross_entropy", "nll", "mse", "mmc", "bce_with_logits")),
         ("gram", ("auto", "exact", "sketch")),
         ("nonfinite", ("raise", "skip")),
         ("feedback", ("open_loop",)),

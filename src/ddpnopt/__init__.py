@@ -2,28 +2,34 @@
 """DDPNOpt: the Differential Dynamic Programming Neural Optimizer for PyTorch."""
 
 from ddpnopt import curvature, value
-from ddpnopt.baselines import EKFAC, KFAC
+from ddpnopt.baselines import EKFAC, EMSA, KFAC, SGDVGR, VanillaDDP
 from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.explain import explain
+from ddpnopt.losses import MMCLoss
 from ddpnopt.optimizer import DDPNOpt
-from ddpnopt.recognition import MSE
 from ddpnopt.report import LayerReport, StepReport
+from ddpnopt.terminal import MMC, MSE
 from ddpnopt.value import PAPER
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EKFAC",
+    "EMSA",
     "KFAC",
+    "MMC",
     "MSE",
     "PAPER",
+    "SGDVGR",
     "DDPNOpt",
     "DDPNOptWarning",
     "LayerReport",
+    "MMCLoss",
     "NonFiniteError",
     "StepReport",
     "TerminalError",
     "UnsupportedModelError",
+    "VanillaDDP",
     "__version__",
     "curvature",
     "explain",

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -179,6 +180,11 @@ class Borrowed:
             p.mul_(1 - hyper.lr * hyper.weight_decay)
         self._new[p] = hyper.curvature.update(p, d, state, moment, hyper.lr, hyper.momentum)
 
+    def put(self, p: Tensor, value: Tensor) -> None:
+        """u <- value, found in another way than by a step on a gradient."""
+        self._save(p)
+        p.copy_(value)
+
     def _save(self, p: Tensor) -> None:
         if p not in self._saved:
             self._saved[p] = p.detach().clone()
@@ -255,10 +261,26 @@ class Borrowed:
             for p, new in self._new.items()
         }
 
+    def restart(self) -> None:
+        """Take all updates back, to be made again another way."""
+        self.rollback()
+        self._new.clear()
+
     def rollback(self) -> None:
         """Restore every parameter; the state was never written."""
         for p, saved in self._saved.items():
             p.copy_(saved)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Within the block the weights are those from before the step."""
+        new = {p: p.detach().clone() for p in self._saved}
+        self.rollback()
+        try:
+            yield
+        finally:
+            for p, value in new.items():
+                p.copy_(value)
 
     def updated(self) -> list[Tensor]:
         """Parameters updated so far."""

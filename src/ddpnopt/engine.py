@@ -266,8 +266,8 @@ class Engine:
         self._fingerprint.clear()
         self._carried, self._open_report = {}, None
 
-    def step(self) -> StepReport:
-        """Take one step; raises before anything is changed, or puts it back."""
+    def step(self, closure: Callable[[], float] | None = None) -> StepReport:
+        """Take one step, ``closure`` called; raises before anything is changed, or puts it back."""
         trajectories = list(self.recorder.arrivals.completed) if self.recorder else []
         parameters = [p for p in self.parameters() if p.requires_grad]
         fresh = self._consumed.fresh(parameters) or not parameters
@@ -275,8 +275,9 @@ class Engine:
         check_backward(fresh, trajectories, recording)
         rescale = self._fingerprint.rescaling()
         step = self._new_step(trajectories, rescale, rescale)
+        step.closure = closure
         check_gradients(step.borrowed, trajectories, self.names, not self.options.weight_gradients)
-        in_feedback = self._usable(trajectories)
+        in_feedback = self.usable(trajectories)
         if in_feedback:
             check_states(trajectories, self.options.closed_loop)
         if rescale != 1.0 and not self.options.weight_gradients and in_feedback:
@@ -331,7 +332,7 @@ class Engine:
         borrowed = Borrowed(self.groups(), self.state())
         return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)
 
-    def _usable(self, trajectories: list[Trajectory]) -> bool:
+    def usable(self, trajectories: list[Trajectory]) -> bool:
         """Whether all passes take part in feedback; raises where they must not be ignored."""
         if self.options.feedback is False:
             return False

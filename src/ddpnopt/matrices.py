@@ -100,9 +100,7 @@ class Matrices:
     def segment_curvature(self, V: Tensor) -> Tensor:
         """(B, H, H), by differentiating twice from this layer's output to the next state."""
         parts = [
-            second_derivative(one.h, one.end, v, n)
-            for one, v, n in zip(
-                self.layer.segments, torch.split(V, self.layer.counts), self.layer.counts, strict=True
-            )
+            second_derivative(one.h, one.end, v, len(v))
+            for one, v in zip(self.layer.segments, torch.split(V, self.layer.counts), strict=True)
         ]
         return torch.cat(parts)

@@ -49,6 +49,7 @@ class Notices:
         trajectory: Trajectory,
         names: Callable[[], dict[Tensor, str]],
         trainable: Callable[[Tensor], bool],
+        weighted: bool = True,
     ) -> None:
         """Say which layers and parameters take the plain step, once for each structure.
 
@@ -56,12 +57,13 @@ class Notices:
             trajectory: The pass.
             names: Paths of the model's parameters.
             trainable: Whether a parameter belongs to the optimizer.
+            weighted: The samples are weighted in front of a mixing; else that is plain, too.
         """
         if trajectory.key in self._told:
             return
         self._told.add(trajectory.key)
         reasons: dict[str, dict[str, None]] = {}
-        at, stages = trajectory.boundary, trajectory.stages
+        at, stages = trajectory.boundary if weighted else 0, trajectory.stages
         if at:
             place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
             reason = "the layers there don't run one after another"

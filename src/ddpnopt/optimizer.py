@@ -16,8 +16,9 @@ from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.options import Options, value_from
-from ddpnopt.recognition import MSE, Terminal
+from ddpnopt.recognition import Terminal
 from ddpnopt.report import StepReport
+from ddpnopt.terminal import MMC, MSE
 from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 
@@ -43,8 +44,9 @@ class DDPNOpt(torch.optim.Optimizer):
             options.
         value: "moreau", "gauss_newton", "low_rank", "dense", or an object with its options.
         terminal: The loss: "auto" recognises cross-entropy and logistic losses from the output
-            and its gradient; else "cross_entropy", "nll", "mse", "bce_with_logits", or a callable
-            output z (B, C) -> factor S (B, C, r) of the loss's Hessian by z, S S^T, per sample.
+            and its gradient; else "cross_entropy", "nll", "mse", "mmc", "bce_with_logits", an `MSE`
+            or `MMC`, or a callable output z (B, C) -> factor S (B, C, r) of the loss's Hessian by
+            z, S S^T, per sample.
         feedback: True: closed loop; "open_loop": coefficients without a second forward pass,
             written to ``p.grad`` by ``backward``; False: exactly the borrowed optimizer.
         momentum: As in the borrowed optimizer; AdamW has its own.
@@ -66,13 +68,15 @@ class DDPNOpt(torch.optim.Optimizer):
         >>> opt.zero_grad(); criterion(model(x), y).backward(); opt.step()
     """
 
+    _engine_type: type[Engine] = Engine
+
     def __init__(
         self,
         model: nn.Module,
         lr: float = 0.1,
         curvature: str | Curvature = "identity",
         value: str | ValueFunction = "moreau",
-        terminal: Terminal | MSE = "auto",
+        terminal: Terminal | MSE | MMC = "auto",
         feedback: bool | str = True,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -98,7 +102,7 @@ class DDPNOpt(torch.optim.Optimizer):
         }
         super().__init__(model.parameters() if params is None else params, defaults)
         owner = weakref.ref(self)  # the engine must not keep a dropped optimizer recording
-        self._engine = Engine(
+        self._engine = self._engine_type(
             model,
             self.options,
             lambda: alive.param_groups if (alive := owner()) is not None else [],
@@ -196,7 +200,7 @@ class DDPNOpt(torch.optim.Optimizer):
         device = next(iter(engine.parameters())).device.type
         try:
             with torch.autocast(device, enabled=False):
-                self.last_step = engine.step()
+                self.last_step = engine.step(closure)
         except NonFiniteError:
             if self.options.nonfinite == "raise":
                 raise

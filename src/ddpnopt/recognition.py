@@ -18,7 +18,10 @@ import torch
 
 from ddpnopt.errors import TerminalError
 from ddpnopt.terminal import (
+    MMC,
+    MSE,
     Cost,
+    SquaredError,
     callable_cost,
     logistic_cost,
     softmax_cost,
@@ -28,35 +31,9 @@ from ddpnopt.typing import Tensor
 
 SOFTMAX, LOGISTIC = "cross_entropy", "bce_with_logits"
 #: Names of terminal costs that users may give.
-TERMINALS = ("auto", SOFTMAX, "nll", "mse", LOGISTIC)
+TERMINALS = ("auto", SOFTMAX, "nll", "mse", "mmc", LOGISTIC)
+SQUARED: dict[str, SquaredError] = {"mse": MSE(), "mmc": MMC()}
 Terminal = str | Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class MSE:
-    """Squared error as a terminal cost: ``nn.MSELoss()`` times a scale.
-
-    Its scale can't be read off the gradient, so it is the user's to tell.
-
-    Args:
-        scale: What the mean over all elements is multiplied by before ``backward`` (1/k under
-            accumulation); a function for a scale that changes (``scaler.get_scale``).
-        reduction: "mean" over all elements, or "sum".
-    """
-
-    scale: float | int | Callable[[], float] = 1.0
-    reduction: str = "mean"
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """The factor S of phi_xx, (B, elements, elements)."""
-        elements = z[0].numel()
-        root = torch.full((z.shape[0], elements), self.curvature(z.numel()) ** 0.5)
-        return torch.diag_embed(root.to(z))
-
-    def curvature(self, elements: int) -> float:
-        """phi_xx = this times I."""
-        scale = float(self.scale() if callable(self.scale) else self.scale)
-        return 2 * scale / (elements if self.reduction == "mean" else 1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +59,7 @@ class Recogniser:
     """Finds the terminal cost of each pass; remembers what earlier passes have shown.
 
     Args:
-        terminal: "auto", a name, `MSE`, or a callable output -> factor.
+        terminal: "auto", a name, `MSE`, `MMC`, or a callable output -> factor.
     """
 
     def __init__(self, terminal: Terminal) -> None:
@@ -112,12 +89,11 @@ class Recogniser:
         """
         # Losses work in float32 where the network runs in half precision.
         logits = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-        if isinstance(self.terminal, MSE):
-            return squared_cost(logits, G, self.terminal.curvature(z.numel()), samples)
+        known = SQUARED.get(self.terminal) if isinstance(self.terminal, str) else self.terminal
+        if isinstance(known, SquaredError):
+            return squared_cost(known.name, logits, G, known.curvature(logits), samples)
         if not isinstance(self.terminal, str):
             return callable_cost(self.terminal, logits, G, samples)
-        if self.terminal == "mse":
-            return squared_cost(logits, G, MSE().curvature(z.numel()), samples)
         if self.terminal in (SOFTMAX, "nll"):
             w = _named_softmax(self.terminal, logits, G, axis)
             return softmax_cost(self.terminal, logits, G, w, axis, samples)

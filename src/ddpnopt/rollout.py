@@ -44,7 +44,9 @@ def cut_segments(recorder: Recorder, step: Step, trajectories: Sequence[Trajecto
                 "second-order dynamics need a chain of layers and the closed loop: use "
                 "feedback=True, or dynamics='first_order'"
             )
-        for one in cut(trajectory, recorder.model, outputs=True):
+        with step.borrowed.undone():  # layers outside the feedback have moved already
+            steps = cut(trajectory, recorder.model, outputs=True)
+        for one in steps:
             step.layers[one.stage.name].segments.append(one)
 
 

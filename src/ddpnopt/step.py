@@ -63,6 +63,7 @@ class Step:
         trainable: Whether a parameter belongs to the optimizer.
         running: rho by layer of the previous steps; updated where it is needed.
         base: Gradients that p.grad held before this backward pass (open loop under accumulation).
+        closure: The closure that the step was called with.
     """
 
     trajectories: Sequence[Trajectory]
@@ -71,6 +72,7 @@ class Step:
     trainable: Callable[[Tensor], bool]
     running: dict[str, float]
     base: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    closure: Callable[[], float] | None = None
     layers: dict[str, Layer] = field(default_factory=dict)
     moments: dict[Tensor, Tensor | None] = field(default_factory=dict)
     joints: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -8,16 +8,25 @@ G = w g with g the gradient of a sample's plain loss.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ddpnopt.errors import TerminalError
+from ddpnopt.objectives import (
+    Objective,
+    logistic_objective,
+    softmax_objective,
+    squared_objective,
+)
 from ddpnopt.typing import Tensor
 
 #: Floor of |g| in kappa and the excess: their squares must stay inside float32.
 SMALLEST = 1e-15
+REDUCTIONS = ("mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Cost:
         kappa: (B,) curvature along the gradient per slope squared.
         excess: (B,) Lambda - 1, or None where the slope is unbounded.
         factor: Columns S with S S^T = phi_xx, (r, *z.shape), for a bound on their number.
+        value: The loss at another output, up to a constant; None where it is not known.
     """
 
     name: str
@@ -37,6 +47,7 @@ class Cost:
     kappa: Tensor
     excess: Tensor | None
     factor: Callable[[int | None], Tensor]
+    value: Objective | None = None
 
     def hessian_factor(self) -> Tensor:
         """(B, Z, r), exact."""
@@ -93,7 +104,8 @@ def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples:
         S = _spread_positions(S).reshape(-1, *z.movedim(axis, -1).shape)
         return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
 
-    return Cost(name, w_sample, kappa, excess.clamp(min=0), factor)
+    value = softmax_objective(z, G, w, axis)
+    return Cost(name, w_sample, kappa, excess.clamp(min=0), factor, value)
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:
@@ -163,10 +175,104 @@ def logistic_cost(z: Tensor, G: Tensor, w: Tensor, samples: int) -> Cost:
         root = (w_element * p * (1 - p)).sqrt()
         return torch.diag_embed(root).movedim(-1, 0).reshape(-1, *z.shape)
 
-    return Cost("bce_with_logits", w_sample, kappa, excess, factor)
+    value = logistic_objective(z, G, w)
+    return Cost("bce_with_logits", w_sample, kappa, excess, factor, value)
 
 
-def squared_cost(z: Tensor, G: Tensor, curvature: float, samples: int) -> Cost:
+@dataclass(frozen=True)
+class SquaredError(ABC):
+    """A squared distance as a terminal cost: phi_xx = curvature I.
+
+    Its scale can't be read off the gradient, so it is the user's to tell.
+
+    Args:
+        scale: What the loss is multiplied by before ``backward`` (1/k under accumulation); a
+            function for a scale that changes (``scaler.get_scale``).
+        reduction: "mean" or "sum".
+
+    Raises:
+        ValueError: The reduction is unknown.
+    """
+
+    scale: float | int | Callable[[], float] = 1.0
+    reduction: str = "mean"
+
+    #: The cost's name, and the one that users may give in its place.
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Check the reduction."""
+        check_reduction(type(self).__name__, self.reduction)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The factor S of phi_xx, (B, elements, elements)."""
+        shape = (z.shape[0], z[0].numel())
+        root = torch.full(shape, self.curvature(z), dtype=z.dtype, device=z.device).sqrt()
+        return torch.diag_embed(root)
+
+    def curvature(self, z: Tensor) -> float:
+        """phi_xx at the output z = this times I."""
+        scale = float(self.scale() if callable(self.scale) else self.scale)
+        return scale * self._plain_curvature(z)
+
+    @abstractmethod
+    def _plain_curvature(self, z: Tensor) -> float:
+        """The curvature of the loss without a scale."""
+
+
+@dataclass(frozen=True)
+class MSE(SquaredError):
+    """Squared error as a terminal cost: ``nn.MSELoss()`` times a scale.
+
+    Its scale can't be read off the gradient, so it is the user's to tell.
+
+    Args:
+        scale: What the loss is multiplied by before ``backward`` (1/k under accumulation); a
+            function for a scale that changes (``scaler.get_scale``).
+        reduction: "mean" over all elements, or "sum".
+
+    Raises:
+        ValueError: The reduction is unknown.
+    """
+
+    name: ClassVar[str] = "mse"
+
+    def _plain_curvature(self, z: Tensor) -> float:
+        return 2 / z.numel() if self.reduction == "mean" else 2.0
+
+
+@dataclass(frozen=True)
+class MMC(SquaredError):
+    """The Max-Mahalanobis center loss as a terminal cost: `ddpnopt.MMCLoss` times a scale.
+
+    Its scale can't be read off the gradient, so it is the user's to tell.
+
+    Args:
+        scale: What the loss is multiplied by before ``backward`` (1/k under accumulation); a
+            function for a scale that changes (``scaler.get_scale``).
+        reduction: "mean" over the samples, or "sum".
+
+    Raises:
+        ValueError: The reduction is unknown.
+    """
+
+    name: ClassVar[str] = "mmc"
+
+    def _plain_curvature(self, z: Tensor) -> float:
+        return 1 / z.shape[0] if self.reduction == "mean" else 1.0
+
+
+def check_reduction(owner: str, reduction: str) -> None:
+    """Refuse an unknown reduction.
+
+    Raises:
+        ValueError: It lists the known ones.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{owner}(reduction={reduction!r}): choose from {', '.join(REDUCTIONS)}")
+
+
+def squared_cost(name: str, z: Tensor, G: Tensor, curvature: float, samples: int) -> Cost:
     """A cost with phi_xx = curvature I, as the mean squared error has with 2 / elements."""
     columns = z[0].numel() * (z.shape[0] // samples)
     root = torch.full((samples, columns), curvature, dtype=z.dtype, device=z.device).sqrt()
@@ -177,7 +283,7 @@ def squared_cost(z: Tensor, G: Tensor, curvature: float, samples: int) -> Cost:
     square = G.reshape(samples, -1).to(z.dtype).square().sum(1)
     w = torch.full_like(square, 1 / samples)
     kappa = w * curvature / square.clamp(min=torch.finfo(z.dtype).tiny ** 0.5)
-    return Cost("mse", w, kappa, None, factor)
+    return Cost(name, w, kappa, None, factor, squared_objective(z, G, curvature))
 
 
 def callable_cost(function: Callable[[Tensor], Tensor], z: Tensor, G: Tensor, samples: int) -> Cost:

@@ -9,6 +9,7 @@ DDPNOpt's value and curvature objects; `grad_clip` (any optimizer) is the thresh
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,13 @@ def _own(name: str) -> Factory:
     return build
 
 
+def _emsa(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+    # Its learning rate is 1 / rho: short steps are that times the (preconditioned) gradient.
+    arguments: dict[str, Any] = {"rho": 1 / lr if lr else math.inf, **options}
+    built: torch.optim.Optimizer = _call(ddpnopt.EMSA, model, options=arguments)
+    return built
+
+
 def _ddpnopt(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
     value_options, rest = _split(options, "value")
     curvature_options, rest = _split(rest, "curvature")
@@ -131,6 +139,8 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "adamw": OptimizerChoice(_torch(torch.optim.AdamW), "AdamW", {"weight_decay": 0.0}),
     "kfac": OptimizerChoice(_own("KFAC"), "KFAC"),
     "ekfac": OptimizerChoice(_own("EKFAC"), "EKFAC"),
+    "sgd-vgr": OptimizerChoice(_own("SGDVGR"), "SGD + VGR"),
+    "emsa": OptimizerChoice(_emsa, "E-MSA"),
     "ddpnopt": _ddp("DDPNOpt"),
     "ddpnopt-open-loop": _ddp("DDPNOpt open loop", feedback="open_loop"),
     "ddpnopt-off": _ddp("DDPNOpt without feedback", feedback=False),

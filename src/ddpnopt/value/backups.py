@@ -37,8 +37,9 @@ def factor_backup(
     """Terminal coordinates: the new (C, c)."""
     residual = (s - (S @ c[..., None])[..., 0])[..., None]
     if kind == "proximal":
-        RC = symmetric(solve(identity_like(C) + C @ S, C))
-        return RC, c + (RC @ residual)[..., 0]
+        # Not R C times the residual: at large S the product would lose what the solve keeps.
+        both = solve(identity_like(C) + C @ S, torch.cat([C, C @ residual], -1))
+        return symmetric(both[..., :-1]), c + both[..., -1]
     first = c + (C @ residual)[..., 0]
     if kind == "riccati":
         return symmetric(C - C @ S @ C), first
