@@ -5,6 +5,7 @@ from ddpnopt import curvature, value
 from ddpnopt.baselines import EKFAC, EMSA, KFAC, SGDVGR, VanillaDDP
 from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.explain import explain
+from ddpnopt.gains import Gain, feedback_gains
 from ddpnopt.losses import MMCLoss
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.report import LayerReport, StepReport
@@ -23,6 +24,7 @@ __all__ = [
     "SGDVGR",
     "DDPNOpt",
     "DDPNOptWarning",
+    "Gain",
     "LayerReport",
     "MMCLoss",
     "NonFiniteError",
@@ -33,5 +35,6 @@ __all__ = [
     "__version__",
     "curvature",
     "explain",
+    "feedback_gains",
     "value",
 ]

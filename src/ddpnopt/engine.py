@@ -209,7 +209,7 @@ class Engine:
         cost = trajectory.pending[0]
         if cost is None or trajectory.refusal or not bool(G.isfinite().all()):
             return
-        step = self._new_step([trajectory], self.rescale, 1.0, early=True)
+        step = self.new_step([trajectory], self.rescale, 1.0, early=True)
         try:
             trajectory.fresh_front = weigh(trajectory, G, edge, cost, step, self.parameters())
         except (NonFiniteError, UnsupportedModelError) as error:
@@ -240,7 +240,7 @@ class Engine:
         self._fingerprint.take(self.parameters())
 
     def _open_loop(self, trajectories: list[Trajectory]) -> None:
-        step = self._new_step(trajectories, self.rescale, 1.0)
+        step = self.new_step(trajectories, self.rescale, 1.0)
         step.build()
         step.recurse()
         corrections = {
@@ -274,7 +274,7 @@ class Engine:
         recording = self.recorder if self.options.feedback is not False else None
         check_backward(fresh, trajectories, recording)
         rescale = self._fingerprint.rescaling()
-        step = self._new_step(trajectories, rescale, rescale)
+        step = self.new_step(trajectories, rescale, rescale)
         step.closure = closure
         check_gradients(step.borrowed, trajectories, self.names, not self.options.weight_gradients)
         in_feedback = self.usable(trajectories)
@@ -313,13 +313,14 @@ class Engine:
             return replace(self._open_report, rescale=rescale)
         return report(self.options, step, depth, rescale, self.skipped)
 
-    def _new_step(
+    def new_step(
         self,
         trajectories: list[Trajectory],
         rescale: float,
         correction_scale: float,
         early: bool = False,
     ) -> Step:
+        """A step of these passes, with nothing in it yet."""
         settings = Settings(
             self.options.value,
             rescale,
