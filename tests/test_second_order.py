@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ddpnopt import DDPNOpt, UnsupportedModelError
+from ddpnopt import DDPNOpt, DDPNOptWarning, UnsupportedModelError
+from ddpnopt.layers import RULES, LayerRule
 from ddpnopt.linearise import second_derivative
 from ddpnopt.value import Dense
 from oracles.common import (
@@ -61,12 +62,50 @@ def test_own_layer_and_regularization(kind: str) -> None:
     compare(dense_chain([3, 4, 3]), kind, own_layer=True, regularization=0.1)
 
 
-def test_squared_error_and_a_norm() -> None:
+@pytest.mark.parametrize("kind", BACKUPS)
+def test_squared_error_and_a_norm(kind: str) -> None:
     """LayerNorm has second derivatives of its own, g_xx and g_ux."""
     torch.manual_seed(0)
-    layers = [nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)]
-    after = [torch.tanh, torch.sigmoid, lambda h: h]
-    compare(Chain(layers, after).double(), loss="mse")
+    layers = [nn.Linear(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)]
+    after = [torch.tanh, torch.tanh, torch.sigmoid, lambda h: h]
+    compare(Chain(layers, after).double(), kind, loss="mse")
+
+
+class Seen(LayerRule):
+    """Leaves `Affine` without a rule."""
+
+    parameters = ("matrix",)
+
+    def refusal(self, module: nn.Module) -> str:
+        return "it is left out"
+
+
+class Affine(nn.Module):
+    """Keeps the weights that it has run with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 4).double())
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self.matrix.detach().clone())
+        return x @ self.matrix
+
+
+def test_segments_are_those_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer outside the feedback steps first, but not before the segments are taken."""
+    monkeypatch.setitem(RULES, Affine, Seen())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Affine(), nn.Tanh(), nn.Linear(4, 3)).double()
+    nominal = model[2].matrix.detach().clone()
+    opt = DDPNOpt(model, lr=LR, value=Dense(dynamics="second_order"))
+    F.cross_entropy(model(torch.randn(5, 3).double()), torch.tensor([0, 1, 2, 0, 1])).backward()
+    with pytest.warns(DDPNOptWarning, match="'2' take the borrowed"):
+        opt.step()
+    seen = model[2].seen
+    assert len(seen) == 3 and torch.equal(seen[1], nominal)  # the pass, the cut, the rollout
+    assert torch.equal(seen[2], model[2].matrix) and not torch.equal(seen[2], nominal)
 
 
 @hypothesis.given(chains(min_depth=2))

@@ -17,7 +17,7 @@ from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probing
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.replay import Replay, preserved
-from ddpnopt.rollout import cut_segments
+from ddpnopt.rollout import recurse
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -200,10 +200,8 @@ def feedback_gains(opt: DDPNOpt, sample: int = 0) -> dict[str, Gain]:
     step.build()
     for layer in step.layers.values():
         layer.keep_gain = True
-    if value.segments:
-        cut_segments(engine.recorder, step, passes)
     sketch = engine.sketch.get_state()
-    step.recurse()
+    recurse(engine.recorder, step, passes)
     engine.sketch.set_state(sketch)
     first = next(iter(step.layers), "")
     return {

@@ -26,9 +26,7 @@ Method = Callable[[Recorder, Step, Sequence[Trajectory]], None]
 
 def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
     """DDPNOpt's method: Bellman's recursion, then each layer's policy in the rollout."""
-    if step.settings.value.segments:
-        cut_segments(recorder, step, trajectories)
-    step.recurse()
+    recurse(recorder, step, trajectories)
     if all(t.call is not None for t in trajectories):
         rollout(recorder, trajectories, step.layers, step.apply)
         return
@@ -36,18 +34,27 @@ def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory])
         step.apply(layer, None)
 
 
-def cut_segments(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
-    """Give every layer the function from its output to the next state, as a graph."""
-    for trajectory in trajectories:
-        if trajectory.call is None or [s.name for s in trajectory.active] != list(step.layers):
-            raise UnsupportedModelError(
-                "second-order dynamics need a chain of layers and the closed loop: use "
-                "feedback=True, or dynamics='first_order'"
-            )
-        with step.borrowed.undone():  # layers outside the feedback have moved already
-            steps = cut(trajectory, recorder.model, outputs=True)
-        for one in steps:
-            step.layers[one.stage.name].segments.append(one)
+def recurse(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
+    """Bellman's recursion; for second-order dynamics with the functions between the layers.
+
+    Those are taken, and differentiated, at the weights of the pass: layers outside the feedback
+    have moved already.
+    """
+    if not step.settings.value.segments:
+        step.recurse()
+        return
+    with step.borrowed.undone():
+        for trajectory in trajectories:
+            if trajectory.call is None or [s.name for s in trajectory.active] != list(step.layers):
+                raise UnsupportedModelError(
+                    "second-order dynamics need a chain of layers and the closed loop: use "
+                    "feedback=True, or dynamics='first_order'"
+                )
+            for one in cut(trajectory, recorder.model, outputs=True):
+                step.layers[one.stage.name].segments.append(one)
+        step.recurse()
+    for layer in step.layers.values():
+        layer.segments.clear()  # with their graphs
 
 
 def rollout(

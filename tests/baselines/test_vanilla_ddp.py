@@ -176,6 +176,22 @@ def test_it_couples_the_samples() -> None:
     assert float((found[0] - found[1]).norm()) > 1e-4
 
 
+@pytest.mark.parametrize("own_layer", [False, True])
+def test_the_clip_is_the_same_in_both_forms(own_layer: bool) -> None:
+    found = []
+    for kind in (Dense, LowRank, None):
+        model = dense_chain([3, 5, 4, 3])
+        x = input_for(model, 4)
+        _, function, _ = cross_entropy(x, 3)
+        clip = None if kind is None else 1e-3
+        inner = (kind or LowRank)(own_layer=own_layer, clip=clip)
+        for _ in range(2):
+            step(DDPNOpt(model, lr=LR, value=Augmented(inner)), model, x, function)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
+    assert float((found[0] - found[2]).norm()) > 1e-6
+
+
 def test_accumulated_passes_are_one_batch() -> None:
     model, twin = dense_chain([3, 5, 4, 3]), dense_chain([3, 5, 4, 3])
     x = input_for(model, 6)
@@ -205,6 +221,8 @@ def test_the_feedforward_is_halved_until_the_loss_falls() -> None:
         after = float(function(model(x)).detach())
         assert after < before if opt.alpha else after == before
         seen.add(opt.alpha)
+        assert opt.last_step is not None
+        assert len(opt.last_step.layers) == (3 if opt.alpha else 0)  # of the accepted trial alone
         if opt.alpha:
             reference.sweep(x, function, hessian)
             assert_params(model, reference.rollout(x, opt.alpha), 1e-6)
@@ -249,8 +267,39 @@ def test_the_closure_is_evaluated_where_the_cost_is_not_known() -> None:
             opt.step(closure)  # type: ignore[arg-type]
             step(known, twin, x, lambda z: F.mse_loss(z, y))
             assert opt.alpha == known.alpha
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+            assert opt.last_step is not None
+            assert [layer.name for layer in opt.last_step.layers] == ["layers.0", "layers.1"]
     assert calls >= 9  # the standard call, the loss as it is, and every trial
     assert_same(model, twin, 1e-10)
+
+
+def test_evaluating_the_closure_leaves_buffers_and_generators() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return F.dropout(x, 0.1, self.training)
+
+    model = nn.Sequential(nn.Linear(3, 5), Counted(), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(4, 3).double(), torch.randn(4, 3).double()
+    opt = VanillaDDP(model, terminal=lambda z: torch.eye(3).double().expand(len(z), 3, 3) / 2)
+    states = []
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        states.append(torch.get_rng_state())
+        return loss
+
+    opt.step(closure)  # type: ignore[arg-type]
+    assert len(states) > 2 and float(model[1].calls) == 1
+    assert torch.equal(torch.get_rng_state(), states[0])
 
 
 def test_without_either_it_says_so_once() -> None:
@@ -300,6 +349,18 @@ def test_what_it_can_not_do_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
     with pytest.raises(TerminalError, match="name it with terminal="):
         step(VanillaDDP(model), model, x, lambda z: z.square().sum())
+
+
+def test_an_empty_batch_moves_nothing() -> None:
+    model = dense_chain([3, 4, 3])
+    before, x = copy.deepcopy(model), torch.randn(5, 3, dtype=torch.float64)
+    y, opt = torch.tensor([0, 1, 2, 0, 1]), VanillaDDP(model)
+    step(opt, model, x[:0], lambda z: F.cross_entropy(z, y[:0]))
+    assert_same(model, before, 0.0)
+    step(opt, model, x, lambda z: F.cross_entropy(z, y))
+    twin = copy.deepcopy(before)
+    step(VanillaDDP(twin), twin, x, lambda z: F.cross_entropy(z, y))
+    assert_same(model, twin, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.curvature import KFAC
+from ddpnopt.value import Moreau
 from oracles.common import assert_same
 from oracles.fronts import (
     BATCH,
@@ -238,3 +239,20 @@ def test_kronecker_step_of_the_front(feedback: Any) -> None:
     want = before - rate * torch.linalg.solve(G, torch.linalg.solve(A, D, left=False))
     after = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach()
     torch.testing.assert_close(after, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("curvature", ["rmsprop", "adamw"])
+def test_the_curvatures_own_strength(curvature: str) -> None:
+    """S in front of BatchNorm is halved for AdamW, as it is for a layer."""
+    S = []
+    for value in (Moreau(), Moreau(strength=1.0)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+        x, y = torch.randn(8, 4), torch.arange(8) % 3
+        opt = DDPNOpt(model, lr=0.01, curvature=curvature, value=value, feedback="open_loop")
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        assert opt.last_step is not None and opt.last_step.front is not None
+        S.append(opt.last_step.front.S)
+    # The front's S begins with that of the layer behind it, which has the factor, too.
+    torch.testing.assert_close(S[0], S[1] * (0.5 if curvature == "adamw" else 1.0))

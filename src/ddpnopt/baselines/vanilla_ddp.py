@@ -26,7 +26,7 @@ from ddpnopt.notices import Notices
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.recognition import Terminal
 from ddpnopt.replay import preserved
-from ddpnopt.rollout import cut_segments, rollout
+from ddpnopt.rollout import recurse, rollout
 from ddpnopt.stages import Trajectory
 from ddpnopt.step import Step
 from ddpnopt.terminal import SquaredError
@@ -95,11 +95,9 @@ class Search:
         value = step.settings.value
         assert isinstance(value, Augmented)
         check_memory(step, value, self.memory)
-        if value.segments:
-            cut_segments(recorder, step, trajectories)
         for layer in step.layers.values():
             layer.keep_gain = True
-        step.recurse()
+        recurse(recorder, step, trajectories)
         policies = {name: layer.policy for name, layer in step.layers.items()}
         known = self._objective(recorder, step, trajectories)
         if known is None:
