@@ -117,6 +117,20 @@ class _DDP:
         return ddpnopt.DDPNOpt(model, **{"lr": 0.05, **value, **self.options})
 
 
+@dataclass(frozen=True)
+class _Own:
+    """Factory of another optimizer of the library, by its name there."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
+        import ddpnopt
+
+        made: torch.optim.Optimizer = getattr(ddpnopt, self.name)(model, **self.options)
+        return made
+
+
 BASELINE = "SGD"
 
 VARIANTS: Mapping[str, Variant] = {
@@ -142,4 +156,12 @@ VARIANTS: Mapping[str, Variant] = {
     "DDPNOpt PAPER": Variant(_DDP(value="paper")),
     "DDPNOpt low_rank": Variant(_DDP(value="low_rank")),
     "DDPNOpt dense": Variant(_DDP(value="dense"), nets=(1,)),
+    "KFAC": Variant(_Own("KFAC")),
+    "EKFAC": Variant(_Own("EKFAC")),
+    "SGD-VGR": Variant(_Own("SGDVGR")),
+    "E-MSA": Variant(_Own("EMSA"), nets=(1,)),
+    "vanilla DDP": Variant(_Own("VanillaDDP"), nets=(1,)),
+    "DDPNOpt second order": Variant(
+        _DDP({"value": {"name": "dense", "dynamics": "second_order"}}), nets=(1,)
+    ),
 }

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from cases import BASELINE, NETS, VARIANTS
+from ddpnopt.testing import Operations
 
 MIB = 2**20
 # A timed chunk lasts at least this long, far above the clock's and the scheduler's grain.
@@ -193,12 +193,12 @@ def footprint(net: int, variant: str, steps: int = 5, device: str = "cpu") -> Fo
     held = _held_bytes(job)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         job.step()
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as counter:
         job.step()
     return Footprint(
         process_mib=process,
         tensor_mib=(held + transient_peak(record)) / MIB,
-        gflop=counter.get_total_flops() / 1e9,
+        gflop=counter.total / 1e9,
     )
 
 

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step_cost.py"
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(*arguments: str) -> str:
-    command = [sys.executable, str(SCRIPT), *arguments]
+def run(*arguments: str, script: str = "step_cost.py") -> str:
+    command = [sys.executable, str(FOLDER / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -40,3 +43,19 @@ def test_memory_and_operations_are_those_of_the_step() -> None:
     # 2 operations a product; three products a weight and sample, less the first input gradient.
     products = 64 * 32 + 3 * 32 * 32 + 32 * 10
     assert sgd["gflop"] * 1e9 == 2 * 32 * (3 * products - 64 * 32)
+
+
+def test_vanilla_ddps_cost_grows_with_the_batch_and_the_width(tmp_path: Path) -> None:
+    out = tmp_path / "costs.json"
+    text = run("--quick", "--out", str(out), script="vanilla_ddp.py")
+    assert "theory" in text
+    document = json.loads(out.read_text())
+    costs = {(c["form"], c["batch"], c["width"]): c for c in document["costs"]}
+    assert len(costs) == 9 and all(c["milliseconds"] > 0 for c in costs.values())
+    measured = {(e["form"], e["cost"], e["in"]): e["measured"] for e in document["exponents"]}
+    assert len(measured) == 8
+    for form in ("low_rank", "dense"):
+        small, large = costs[form, 4, 16]["mib"], costs[form, 8, 16]["mib"]
+        assert large > small > costs["sgd", 4, 16]["mib"]
+        exponent = math.log2(large / small)
+        assert measured[form, "memory", "B"] == pytest.approx(exponent) and 0.5 < exponent < 2.5

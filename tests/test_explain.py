@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from typer.testing import CliRunner
 
 from ddpnopt import DDPNOpt, UnsupportedModelError, explain
 from ddpnopt.experiments.commands import app
+from ddpnopt.testing import Operations
 
 
 class Residual(nn.Module):
@@ -122,20 +120,6 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
-
-
-class Operations(TorchDispatchMode):
-    """Counts products as `FlopCounterMode` does, without its hooks on modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
-        return out
 
 
 def frozen() -> nn.Module:

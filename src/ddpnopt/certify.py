@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
-from ddpnopt.inert import probing
+from ddpnopt.inert import probe, probing
 from ddpnopt.linearise import cast_state
 from ddpnopt.replay import preserved
 from ddpnopt.stages import Stage
@@ -59,7 +59,7 @@ def _difference(stage: Stage, h: GradientEdge, x: GradientEdge | None, samples: 
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     targets: list[Any] = [*named.values(), *([x] if x else [])]
     seed = V[0] if stage.unbatched else V
-    theirs = torch.autograd.grad((h,), targets, (seed,), retain_graph=True, allow_unused=True)
+    theirs = probe(h, targets, seed)
     ours = rule.sample_gradients(module, state, V[None], samples)
     pairs = list(zip(theirs, [ours[name][0].sum(0) for name in named], strict=False))
     if x:

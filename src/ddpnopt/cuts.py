@@ -7,6 +7,7 @@ them at once, each with a graph of its own: the dynamics x' = f(x, u) of every t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,19 @@ import torch
 from torch import nn
 
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.inert import probing
+from ddpnopt.inert import Hook, probing
 from ddpnopt.layers import rule_for
 from ddpnopt.replay import Replay, preserved
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
 
 Handle = torch.utils.hooks.RemovableHandle
+#: Modules without memory or randomness: each a fixed function of the one tensor it is given.
+PURE = frozenset(
+    {nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d}
+    | {nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU}
+    | {nn.GELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Softsign, nn.LogSigmoid, nn.Tanhshrink}
+)
 
 
 def hook_replays(
@@ -160,6 +167,43 @@ def segment(trajectory: Trajectory, model: nn.Module, at: int, h: Tensor) -> Ten
     cutter.until, cutter.put = at + 1, (at, h)
     _run(trajectory, model, cutter)
     return cutter.ends[at]
+
+
+def paths(trajectory: Trajectory) -> list[Sequence[nn.Module] | None]:
+    """The modules between a layer and the next, where they are the function that `segment` is.
+
+    That is known of an nn.Sequential (and those inside it), with `PURE` modules between the layers,
+    and without hooks of the user's, which may change what the next layer gets.
+
+    Returns:
+        One for each layer in feedback, the last one's empty; None where only `segment` will do.
+    """
+    call, layers = trajectory.call, [stage.module for stage in trajectory.active]
+    assert call is not None
+    found: list[Sequence[nn.Module] | None] = [None] * (len(layers) - 1)
+    flat = _in_order(call.module)
+    autocast = any(enabled for enabled, _ in call.autocast.values())
+    if not autocast and not call.kwargs and all(layer in flat for layer in layers):
+        at = [flat.index(layer) for layer in layers]
+        between = [flat[i + 1 : j] for i, j in itertools.pairwise(at)]
+        found = [
+            modules if _unhooked(after) and all(type(m) in PURE for m in modules) else None
+            for modules, after in zip(between, layers[1:], strict=True)
+        ]
+    return [*found, ()]
+
+
+def _in_order(module: nn.Module) -> list[nn.Module]:
+    """What a module runs, one after another; the module itself where that is not known."""
+    if type(module) is not nn.Sequential or "forward" in vars(module):
+        return [module]
+    parts = [_in_order(child) if _unhooked(child) else [child] for child in module]
+    return [inner for part in parts for inner in part]
+
+
+def _unhooked(module: nn.Module) -> bool:
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return all(isinstance(hook, Hook) for hook in hooks)  # a recorder's own change nothing
 
 
 def _run(trajectory: Trajectory, model: nn.Module, cutter: _Cutter) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from ddpnopt.typing import Tensor
 
@@ -73,6 +74,19 @@ def probing() -> Iterator[None]:
         yield
     finally:
         probes.running = outer
+
+
+def probe(edge: GradientEdge, targets: Sequence[Any], seed: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of a recorded output at ``targets``, the graph and what hangs on it left alone.
+
+    On its way a gradient is added to the .grad of every tensor with ``retain_grad()``; that of the
+    opposite seed takes it off again.
+    """
+    found, _ = (
+        torch.autograd.grad((edge,), targets, (one,), retain_graph=True, allow_unused=True)
+        for one in (seed, -seed)
+    )
+    return found
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:

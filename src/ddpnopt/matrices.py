@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ddpnopt.layers import MatrixRule
 from ddpnopt.linearise import second_derivative, unit_columns
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
@@ -42,6 +43,26 @@ class Matrices:
         """(1 + r, B, U)."""
         parts = [self._pulled(s, n, self.layer.columns(s)) for s, n in self.layer.pairs()]
         return torch.cat(parts, 1)
+
+    def joint_gram(self) -> Tensor:
+        """((1 + r) B, (1 + r) B), the columns' Gram matrix over all pairs of samples.
+
+        With one position and a scalar gain it is (V V^T) . (x x^T + 1), and no sample's gradient is
+        formed; else by those.
+        """
+        layer = self.layer
+        scalar = {name: P for name, P in layer.gain.items() if isinstance(P, float | int)}
+        if isinstance(layer.rule, MatrixRule) and len(scalar) == len(layer.params):
+            rule, module = layer.rule, layer.module
+            U = torch.cat([rule.inputs(module, layer.x(s), n) for s, n in layer.pairs()])
+            V = torch.cat([rule.outputs(module, layer.columns(s), n) for s, n in layer.pairs()], 1)
+            if U.shape[1] == U.shape[2] == 1:
+                weight, bias = scalar.get("weight", 0.0), scalar.get("bias", 0.0)
+                x, v = U[:, 0, 0], V[:, :, 0, 0].flatten(0, 1)
+                pairs = (x @ x.T) * weight + bias
+                return (v @ v.T) * pairs.repeat(len(V), len(V))
+        rows = self.control_columns().flatten(0, 1)
+        return rows @ self.precondition(rows.T[None])[0]
 
     def _pulled(self, stage: Stage, samples: int, columns: Tensor) -> Tensor:
         found = self.layer.rule.sample_gradients(

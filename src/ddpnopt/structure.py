@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ddpnopt.inert import probe
 from ddpnopt.layers import rule_for
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
@@ -315,10 +315,7 @@ def mixing_start(
     generator = torch.Generator().manual_seed(0)
     part = slice(chosen * rows, (chosen + 1) * rows)
     seed[part] = torch.randn(seed[part].shape, generator=generator).to(seed)
-    targets: list[Any] = [edges[i] for i in indices]
-    gradients = torch.autograd.grad(
-        (edges[-1],), targets, (seed,), retain_graph=True, allow_unused=True
-    )
+    gradients = probe(edges[-1], [edges[i] for i in indices], seed)
     start, conclusive = 0, True
     for index, gradient in zip(indices, gradients, strict=True):
         if gradient is None or not bool(gradient.any()) or not bool(gradient.isfinite().all()):

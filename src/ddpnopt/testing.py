@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Checks for people who write layers."""
+"""Checks for people who write layers, and a counter of operations."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from ddpnopt.layers import LayerRule, MatrixRule, registered
 from ddpnopt.positions import Kronecker
@@ -179,3 +182,33 @@ class _Check:
         scale = max(1.0, float(theirs.abs().max()) if theirs.numel() else 1.0)
         if not difference <= self.tolerance * scale:
             raise AssertionError(f"{name}: differs from autograd by {difference:.3g}")
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations of products and convolutions in a block.
+
+    As `torch.utils.flop_counter.FlopCounterMode` does (two for a multiply-accumulate), but without
+    its hooks on modules, which forbid calls of ``autograd.grad`` for inner tensors.
+
+    Attributes:
+        total: Operations so far.
+
+    Examples:
+        >>> with Operations() as counter:
+        ...     opt.step()
+        >>> counter.total
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # the signature is torch's
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        self.total += int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+        return out

@@ -288,3 +288,44 @@ def test_open_loop_reports_the_rescaling() -> None:
     opt.step()
     assert opt.last_step is not None
     assert opt.last_step.rescale == pytest.approx(0.1 / norm, rel=1e-3)
+
+
+class Retained(nn.Module):
+    """Keeps its intermediate tensors' gradients, one of them inside a layer of its own."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.inner = x.sin()
+            self.inner.retain_grad()
+            return self.inner * self.scale
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own, self.last = nn.Linear(4, 5), self.Scale(), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        a = self.own(h).tanh()
+        z: torch.Tensor = self.last(a)
+        self.kept = (h, a, z)
+        for one in self.kept:
+            one.retain_grad()
+        return z
+
+
+@pytest.mark.parametrize("value", ["moreau", "gauss_newton"])
+def test_retained_gradients_are_the_plain_ones(value: str) -> None:
+    model, (x, y) = Retained(), data(0, 6)
+    x, twin = x[:, :4], copy.deepcopy(model)
+    DDPNOpt(model, lr=LR, value=value)
+    for _ in range(4):
+        for one in (model, twin):
+            F.cross_entropy(one(x), y).backward()
+        pairs = zip((*model.kept, model.own.inner), (*twin.kept, twin.own.inner), strict=True)
+        for p, q in pairs:
+            assert q.grad is not None and torch.equal(p.grad, q.grad)

@@ -155,7 +155,11 @@ def test_options_reach_the_optimizer() -> None:
         ("sgd", {"beta": 1}, "SGD has no option beta; known: momentum"),
         ("sgd", {"grad_clip": -1}, "grad_clip must be a positive number"),
         ("sgd", {"grad_clip": "big"}, "grad_clip must be a positive number"),
-        ("ddpnopt", {"value": "riccati"}, "known: dense, gauss_newton, low_rank, moreau"),
+        (
+            "ddpnopt",
+            {"value": "riccati"},
+            "known: augmented, dense, gauss_newton, low_rank, moreau",
+        ),
         ("ddpnopt", {"curvature": "kfac2"}, "known: .*identity.*rmsprop"),
         ("ddpnopt", {"value.rank": 2}, "Moreau has no option rank; known: own_layer"),
         ("ddpnopt-paper", {"value.clip": 2}, "value=paper has fixed options"),

@@ -19,12 +19,17 @@ class ChainEngine(Engine):
     title: ClassVar[str] = "this method"
 
     def step(self, closure: Callable[[], float] | None = None) -> StepReport:
-        """Take one step.
+        """Take one step; passes of empty batches are left out, and where all are, nothing moves.
 
         Raises:
             UnsupportedModelError: A parameter lies outside the chain (named).
         """
-        passes = list(self.recorder.arrivals.completed) if self.recorder else []
+        passes: list[Trajectory] = []
+        if self.recorder is not None and (completed := self.recorder.arrivals.completed):
+            passes = [t for t in completed if t.stages[-1].rows]
+            if not passes:
+                return StepReport("off", "none", skipped=self.skipped)
+            self.recorder.arrivals.completed = list(passes)
         if not any(t.refusal or t.error or not t.owned for t in passes):  # said better elsewhere
             self._refuse_outsiders(passes)
         return super().step(closure)

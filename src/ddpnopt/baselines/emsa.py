@@ -19,7 +19,7 @@ from torch import nn
 from ddpnopt.baselines.chain import ChainEngine
 from ddpnopt.bellman import Layer
 from ddpnopt.borrowed import Borrowed
-from ddpnopt.cuts import segment
+from ddpnopt.cuts import paths, segment
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.linearise import cast_state, pulled
 from ddpnopt.optimizer import DDPNOpt
@@ -42,15 +42,20 @@ class _Dynamics:
         trajectory: The pass.
         model: The recorded model, whose weights are those of the pass.
         at: Index among the layers in feedback.
+        path: The modules up to the next layer, where they are known (`ddpnopt.cuts.paths`).
         p_end: Costate at the next layer's state (at the output of the last layer).
         dtype: What the sums are made in.
+        nominal: The next layer's state and this one's costate at the weights of the pass, which
+            the residuals compare with; None before the first evaluation.
     """
 
     trajectory: Trajectory
     model: nn.Module
     at: int
+    path: Sequence[nn.Module] | None
     p_end: Tensor
     dtype: torch.dtype
+    nominal: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def stage(self) -> Stage:
@@ -68,14 +73,20 @@ class _Dynamics:
         stage = self.stage
         assert stage.rule is not None and stage.G is not None
         h = stage.rule.output(stage.module, self.x, u).to(stage.G.dtype)
-        end = segment(self.trajectory, self.model, self.at, h[0] if stage.unbatched else h)
+        h = h[0] if stage.unbatched else h
+        if self.path is None:
+            end = segment(self.trajectory, self.model, self.at, h)
+        else:
+            end = h.clone()  # a module may work in place
+            for module in self.path:
+                end = module(end)
         return end.to(self.dtype).reshape(self.p_end.shape)
 
-    def costate(self, end: Tensor) -> Tensor | None:
-        """d/dx (p' . f) of every sample, on the graph of the controls; None at indices."""
+    def costate(self, along: Tensor) -> Tensor | None:
+        """d/dx of the sum of p' . f, on the graph of the controls; None at indices."""
         if not self.x.requires_grad:
             return None
-        (p,) = torch.autograd.grad((self.p_end * end).sum(), self.x, create_graph=True)
+        (p,) = torch.autograd.grad(along, self.x, create_graph=True)
         return p
 
 
@@ -94,37 +105,26 @@ class _Hamiltonian:
     samples: int
     rho: float
     decay: Mapping[str, float]
-    _nominal: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-
-    def hold(self, u: Controls) -> None:
-        """Take x' and p of the residuals from these controls, the nominal ones."""
-        for one in self.passes:
-            end = one.end(u)
-            p = one.costate(end)
-            self._nominal.append((end.detach(), None if p is None else p.detach()))
 
     def __call__(self, u: Controls) -> Tensor:
-        """H~(u)."""
-        total = torch.stack(
-            [
-                self._along(one, u, *held)
-                for one, held in zip(self.passes, self._nominal, strict=True)
-            ]
-        ).sum()
-        total = total / self.samples
+        """H~(u); the first u are the nominal ones."""
+        total = torch.stack([self._along(one, u) for one in self.passes]).sum() / self.samples
         for name, decay in self.decay.items():
             if decay:
                 total = total - decay / 2 * u[name].square().sum()
         return total
 
-    def _along(self, one: _Dynamics, u: Controls, end: Tensor, p: Tensor | None) -> Tensor:
+    def _along(self, one: _Dynamics, u: Controls) -> Tensor:
         """Sum over a pass's samples."""
         now = one.end(u)
         along = (one.p_end * now).sum()
         if not self.rho:
             return along
+        slope = one.costate(along)
+        if one.nominal is None:
+            one.nominal = now.detach(), None if slope is None else slope.detach()
+        end, p = one.nominal
         residual = (end - now).square().sum()
-        slope = one.costate(now)
         if slope is not None and p is not None:
             residual = residual + (p - slope).square().sum()
         return along - self.rho / 2 * residual
@@ -135,10 +135,20 @@ def _maximise(
     H: _Hamiltonian, u: dict[str, Tensor], iterations: int
 ) -> tuple[float, float, dict[str, Tensor]]:
     """H~ before and after, and the controls found; the old ones where none are better."""
-    H.hold(u)
-    old = {name: one.detach().clone() for name, one in u.items()}
     leaves = list(u.values())
-    before = H(u).item()
+    found: list[tuple[float, dict[str, Tensor]]] = []
+
+    def closure() -> Tensor:
+        value = H(u)
+        gradients = torch.autograd.grad(-value, leaves, allow_unused=True)
+        for leaf, g in zip(leaves, gradients, strict=True):
+            leaf.grad = None if g is None else g.contiguous()  # L-BFGS makes one vector of them
+        if not found or found[-1][0] < value.item() < math.inf:
+            found.append((value.item(), {name: one.detach().clone() for name, one in u.items()}))
+        return -value.detach()
+
+    first = [closure()]
+    before = found[0][0]
     solver = torch.optim.LBFGS(
         leaves,
         lr=1.0,
@@ -146,20 +156,9 @@ def _maximise(
         tolerance_change=TOLERANCE / max(1.0, H.rho),  # steps are as short as 1 / rho
         line_search_fn="strong_wolfe",
     )
-
-    def closure() -> Tensor:
-        loss = -H(u)
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        for leaf, g in zip(leaves, gradients, strict=True):
-            leaf.grad = None if g is None else g.contiguous()  # L-BFGS makes one vector of them
-        return loss.detach()
-
     if math.isfinite(before):
-        solver.step(closure)  # type: ignore[no-untyped-call]
-    after = H(u).item()
-    if math.isfinite(after) and after >= before:
-        return before, after, {name: one.detach() for name, one in u.items()}
-    return before, before, old
+        solver.step(lambda: first.pop() if first else closure())  # type: ignore[no-untyped-call]
+    return before, *found[-1]
 
 
 @dataclass(eq=False)
@@ -182,6 +181,7 @@ class Sweep:
         samples = sum(t.samples for t in trajectories)
         found: dict[nn.Parameter, Tensor] = {}
         hamiltonians: dict[str, tuple[float, float]] = {}
+        known = [paths(t) for t in trajectories]
         for at, layer in enumerate(step.layers.values()):
             u = {
                 name: p.detach().to(layer.dtype, copy=True).requires_grad_()
@@ -189,8 +189,10 @@ class Sweep:
             }
             decay = {n: step.borrowed.hyper[p].weight_decay for n, p in layer.params.items()}
             passes = [
-                _Dynamics(t, recorder.model, at, _end_costate(t, at, samples, layer), layer.dtype)
-                for t in trajectories
+                _Dynamics(
+                    t, recorder.model, at, way[at], _end_costate(t, at, samples, layer), layer.dtype
+                )
+                for t, way in zip(trajectories, known, strict=True)
             ]
             before, after, new = _maximise(
                 _Hamiltonian(passes, samples, self.rho, decay), u, self.iterations

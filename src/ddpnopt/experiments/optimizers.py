@@ -141,6 +141,12 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "ekfac": OptimizerChoice(_own("EKFAC"), "EKFAC"),
     "sgd-vgr": OptimizerChoice(_own("SGDVGR"), "SGD + VGR"),
     "emsa": OptimizerChoice(_emsa, "E-MSA"),
+    "vanilla-ddp": OptimizerChoice(_own("VanillaDDP"), "Vanilla DDP"),
+    "vanilla-ddp-second-order": OptimizerChoice(
+        _own("VanillaDDP"),
+        "Vanilla DDP second order",
+        {"dynamics": "second_order", "form": "dense"},
+    ),
     "ddpnopt": _ddp("DDPNOpt"),
     "ddpnopt-open-loop": _ddp("DDPNOpt open loop", feedback="open_loop"),
     "ddpnopt-off": _ddp("DDPNOpt without feedback", feedback=False),
@@ -155,6 +161,12 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "ddpnopt-gauss-newton": _ddp("DDPNOpt Gauss-Newton", value="gauss_newton"),
     "ddpnopt-low-rank": _ddp("DDPNOpt low rank", value="low_rank"),
     "ddpnopt-dense": _ddp("DDPNOpt dense", value="dense"),
+    "ddpnopt-second-order": _ddp(
+        "DDPNOpt second order",
+        value="dense",
+        value__backup="riccati",
+        value__dynamics="second_order",
+    ),
     "ddpnopt-paper": _ddp("DDPNOpt paper", value="paper"),
 }
 

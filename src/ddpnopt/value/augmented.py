@@ -159,10 +159,13 @@ class _Batch:
 
     def gram(self) -> Tensor:
         """(1, 1 + B r, 1 + B r) of g, summed over the batch, and every sample's columns."""
-        columns = self.maps.matrices.control_columns()
-        g, Z = columns[0].sum(0, keepdim=True), columns[1:].transpose(0, 1).flatten(0, 1)
-        rows = torch.cat([g, Z])[None]
-        return rows @ self.precondition(rows.mT)
+        samples = len(self.maps.gradient())
+        full = self.maps.matrices.joint_gram()
+        columns = len(full) // samples
+        full = full.reshape(columns, samples, columns, samples)
+        gg, Zg = full[0, :, 0].sum().reshape(1, 1), full[1:, :, 0].sum(-1).T.reshape(-1, 1)
+        ZZ = full[1:, :, 1:].permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
+        return torch.cat([torch.cat([gg, Zg.T], 1), torch.cat([Zg, ZZ], 1)])[None]
 
     def h_gram(self) -> Tensor:
         """The same in h-space, where samples are orthogonal."""
@@ -226,6 +229,10 @@ class _Batch:
     def control_columns(self) -> Tensor:
         """(1 + r, B, U), as the layer's."""
         return self.maps.matrices.control_columns()
+
+    def joint_gram(self) -> Tensor:
+        """As the layer's."""
+        return self.maps.matrices.joint_gram()
 
     def precondition(self, columns: Tensor) -> Tensor:
         """P times (1, U, k)."""

@@ -27,6 +27,9 @@ class Matrices(Protocol):
     def control_columns(self) -> Tensor:
         """(1+r, B, U) the columns [g, Z_1 .. Z_r] pulled back to the control."""
 
+    def joint_gram(self) -> Tensor:
+        """((1+r) B, (1+r) B) Gram matrix of those columns over all pairs of samples."""
+
     def precondition(self, columns: Tensor) -> Tensor:
         """P times (B, U, k)."""
 

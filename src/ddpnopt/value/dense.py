@@ -75,7 +75,8 @@ class _Matrices(Explicit):
         policy = _MatrixPolicy(self.options, k, K)
         if bottom:
             return policy, None
-        V_h, V_hh = dense_backup(self.options.backup, V_h, V_hh, D)
+        same = self.options.own_layer and self.options.backup == "proximal"
+        V_h, V_hh = (k, K) if same else dense_backup(self.options.backup, V_h, V_hh, D)
         V_x = maps.pull(V_h[..., None])[..., 0]
         return policy, (V_x, symmetric(maps.pull(maps.pull(V_hh).mT)))
 

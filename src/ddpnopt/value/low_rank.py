@@ -59,13 +59,12 @@ class _Coordinates(Recursion):
         S, s = gram[:, 1:, 1:], gram[:, 1:, 0]
         if self.C is None or self.c is None:
             self.C, self.c = identity_like(S).contiguous(), torch.zeros_like(s)
-        C, c = self.C, self.c
-        if self.options.own_layer:
-            C, c = factor_backup("proximal", C, c, S, s)
-        policy = _CoordinatePolicy(self.options, C, c, gram[:, 0, 0])
+        C, c, kind = self.C, self.c, self.options.backup
+        own = factor_backup("proximal", C, c, S, s) if self.options.own_layer else (C, c)
         if not bottom:
-            self.C, self.c = factor_backup(self.options.backup, self.C, self.c, S, s)
-        return policy
+            same = self.options.own_layer and kind == "proximal"
+            self.C, self.c = own if same else factor_backup(kind, C, c, S, s)
+        return _CoordinatePolicy(self.options, *own, gram[:, 0, 0])
 
 
 class _CoordinatePolicy(Policy):
