@@ -141,11 +141,14 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "ekfac": OptimizerChoice(_own("EKFAC"), "EKFAC"),
     "sgd-vgr": OptimizerChoice(_own("SGDVGR"), "SGD + VGR"),
     "emsa": OptimizerChoice(_emsa, "E-MSA"),
-    "vanilla-ddp": OptimizerChoice(_own("VanillaDDP"), "Vanilla DDP"),
+    # The training loop's loss, named: at saturated outputs it could not be told from the gradient.
+    "vanilla-ddp": OptimizerChoice(
+        _own("VanillaDDP"), "Vanilla DDP", {"terminal": "cross_entropy"}
+    ),
     "vanilla-ddp-second-order": OptimizerChoice(
         _own("VanillaDDP"),
         "Vanilla DDP second order",
-        {"dynamics": "second_order", "form": "dense"},
+        {"terminal": "cross_entropy", "dynamics": "second_order", "form": "dense"},
     ),
     "ddpnopt": _ddp("DDPNOpt"),
     "ddpnopt-open-loop": _ddp("DDPNOpt open loop", feedback="open_loop"),
