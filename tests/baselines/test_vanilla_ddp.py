@@ -341,6 +341,20 @@ def test_the_bytes_grow_with_the_square_of_the_batch() -> None:
     assert bytes_for(64) / bytes_for(32) == pytest.approx(4, rel=0.2)
 
 
+def test_a_loss_that_was_recognised_stays_known() -> None:
+    """Where logits are large, rounding hides the form of the gradient."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    opt = VanillaDDP(model)
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    step(opt, model, x, lambda z: F.cross_entropy(z, y))
+    for scale in (10.0, 100.0, 1000.0):
+        before = copy.deepcopy(model)
+        step(opt, model, scale * x, lambda z: F.cross_entropy(z, y))
+        assert opt.last_step is not None and opt.last_step.terminal == "cross_entropy"
+        assert opt.alpha == 0 or not torch.equal(before.weight, model.weight)
+
+
 def test_what_it_can_not_do_is_refused_by_name() -> None:
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))

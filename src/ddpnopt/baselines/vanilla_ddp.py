@@ -191,6 +191,10 @@ class DDPEngine(ChainEngine):
             TerminalError: The loss is not recognised.
         """
         if super().usable(trajectories) or not trajectories:
+            costs = {t.cost.name for t in trajectories if t.cost is not None}
+            if self.recogniser.terminal == "auto" and len(costs) == 1:
+                # Known once, it stays so: gradients of confident samples show less and less.
+                self.recogniser.terminal = costs.pop()
             return bool(trajectories)
         raise TerminalError(
             "the loss was not recognised from the output's gradient, and vanilla DDP needs its "
