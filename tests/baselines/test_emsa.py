@@ -538,3 +538,19 @@ def test_options_of_other_optimizers_are_refused(option: str, given: float) -> N
     with pytest.raises(ValueError, match=rf"{option}={given} for '0\.weight'"):
         take_step(model, opt, data())
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0])
+def test_a_rescaled_gradient_is_a_rescaled_loss(factor: float) -> None:
+    """Clipping shrinks the costates; a scaled loss that is unscaled again is the loss itself."""
+    model, twin = mlp(), mlp()
+    x, y = data()
+    opt = EMSA(model, rho=3.0)
+    (8.0 * F.cross_entropy(model(x), y)).backward()
+    for p in model.parameters():
+        p.grad.mul_(factor / 8.0)
+    opt.step()
+    other = EMSA(twin, rho=3.0)
+    (factor * F.cross_entropy(twin(x), y)).backward()
+    other.step()
+    assert_same(model, twin, 1e-9)

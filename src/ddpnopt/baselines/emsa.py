@@ -179,6 +179,7 @@ class Sweep:
         """Solve every layer at the nominal weights, then write all of them."""
         check_hyperparameters(step.borrowed, step.layers.values())
         samples = sum(t.samples for t in trajectories)
+        scale = samples * step.settings.rescale
         found: dict[nn.Parameter, Tensor] = {}
         hamiltonians: dict[str, tuple[float, float]] = {}
         known = [paths(t) for t in trajectories]
@@ -190,7 +191,7 @@ class Sweep:
             decay = {n: step.borrowed.hyper[p].weight_decay for n, p in layer.params.items()}
             passes = [
                 _Dynamics(
-                    t, recorder.model, at, way[at], _end_costate(t, at, samples, layer), layer.dtype
+                    t, recorder.model, at, way[at], _end_costate(t, at, scale, layer), layer.dtype
                 )
                 for t, way in zip(trajectories, known, strict=True)
             ]
@@ -210,14 +211,14 @@ class Sweep:
         self.hamiltonians = hamiltonians
 
 
-def _end_costate(trajectory: Trajectory, at: int, samples: int, layer: Layer) -> Tensor:
-    """-B dLoss/dx' where the layer's dynamics end."""
+def _end_costate(trajectory: Trajectory, at: int, scale: float, layer: Layer) -> Tensor:
+    """-B r dLoss/dx' where the layer's dynamics end, r what p.grad has been multiplied by."""
     stages = trajectory.active
     last = at == len(stages) - 1
     stage = stages[at if last else at + 1]
     assert stage.G is not None
     G = stage.G if last else pulled(stage, stage.G[None])[0]
-    return -samples * G.detach().to(layer.dtype)
+    return -scale * G.detach().to(layer.dtype)
 
 
 def check_hyperparameters(borrowed: Borrowed, layers: Iterable[Layer]) -> None:
@@ -263,9 +264,9 @@ class EMSA(DDPNOpt):
     preconditioned by how far the layer's weights move its state and costate. Any loss that is a
     mean over the batch will do; it needn't be recognised.
 
-    Rescaling p.grad (clipping, a gradient scaler) changes nothing: the costates are those of the
-    loss on which ``backward`` was called. Accumulated passes count as one batch whose loss is the
-    sum of theirs. There is no learning rate: schedules change ``opt.rho``.
+    A uniform rescaling of p.grad (clipping, a gradient scaler) is one of the costates. Accumulated
+    passes count as one batch whose loss is the sum of theirs. There is no learning rate: schedules
+    change ``opt.rho``.
 
     Args:
         model: A chain of layers that keep samples apart; all its trainable parameters in them.
