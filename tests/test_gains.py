@@ -155,6 +155,18 @@ def test_a_trained_net_in_single_precision() -> None:
     assert gain.to_input(triplet.states[:, 0]).shape == (1, 8, 8)
 
 
+def test_a_gain_whose_pass_has_been_used() -> None:
+    model = chain("dense")
+    x = input_for(model, 4)
+    opt = DDPNOpt(model, lr=LR, value="low_rank")
+    cross_entropy(x, 3)[1](model(x)).backward()
+    gain = feedback_gains(opt)["layers.1"]
+    opt.step()
+    for use in (gain.matvec, gain.to_input):
+        with pytest.raises(RuntimeError, match="call feedback_gains anew"):
+            use(torch.ones(gain.shape[1]).double())
+
+
 def test_errors_name_the_way_out() -> None:
     model = chain("dense")
     x = input_for(model, 4)

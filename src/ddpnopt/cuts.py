@@ -49,6 +49,20 @@ def hook_replays(
     ]
 
 
+@contextmanager
+def hooked_outputs(module: nn.Module, reach: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the block call ``reach(h)`` with what the module returns."""
+
+    def after(module: nn.Module, args: Any, output: Tensor) -> None:
+        reach(output)
+
+    handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @dataclass(eq=False)
 class Cut:
     """One time step of a pass that was cut at its layers.

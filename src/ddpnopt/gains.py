@@ -91,6 +91,11 @@ class Gain:
 
     def _update(self, dx: Tensor) -> Tensor:
         layer, policy = self.layer, self.layer.policy
+        if layer.blocks[0].G is None:
+            raise RuntimeError(
+                f"the pass of '{self.name}' has been used by a step: call feedback_gains anew "
+                "between backward and step"
+            )
         assert policy is not None
         changes = self._changes(dx.to(layer.dtype))
         with_dx, without = policy(layer, changes), policy(layer, None)
@@ -122,6 +127,11 @@ class Gain:
             UnsupportedModelError: The model has no floating-point input.
         """
         call = self.trajectory.call
+        if self.layer.blocks[0].G is None:
+            raise RuntimeError(
+                f"the pass of '{self.name}' has been used by a step: its weights are gone; call "
+                "feedback_gains anew between backward and step"
+            )
         assert call is not None
         found = [a for a in call.args if isinstance(a, Tensor) and a.is_floating_point()]
         if not found:

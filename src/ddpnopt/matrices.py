@@ -93,7 +93,8 @@ class Matrices:
 
     def state(self, dx: Blocks) -> Tensor:
         """(B, X)."""
-        return torch.cat([d.reshape(n, -1) for d, n in zip(dx, self.layer.counts, strict=True)])
+        parts = [d.reshape(n, -1) for d, n in zip(dx, self.layer.counts, strict=True)]
+        return torch.cat(parts).to(self.layer.dtype)
 
     def mixed(self, V: Tensor) -> Tensor:
         """(B, U, X), by the rule at unit changes of the state."""

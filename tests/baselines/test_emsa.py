@@ -507,8 +507,24 @@ def test_a_detached_optimizer_takes_no_plain_step() -> None:
     opt, before = EMSA(model), snapshot(model)
     opt.detach()
     F.cross_entropy(model(x), y).backward()
-    with pytest.raises(UnsupportedModelError, match=r"'0\.weight'"):
+    with pytest.raises(RuntimeError, match="detached from its model"):
         opt.step()
+    assert_unchanged(model, before)
+
+
+def test_a_scheduler_divides_rho() -> None:
+    model, twin = mlp(), mlp()
+    opt, other = EMSA(model, rho=2.0), EMSA(twin, rho=2.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    for k in range(3):
+        take_step(model, opt, data())
+        schedule.step()
+        other.rho = 2.0 / 0.5**k
+        take_step(twin, other, data())
+    assert_same(model, twin, 1e-12)
+    opt.param_groups[0]["lr"] = 0.0
+    before = snapshot(model)
+    take_step(model, opt, data())
     assert_unchanged(model, before)
 
 
@@ -530,7 +546,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         EMSA(mlp()).rho = -2.0
 
 
-@pytest.mark.parametrize(("option", "given"), [("lr", 0.1), ("momentum", 0.5)])
+@pytest.mark.parametrize(("option", "given"), [("momentum", 0.5)])
 def test_options_of_other_optimizers_are_refused(option: str, given: float) -> None:
     model = mlp()
     opt, before = EMSA(model), snapshot(model)

@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+from torch.autograd.graph import GradientEdge
+
 from ddpnopt.engine import Engine
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.report import StepReport
 from ddpnopt.stages import Trajectory
+from ddpnopt.typing import Tensor
 
 
 class ChainEngine(Engine):
@@ -22,8 +25,14 @@ class ChainEngine(Engine):
         """Take one step; passes of empty batches are left out, and where all are, nothing moves.
 
         Raises:
+            RuntimeError: Detached.
             UnsupportedModelError: A parameter lies outside the chain (named).
         """
+        if self.recorder is None:
+            raise RuntimeError(
+                f"the optimizer is detached from its model, and {self.title} has no plain step: "
+                "make a new one"
+            )
         passes: list[Trajectory] = []
         if self.recorder is not None and (completed := self.recorder.arrivals.completed):
             passes = [t for t in completed if t.stages[-1].rows]
@@ -33,6 +42,9 @@ class ChainEngine(Engine):
         if not any(t.refusal or t.error or not t.owned for t in passes):  # said better elsewhere
             self._refuse_outsiders(passes)
         return super().step(closure)
+
+    def _at_boundary(self, trajectory: Trajectory, G: Tensor, edge: GradientEdge) -> None:
+        """Nothing is weighted there: what lies in front is refused at the step."""
 
     def _refuse_outsiders(self, passes: Sequence[Trajectory]) -> None:
         if not passes and self.recorder is not None and self.recorder.anatomy.layers():

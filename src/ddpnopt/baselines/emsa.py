@@ -195,8 +195,11 @@ class Sweep:
                 )
                 for t, way in zip(trajectories, known, strict=True)
             ]
+            lr = min(step.borrowed.hyper[p].lr for p in layer.params.values())
+            if lr == 0:
+                continue
             before, after, new = _maximise(
-                _Hamiltonian(passes, samples, self.rho, decay), u, self.iterations
+                _Hamiltonian(passes, samples, self.rho / lr, decay), u, self.iterations
             )
             if not math.isfinite(before):
                 raise NonFiniteError(
@@ -231,14 +234,13 @@ def check_hyperparameters(borrowed: Borrowed, layers: Iterable[Layer]) -> None:
         for name, p in layer.params.items():
             hyper = borrowed.hyper[p]
             for option, given, only in (
-                ("lr", hyper.lr, 1.0),
                 ("momentum", hyper.momentum, 0.0),
                 ("curvature", hyper.curvature.name, "identity"),
             ):
                 if given != only:
                     raise ValueError(
                         f"{option}={given!r} for '{layer.name}.{name}': E-MSA has no {option} "
-                        f"(leave it at {only!r}); its step is set by opt.rho, about 1 / rho"
+                        f"(leave it at {only!r}); its step is set by opt.rho, about lr / rho"
                     )
 
 
@@ -265,8 +267,8 @@ class EMSA(DDPNOpt):
     mean over the batch will do; it needn't be recognised.
 
     A uniform rescaling of p.grad (clipping, a gradient scaler) is one of the costates. Accumulated
-    passes count as one batch whose loss is the sum of theirs. There is no learning rate: schedules
-    change ``opt.rho``.
+    passes count as one batch whose loss is the sum of theirs. Schedulers work: a group's ``lr``, 1
+    at first, divides rho (0: its layers stay).
 
     Args:
         model: A chain of layers that keep samples apart; all its trainable parameters in them.

@@ -20,7 +20,9 @@ from torch import nn
 from ddpnopt.baselines.chain import ChainEngine
 from ddpnopt.baselines.memory import check_memory
 from ddpnopt.bellman import Layer
+from ddpnopt.checks import check_usable
 from ddpnopt.curvature import Curvature
+from ddpnopt.cuts import hooked_outputs
 from ddpnopt.errors import TerminalError
 from ddpnopt.notices import Notices
 from ddpnopt.optimizer import DDPNOpt
@@ -107,10 +109,10 @@ class Search:
         before, after = known
         slope = self.sufficient * _slope(step)
         for halving in range(self.halvings + 1):
-            self.alpha = 0.5**halving
-            outputs = self._trial(recorder, step, trajectories, policies)
-            now = after(outputs)
-            if math.isfinite(now) and now <= before - self.alpha * max(slope, 0.0) and now < before:
+            alpha = 0.5**halving
+            now = after(self._trial(recorder, step, trajectories, policies, alpha))
+            if math.isfinite(now) and now <= before - alpha * max(slope, 0.0) and now < before:
+                self.alpha = alpha
                 return
             step.borrowed.restart()
             step.reports.clear()
@@ -122,25 +124,27 @@ class Search:
         step: Step,
         trajectories: Sequence[Trajectory],
         policies: dict[str, Policy | None],
+        alpha: float,
     ) -> list[Tensor]:
-        """Roll out with the present step length; the model's new outputs."""
-        last = list(step.layers)[-1]
+        """Roll out with a step length; the model's new outputs, one a pass."""
         outputs: list[Tensor] = []
 
         def apply(layer: Layer, dx: Blocks | None) -> None:
             policy = policies[layer.name]
             assert policy is not None
-            layer.policy = Scaled(policy, self.alpha)
+            layer.policy = Scaled(policy, alpha)
             step.apply(layer, dx)
-            if layer.name == last:
-                changes = dx or [torch.zeros_like(s.x) for s in layer.blocks]
-                outputs.extend(
-                    layer.rule.output(layer.module, stage.x + change, {})
-                    for stage, change in zip(layer.blocks, changes, strict=True)
-                )
 
-        rollout(recorder, trajectories, step.layers, apply)
-        return outputs
+        last = trajectories[0].stages[-1].module
+        with hooked_outputs(last, outputs.append):
+            rollout(recorder, trajectories, step.layers, apply)
+        calls = len(outputs) // len(trajectories)  # of a module that is used more than once
+        found = outputs[calls - 1 :: calls]
+        return [
+            z.reshape(t.z.shape)
+            for z, t in zip(found, trajectories, strict=True)
+            if t.z is not None
+        ]
 
     def _objective(
         self, recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]
@@ -149,8 +153,7 @@ class Search:
         if not self.search:
             return None
         values = [t.cost.value if t.cost is not None else None for t in trajectories]
-        ends = [t.active[-1] is t.stages[-1] for t in trajectories]
-        if all(ends) and all(v is not None for v in values):
+        if all(v is not None for v in values):
 
             def total(outputs: Sequence[Tensor]) -> float:
                 terms = [v(z) for v, z in zip(values, outputs, strict=True) if v is not None]
@@ -190,15 +193,18 @@ class DDPEngine(ChainEngine):
         Raises:
             TerminalError: The loss is not recognised.
         """
-        if super().usable(trajectories) or not trajectories:
+        check_usable(trajectories)
+        if all(t.cost is not None for t in trajectories):
+            super().usable(trajectories)
             costs = {t.cost.name for t in trajectories if t.cost is not None}
             if self.recogniser.terminal == "auto" and len(costs) == 1:
                 # Known once, it stays so: gradients of confident samples show less and less.
                 self.recogniser.terminal = costs.pop()
             return bool(trajectories)
         raise TerminalError(
-            "the loss was not recognised from the output's gradient, and vanilla DDP needs its "
-            "Hessian: name it with terminal= (a name, MSE(...), or a callable output -> factor)"
+            "the loss was not recognised from the output's gradient (of a batch that can't tell, "
+            "or of an unknown form), and vanilla DDP needs its Hessian: name it with terminal= "
+            "('cross_entropy', 'mse', ..., MSE(...), or a callable output -> factor)"
         )
 
 
@@ -260,7 +266,7 @@ class VanillaDDP(DDPNOpt):
         if memory is not None and not memory > 0:
             raise ValueError(f"memory={memory!r}: must be positive, or None for what is free")
         exact = Q_uu == "exact"
-        backup = "proximal" if exact else "riccati"
+        backup, fed = ("proximal", "plain") if exact else ("riccati", "value")
         simple = dynamics == "first_order" and not regularization
         if form == "low_rank" and not simple:
             raise ValueError(
@@ -269,13 +275,12 @@ class VanillaDDP(DDPNOpt):
             )
         inner: Dense | LowRank
         if form == "dense" or not simple:
-            inner = Dense(backup, exact, None, "plain", regularization, dynamics)
+            inner = Dense(backup, exact, None, fed, regularization, dynamics)
         else:
-            inner = LowRank(backup, exact, None, "plain")
+            inner = LowRank(backup, exact, None, fed)
+        value = Augmented(inner, fed)
         self._search = Search(line_search, halvings, 1e-4, memory)
-        super().__init__(
-            model, lr, curvature, Augmented(inner), terminal, nonfinite=nonfinite, params=params
-        )
+        super().__init__(model, lr, curvature, value, terminal, nonfinite=nonfinite, params=params)
         self.engine.method = self._search
 
     @property
@@ -294,6 +299,8 @@ def _evaluated(closure: Callable[[], float], recorder: Recorder, parameters: lis
     gradients = [p.grad for p in parameters]
     completed, paused = recorder.arrivals.completed, recorder.paused
     recorder.arrivals.completed, recorder.paused = [], True
+    for p in parameters:  # a closure may clear gradients in place, or not at all
+        p.grad = None
     try:
         with torch.enable_grad(), preserved(recorder.model):
             return float(closure())
