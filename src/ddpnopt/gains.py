@@ -8,6 +8,7 @@ as the layer has parameters and as many columns as its state has elements, and i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -98,14 +99,20 @@ class Gain:
             )
         assert policy is not None
         changes = self._changes(dx.to(layer.dtype))
-        with_dx, without = policy(layer, changes), policy(layer, None)
-        d = layer.weighted([a - b for a, b in zip(with_dx, without, strict=True)])
+        both = zip(policy(layer, changes), self._forward, strict=True)
+        d = layer.weighted([with_dx - without for with_dx, without in both])
         bend = policy.bend(layer, changes)
         if bend is not None:
             bent = layer.bent(bend, changes)
             d = {name: g + bent[name] if name in bent else g for name, g in d.items()}
         moved = layer.applied({name: d[name] for name in layer.params})
         return -torch.cat([moved[name].reshape(-1) for name in layer.params])
+
+    @cached_property
+    def _forward(self) -> Blocks:
+        """The policy without feedback."""
+        assert self.layer.policy is not None
+        return self.layer.policy(self.layer, None)
 
     def _changes(self, dx: Tensor) -> Blocks:
         """dx for this sample, none for the others."""

@@ -181,18 +181,7 @@ def logistic_cost(z: Tensor, G: Tensor, w: Tensor, samples: int) -> Cost:
 
 @dataclass(frozen=True)
 class SquaredError(ABC):
-    """A squared distance as a terminal cost: phi_xx = curvature I.
-
-    Its scale can't be read off the gradient, so it is the user's to tell.
-
-    Args:
-        scale: What the loss is multiplied by before ``backward`` (1/k under accumulation); a
-            function for a scale that changes (``scaler.get_scale``).
-        reduction: "mean" or "sum".
-
-    Raises:
-        ValueError: The reduction is unknown.
-    """
+    """A squared distance as a terminal cost: phi_xx = curvature I; options as in `MSE`."""
 
     scale: float | int | Callable[[], float] = 1.0
     reduction: str = "mean"

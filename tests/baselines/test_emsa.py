@@ -528,6 +528,17 @@ def test_a_scheduler_divides_rho() -> None:
     assert_unchanged(model, before)
 
 
+def test_one_layer_has_one_rate() -> None:
+    model = mlp()
+    weights = [p for n, p in model.named_parameters() if n.endswith("weight")]
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    opt = EMSA(model, params=[{"params": weights}, {"params": biases, "lr": 0.0}])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="lr of '0' differs"):
+        take_step(model, opt, data())
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -192,6 +192,12 @@ def test_the_clip_is_the_same_in_both_forms(own_layer: bool) -> None:
     assert float((found[0] - found[2]).norm()) > 1e-6
 
 
+@pytest.mark.parametrize("statistics", ["plain", "value"])
+def test_the_inner_forms_options_are_the_values_own(statistics: str) -> None:
+    value = Augmented(LowRank(rank=2, statistics=statistics))
+    assert (value.statistics, value.rank, value.linearization) == (statistics, 2, "factor")
+
+
 def test_accumulated_passes_are_one_batch() -> None:
     model, twin = dense_chain([3, 5, 4, 3]), dense_chain([3, 5, 4, 3])
     x = input_for(model, 6)

@@ -184,6 +184,9 @@ class Sweep:
         hamiltonians: dict[str, tuple[float, float]] = {}
         known = [paths(t) for t in trajectories]
         for at, layer in enumerate(step.layers.values()):
+            lr = step.borrowed.hyper[next(iter(layer.params.values()))].lr
+            if lr == 0:
+                continue
             u = {
                 name: p.detach().to(layer.dtype, copy=True).requires_grad_()
                 for name, p in layer.params.items()
@@ -195,9 +198,6 @@ class Sweep:
                 )
                 for t, way in zip(trajectories, known, strict=True)
             ]
-            lr = min(step.borrowed.hyper[p].lr for p in layer.params.values())
-            if lr == 0:
-                continue
             before, after, new = _maximise(
                 _Hamiltonian(passes, samples, self.rho / lr, decay), u, self.iterations
             )
@@ -231,6 +231,12 @@ def check_hyperparameters(borrowed: Borrowed, layers: Iterable[Layer]) -> None:
         ValueError: The option and the parameter are named.
     """
     for layer in layers:
+        rates = {name: borrowed.hyper[p].lr for name, p in layer.params.items()}
+        if len(set(rates.values())) > 1:
+            raise ValueError(
+                f"lr of '{layer.name}' differs between its parameters ({rates}): E-MSA solves for "
+                "all of a layer's weights at once; put them into one group"
+            )
         for name, p in layer.params.items():
             hyper = borrowed.hyper[p]
             for option, given, only in (

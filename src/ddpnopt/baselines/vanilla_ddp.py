@@ -278,9 +278,10 @@ class VanillaDDP(DDPNOpt):
             inner = Dense(backup, exact, None, fed, regularization, dynamics)
         else:
             inner = LowRank(backup, exact, None, fed)
-        value = Augmented(inner, fed)
         self._search = Search(line_search, halvings, 1e-4, memory)
-        super().__init__(model, lr, curvature, value, terminal, nonfinite=nonfinite, params=params)
+        super().__init__(
+            model, lr, curvature, Augmented(inner), terminal, nonfinite=nonfinite, params=params
+        )
         self.engine.method = self._search
 
     @property

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +36,9 @@ def linear_operator(gain: Gain) -> LinearOperator:
     """
     like = gain.layer.blocks[0].x
 
-    def applied(function: object, v: np.ndarray) -> np.ndarray:
+    def applied(function: Callable[[torch.Tensor], torch.Tensor], v: np.ndarray) -> np.ndarray:
         tensor = torch.as_tensor(np.ascontiguousarray(v).ravel(), device=like.device)
-        found: torch.Tensor = function(tensor.to(gain.layer.dtype))  # type: ignore[operator]
-        return found.double().cpu().numpy()
+        return function(tensor.to(gain.layer.dtype)).double().cpu().numpy()
 
     return LinearOperator(
         gain.shape,

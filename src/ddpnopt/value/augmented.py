@@ -42,8 +42,10 @@ class Augmented(ValueFunction):
         ValueError: Another value function.
     """
 
-    inner: Dense | LowRank = field(default_factory=LowRank)
-    statistics: str = "plain"
+    inner: Dense | LowRank = field(default_factory=lambda: LowRank(statistics="plain"))
+    #: The inner form's.
+    statistics: str = field(init=False)
+    rank: int | None = field(init=False)
 
     name: ClassVar[str] = "augmented"
 
@@ -51,16 +53,13 @@ class Augmented(ValueFunction):
         """Check the options."""
         if not isinstance(self.inner, Dense | LowRank):
             raise ValueError(f"Augmented(inner={self.inner!r}): give a Dense or a LowRank")
+        object.__setattr__(self, "statistics", self.inner.statistics)
+        object.__setattr__(self, "rank", self.inner.rank)
 
     @property
-    def linearization(self) -> str:  # type: ignore[override]
+    def linearization(self) -> str:  # type: ignore[override]  # a class's own elsewhere
         """As the inner form's."""
         return self.inner.linearization
-
-    @property
-    def rank(self) -> int | None:  # type: ignore[override]
-        """Columns of each sample's factor."""
-        return self.inner.rank
 
     @property
     def segments(self) -> bool:
