@@ -60,7 +60,7 @@ def test_compare_writes_tables_and_plots_and_resumes(tmp_path: Path) -> None:
     arguments = [
         *("compare", "-d", "wine", "-a", "mlp-8x1-tanh", "-e", "1", "-s", "2"),
         *("-m", "sgd", "-m", "sgd-clip:grad_clip=0.5", "-m", "adam@0.01"),
-        *("-l", "0.1,0.3", "-o", str(tmp_path)),
+        *("-l", "0.1,0.3", "-j", "1", "-o", str(tmp_path)),
     ]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
@@ -91,6 +91,7 @@ def test_compare_writes_tables_and_plots_and_resumes(tmp_path: Path) -> None:
         (["train", "-m", "sgd", "-e", "0"], "--epochs"),
         (["compare", "-m", "sgd", "-l", "a"], "learning rate 'a' is not a number"),
         (["compare", "-m", "sgd", "-l", "nan"], "finite and not negative"),
+        (["compare", "-m", "sgd", "-j", "0"], "jobs=0: give a positive number of processes"),
     ],
 )
 def test_bad_input_is_one_clear_message(arguments: list[str], message: str, tmp_path: Path) -> None:

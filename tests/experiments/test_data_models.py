@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from ddpnopt.curvature import CURVATURES
-from ddpnopt.experiments.data import load
+from ddpnopt.experiments.data import canonical, describe, load
 from ddpnopt.experiments.models import build_model
 from ddpnopt.experiments.optimizers import OPTIMIZERS, build_optimizer, label_of
+from ddpnopt.experiments.scaling import SCALES
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,34 @@ def test_one_seed_one_split() -> None:
     assert not torch.equal(first.y_train, other.y_train)
 
 
+def test_spellings_and_origin() -> None:
+    assert canonical("CIFAR10") == canonical("cifar_10") == canonical("cifar-10") == "cifar-10"
+    assert canonical("Fashion MNIST") == canonical("FashionMNIST") == "fashion-mnist"
+    assert load("Wine").name == "wine" and load("wine").label == "WINE, scikit-learn"
+    assert describe("digits").origin == "scikit-learn"
+    assert len(load("digits", test_samples=11).y_test) == 11
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+def test_bytes_are_scaled_as_numbers_are(scale: str) -> None:
+    generator = np.random.default_rng(0)
+    # More rows and columns than a block has; one column is constant.
+    pixels = generator.integers(3, 250, (5000, 300), dtype=np.uint8)
+    pixels[:, 7] = 9
+    numbers = pixels.astype(np.float64)
+    std = np.where(np.arange(300) == 7, 1, numbers.std(0))
+    expected = {
+        "standard": (numbers - numbers.mean(0)) / std,
+        "pooled": (numbers - numbers.mean()) / numbers.std(),
+        "unit": (numbers - 3) / 246,
+        "none": numbers,
+    }[scale]
+    scaled = SCALES[scale](pixels)(pixels)
+    assert scaled.dtype == torch.float32
+    assert torch.equal(scaled, SCALES[scale](numbers)(numbers))
+    assert torch.allclose(scaled, torch.from_numpy(expected).float(), rtol=1e-6, atol=1e-6)
+
+
 def test_scales() -> None:
     pooled = load("digits", scale="pooled")
     assert abs(float(pooled.x_train.mean())) < 1e-5
@@ -55,7 +85,7 @@ def test_images_keep_the_pixels() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: load("digit"), r"unknown data set 'digit'; known: digits, .*wine.*Did you mean"),
+        (lambda: load("digit"), r"unknown data set 'digit'; known: .*digits, .*wine.*Did you mean"),
         (lambda: load("wine", scale="x"), "known: none, pooled, standard, unit"),
         (lambda: load("wine", images=True), "those with images: digits"),
         (lambda: build_model("vgg", (64,), 10), "unknown architecture 'vgg'; known: mlp-"),

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddpnopt.experiments.data import load
-from ddpnopt.experiments.idx import FOLDERS, read_idx
+from ddpnopt.experiments.loaders.idx import FOLDERS, read_idx
 from ddpnopt.experiments.training import RunConfig, RunResult, train
 
 STEMS = {"train": 60, "t10k": 20}
@@ -44,6 +46,7 @@ def test_layouts(name: str, sub: str, zipped: bool, tmp_path: Path) -> None:
     data = load(name, folder=tmp_path, scale="unit")
     assert data.x_train.shape == (60, 36) and data.x_test.shape == (20, 36)
     assert data.classes == 10 and data.y_test[:3].tolist() == [0, 1, 2]
+    assert data.origin == "60 + 20 images, IDX files"
     assert float(data.x_train.min()) >= 0 and float(data.x_train.max()) <= 1
     images = load(name, folder=tmp_path, scale="unit", images=True)
     assert images.input_shape == (1, 6, 6)
@@ -63,6 +66,48 @@ def test_subset_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert all(bool((everything == row).all(1).any()) for row in subset(1))
     with pytest.raises(ValueError, match="60 training samples, 61 asked for"):
         load("mnist", folder=tmp_path, train_samples=61)
+    with pytest.raises(ValueError, match="20 test samples, 21 asked for"):
+        load("mnist", folder=tmp_path, test_samples=21)
+    assert len(load("mnist", folder=tmp_path, test_samples=4).y_test) == 4
+
+
+def test_names_with_a_dot_and_a_changed_file(tmp_path: Path) -> None:
+    write(tmp_path, zipped=False)
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    before = load("mnist", folder=tmp_path, scale="none")
+    path = tmp_path / "t10k-labels.idx1-ubyte"
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + b"\x07" + content[9:])
+    os.utime(path, (1, 1))
+    after = load("mnist", folder=tmp_path, scale="none")
+    # What is kept in memory is not what lies on disk any more.
+    assert before.y_test[0] == 0 and after.y_test[0] == 7
+    assert before.checksum != after.checksum
+
+
+def test_one_set_is_not_taken_for_the_other(tmp_path: Path) -> None:
+    write(tmp_path, zipped=False)
+    path = tmp_path / "train-labels-idx1-ubyte"
+    content = path.read_bytes()
+    mnist = bytes(int(digit) for digit in "50419213143536172869")
+    path.write_bytes(content[:8] + mnist + content[28:])
+    assert load("mnist", folder=tmp_path).y_train[:3].tolist() == [5, 0, 4]
+    with pytest.raises(ValueError, match="holds 'mnist', not 'fashion-mnist'"):
+        load("fashion-mnist", folder=tmp_path)
+
+
+def test_a_header_is_not_believed(tmp_path: Path) -> None:
+    """60 GB announced by a file of a few bytes: refused without making room for them."""
+    huge = bytes((0, 0, 8, 3)) + b"".join(n.to_bytes(4, "big") for n in (1_000_000, 256, 256))
+    for name, content in (("a", huge + bytes(9)), ("a.gz", gzip.compress(huge + bytes(9)))):
+        (tmp_path / name).write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="truncated"):
+            read_idx(tmp_path / name, 3)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10_000_000
 
 
 def test_where_the_files_lie_is_not_part_of_a_record(tmp_path: Path) -> None:
@@ -130,8 +175,8 @@ def test_a_damaged_archive_is_named(
 def test_missing_files_and_parts_of_different_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="put the four standard IDX files there"):
         load("mnist", folder=tmp_path)
-    with pytest.raises(ValueError, match="name their folder with --data DIR"):
-        load("mnist")
+    with pytest.raises(ValueError, match="is no folder; name the folder that holds its files"):
+        load("mnist", folder=tmp_path / "absent")
     with pytest.raises(ValueError, match="no such file"):
         read_idx(tmp_path / "absent.gz", 1)
     write(tmp_path, side=4)

@@ -21,6 +21,7 @@ from ddpnopt.experiments.rivals import (
     render,
     rows_of,
 )
+from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import Contender
 from ddpnopt.experiments.training import Epoch, RunConfig, RunResult
 from ddpnopt.experiments.twins import Problem
@@ -136,7 +137,7 @@ def test_baselines_study_runs_resumes_and_publishes(
     text = page.read_text()
     assert "old" not in text and "| SGD | " in text and text.endswith("rest\n")
     # Three rates on two seeds, two optimizers on two fresh seeds.
-    assert len(pd.read_csv(tmp_path / "baselines" / "runs.csv")) == 10
+    assert len(SqliteStore(tmp_path / "baselines" / "store.sqlite").keys()) == 10
     assert len(pd.read_csv(page.parent / "assets" / "baselines_runs.csv")) == 10
     with pytest.raises(ValueError, match="unknown optimizer of this study 'sdg'"):
         baselines_study.main(**arguments, optimizer=["sdg"])

@@ -15,10 +15,11 @@ from rich.console import Console
 
 from ddpnopt.experiments import sweep as sweep_module
 from ddpnopt.experiments import training
+from ddpnopt.experiments.models import INITIALISATIONS, build_model, initialise
 from ddpnopt.experiments.optimizers import Built
-from ddpnopt.experiments.store import COLUMNS, CsvStore
+from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.summary import Target, by_optimizer, by_rate, judge, rate_range
-from ddpnopt.experiments.sweep import Contender, SweepError, frame, grid, sweep
+from ddpnopt.experiments.sweep import Contender, frame, grid, sweep
 from ddpnopt.experiments.training import RunConfig, RunResult, check, train
 
 SMALL = RunConfig(
@@ -84,6 +85,56 @@ def test_error_inside_the_step_is_divergence(monkeypatch: pytest.MonkeyPatch) ->
     assert math.isfinite(result.train_loss)
 
 
+def test_updates_and_running_loss_are_recorded_and_change_nothing() -> None:
+    plain = train(SMALL)
+    config = SMALL.model_copy(update={"record_updates": True, "batch": 1000, "epochs": 1})
+    result = train(config)
+    (epoch,) = result.epochs
+    # One step: its loss is that of the initial weights, its update lr times the gradient.
+    still = train(config.model_copy(update={"lr": 0.0})).epochs[0]
+    assert epoch.running_loss == pytest.approx(still.train_loss, rel=1e-6)
+    assert still.update_norm == 0.0 < epoch.update_norm
+    double = train(config.model_copy(update={"lr": 0.2})).epochs[0]
+    assert double.update_norm == pytest.approx(2 * epoch.update_norm, rel=1e-4)
+    assert outcome(train(SMALL.model_copy(update={"record_updates": True}))) == outcome(plain)
+    assert all(math.isnan(e.update_norm) for e in plain.epochs)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "ddpnopt", "vanilla-ddp"])
+def test_mmc_loss_is_trained_and_answered_by_the_nearest_centre(optimizer: str) -> None:
+    config = SMALL.model_copy(
+        update={"optimizer": optimizer, "loss": "mmc", "lr": 0.02, "epochs": 6}
+    )
+    result = train(config)
+    # At the start |z| is small beside the centres' norm 10.
+    assert result.epochs[-1].train_loss < result.epochs[0].train_loss < 50
+    assert result.test_accuracy > 0.8
+
+
+@pytest.mark.parametrize("name", sorted(INITIALISATIONS))
+def test_initialisation_draws_the_weights_anew(name: str) -> None:
+    def weights(rule: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = build_model("cnn-8", (1, 8, 8), 10)
+        initialise(model, rule)
+        return [p.detach() for p in model.parameters()]
+
+    default, own, zero = weights("torch"), weights(name), weights(f"{name}-zero-bias")
+    for before, after, without in zip(default, own, zero, strict=True):
+        assert torch.equal(before, after) == (name == "torch" or before.dim() == 1)
+        assert torch.equal(without, after if after.dim() > 1 else torch.zeros_like(after))
+    gains = {"he": 2.0, "lecun": 1.0, "he-uniform": 2.0, "lecun-uniform": 1.0}
+    if name in gains:
+        # The dense layer from 128 features to 32.
+        assert float(own[8].var()) == pytest.approx(gains[name] / 128, rel=0.1)
+
+
+def test_share_held_out_is_the_configured_one() -> None:
+    result = train(SMALL.model_copy(update={"epochs": 1, "test_share": 0.5}))
+    # 89 of 178 samples, 35 of the largest class.
+    assert result.chance == pytest.approx(35 / 89)
+
+
 def test_clipping_is_applied() -> None:
     clipped = train(SMALL.model_copy(update={"options": {"grad_clip": 1e-9}}))
     frozen = train(SMALL.model_copy(update={"lr": 0.0}))
@@ -98,6 +149,8 @@ def test_clipping_is_applied() -> None:
         ({"optimizer": "nope"}, "unknown optimizer"),
         ({"options": {"nope": 1}}, "has no option nope"),
         ({"architecture": "cnn"}, "has no images"),
+        ({"initialisation": "zavier"}, "unknown initialisation 'zavier'.*xavier"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'; known: cross_entropy, mmc"),
     ],
 )
 def test_check_raises_what_training_would(update: dict[str, object], message: str) -> None:
@@ -107,7 +160,9 @@ def test_check_raises_what_training_would(update: dict[str, object], message: st
             call(config)
 
 
-@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"epochs": 0}, {"batch": 0}, {"colour": "red"}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": -1.0}, {"epochs": 0}, {"batch": 0}, {"colour": "red"}, {"test_share": 1.0}]
+)
 def test_config_is_validated(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         RunConfig.model_validate({"dataset": "wine", **bad})
@@ -121,59 +176,31 @@ def test_key_depends_on_every_field() -> None:
         {"optimizer": "adam"},
         {"epochs": 3},
         {"scale": "unit"},
+        {"train_samples": 50},
+        {"initialisation": "xavier"},
+        {"loss": "mmc"},
+        {"test_share": 0.3},
+        {"record_updates": True},
     ]
     keys = {SMALL.key, *(SMALL.model_copy(update=c).key for c in changed)}
-    assert len(keys) == 7
+    assert len(keys) == 12
     assert RunConfig(**SMALL.model_dump()).key == SMALL.key
 
 
 def test_sweep_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = CsvStore(tmp_path / "deep" / "runs.csv")
+    store = SqliteStore(tmp_path / "deep" / "store.sqlite")
     contenders = [Contender("sgd", (0.01, 0.1)), Contender("adam", (0.01,))]
     configs = grid(SMALL, contenders, [0, 1])
     assert [c.seed for c in configs] == [0, 0, 0, 1, 1, 1]
-    sweep(configs[:4], store, console=quiet())
+    sweep(configs[:4], store, jobs=1, console=quiet())
     made: list[str] = []
     original = sweep_module.train
     monkeypatch.setattr(sweep_module, "train", lambda c: made.append(c.key) or original(c))
-    runs = sweep([*configs, configs[0]], store, console=quiet())
+    runs = sweep([*configs, configs[0]], store, jobs=1, console=quiet())
     assert made == [c.key for c in configs[4:]]
     assert len(runs) == 6 and set(runs["label"]) == {"SGD", "Adam"}
     # Only what was asked for comes back, though the store holds more.
-    assert len(sweep(configs[:2], store, console=quiet())) == 2
-
-
-def test_sweep_on_two_processes_equals_one(tmp_path: Path) -> None:
-    configs = grid(SMALL, [Contender("sgd", (0.1, 0.3))], [0, 1])
-    two = sweep(configs, CsvStore(tmp_path / "two.csv"), jobs=2, console=quiet())
-    one = sweep(configs, CsvStore(tmp_path / "one.csv"), console=quiet())
-    order = ["lr", "seed"]
-    columns = [*order, "train_loss", "test_accuracy"]
-    first, second = (t.sort_values(order)[columns].reset_index(drop=True) for t in (one, two))
-    pd.testing.assert_frame_equal(first, second)
-
-
-def test_sweep_keeps_the_others_and_names_the_error(tmp_path: Path) -> None:
-    store = CsvStore(tmp_path / "runs.csv")
-    bad = SMALL.model_copy(update={"options": {"nope": 1}})
-    with pytest.raises(SweepError, match="1 of 2 runs.*\n.*SGD has no option nope"):
-        sweep([bad, SMALL], store, console=quiet())
-    assert store.keys() == {SMALL.key}
-
-
-def test_store_drops_a_half_written_line_and_refuses_other_tables(tmp_path: Path) -> None:
-    path = tmp_path / "runs.csv"
-    CsvStore(path).append(train(SMALL))
-    whole = path.read_text()
-    path.write_text(whole + whole.splitlines()[1][:40])
-    store = CsvStore(path)
-    assert path.read_text() == whole and len(store.results()) == 1
-    assert store.results()[0].config == SMALL
-    assert whole.splitlines()[0] == ",".join(COLUMNS)
-    other = tmp_path / "other.csv"
-    other.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="no table of results"):
-        CsvStore(other)
+    assert len(sweep(configs[:2], store, jobs=1, console=quiet())) == 2
 
 
 def runs_of(cells: dict[tuple[str, float], list[float]]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from rich.console import Console
 from ddpnopt.experiments.markdown import update_page
 from ddpnopt.experiments.names import lookup
 from ddpnopt.experiments.rivals import Seeds, choosing_configs, fresh_configs, render, rows_of
-from ddpnopt.experiments.store import CsvStore
+from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import Contender, sweep
 from ddpnopt.experiments.training import RunConfig, RunResult
 from ddpnopt.experiments.twins import Problem
@@ -73,7 +73,7 @@ STAGES = (
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("results"),
     docs: Annotated[Path, typer.Option(help="Documentation to write into.")] = Path("docs"),
-    jobs: Annotated[int, typer.Option(min=1, help="Parallel processes.")] = 2,
+    jobs: Annotated[int, typer.Option(help="Parallel processes; -1: all cores.")] = -1,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds in the table.")] = 5,
     first_seed: Annotated[
         int, typer.Option(min=0, help="The first that chooses; the table's begin 100 later.")
@@ -90,7 +90,7 @@ def main(
     wanted = {lookup(known, name, "optimizer of this study") for name in optimizer or known}
     named = [lookup(PROBLEMS, name, "network") for name in problem or PROBLEMS]
     console = Console()
-    store = CsvStore(out / MARK / "runs.csv")
+    store = SqliteStore(out / MARK / "store.sqlite")
     chosen = Seeds(first_seed, seeds)
 
     def present() -> dict[str, RunResult]:

@@ -8,7 +8,20 @@ import sys
 HINT = "needs the experiments extra: pip install 'ddpnopt[experiments]'"
 
 EXTRA_MODULES = frozenset(
-    {"joblib", "matplotlib", "numpy", "pandas", "pydantic", "rich", "scipy", "sklearn", "typer"}
+    {
+        "jinja2",
+        "joblib",
+        "markdown_it",
+        "markupsafe",
+        "matplotlib",
+        "numpy",
+        "pandas",
+        "pydantic",
+        "rich",
+        "scipy",
+        "sklearn",
+        "typer",
+    }
 )
 
 

@@ -13,16 +13,25 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from ddpnopt.experiments.cluster import ClusterError
 from ddpnopt.experiments.data import DATASETS
 from ddpnopt.experiments.explain_command import explain_command
 from ddpnopt.experiments.models import ARCHITECTURE_HELP
 from ddpnopt.experiments.optimizers import OPTIMIZERS
+from ddpnopt.experiments.plot_command import EPILOG as plot_epilog
+from ddpnopt.experiments.plot_command import plot_command
+from ddpnopt.experiments.pool import processes
 from ddpnopt.experiments.report import print_optimizers, write_comparison, write_run
+from ddpnopt.experiments.report_command import EPILOG as report_epilog
+from ddpnopt.experiments.report_command import report_command
+from ddpnopt.experiments.reproduce.command import reproduce_command
 from ddpnopt.experiments.specs import parse_optimizer, parse_option, parse_rates
-from ddpnopt.experiments.store import CsvStore
+from ddpnopt.experiments.store import SqliteStore, StoreError
 from ddpnopt.experiments.sweep import Contender, SweepError, grid, sweep
 from ddpnopt.experiments.training import Epoch, RunConfig, check
 from ddpnopt.experiments.training import train as run_training
+from ddpnopt.experiments.tune_command import EPILOG as tune_epilog
+from ddpnopt.experiments.tune_command import tune_command
 
 app = typer.Typer(
     name="ddpnopt",
@@ -38,7 +47,12 @@ DATASET_HELP = ", ".join(DATASETS)
 DatasetOption = Annotated[str, typer.Option("--dataset", "-d", help=f"One of: {DATASET_HELP}.")]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", metavar="DIR", help="Folder of the IDX files of mnist, fashion-mnist."),
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="Folder with the files of mnist, fashion-mnist, svhn, cifar-10 or cifar-100; without it they "
+        "are fetched from OpenML.",
+    ),
 ]
 SamplesOption = Annotated[
     int | None,
@@ -51,6 +65,9 @@ ScaleOption = Annotated[
     str, typer.Option("--scale", help="Scaling of inputs: standard, pooled, unit or none.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")]
+JobsOption = Annotated[
+    int, typer.Option("--jobs", "-j", min=-1, help="Parallel processes; -1: all cores.")
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for results.")]
 OptionsOption = Annotated[
     list[str] | None,
@@ -80,6 +97,16 @@ def _readable_errors() -> Iterator[None]:
         raise typer.BadParameter(f"{where}: {first['msg']}") from error
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@contextmanager
+def _sweep_errors() -> Iterator[None]:
+    """Show what ended a sweep as one message; the finished runs are stored."""
+    try:
+        yield
+    except (ClusterError, StoreError, SweepError) as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
 
 
 @app.command(
@@ -183,7 +210,14 @@ def compare(
     epochs: EpochsOption = 5,
     batch: BatchOption = 8,
     seeds: Annotated[int, typer.Option("--seeds", "-s", min=1, help="Seeds 0 ... N - 1.")] = 3,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Parallel processes.")] = 1,
+    jobs: JobsOption = -1,
+    dask: Annotated[
+        str | None,
+        typer.Option("--dask", metavar="ADDRESS", help="Run on the workers of a Dask scheduler."),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run again what crashed before.")
+    ] = False,
     scale: ScaleOption = "standard",
     device: DeviceOption = "cpu",
     data: DataOption = None,
@@ -208,12 +242,18 @@ def compare(
             configs += grid(base, contenders, range(seeds))
         for config in {(c.dataset, c.label): c for c in configs}.values():
             check(config)
-        store = CsvStore(out / "runs.csv")
-    try:
-        runs = sweep(configs, store, jobs=jobs, title="comparing", console=console)
-    except SweepError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        raise typer.Exit(1) from error
+        processes(jobs)
+        store = SqliteStore(out / "store.sqlite")
+    with _sweep_errors():
+        runs = sweep(
+            configs,
+            store,
+            jobs=jobs,
+            title="comparing",
+            console=console,
+            dask=dask,
+            retry_failed=retry_failed,
+        )
     print_optimizers(runs, console)
     for path in write_comparison(runs, out):
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
@@ -222,7 +262,7 @@ def compare(
 @app.command(epilog="Example: [bold]ddpnopt demo --jobs 2 --out results/demo[/]")
 def demo(
     out: OutOption = Path("results/demo"),
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Parallel processes.")] = 2,
+    jobs: JobsOption = -1,
     budget: Annotated[
         float,
         typer.Option("--budget", min=0.0, help="Seconds after which no further seed is begun."),
@@ -232,14 +272,25 @@ def demo(
     """Train SGD, SGD + clipping, RMSprop, Adam and DDPNOpt on WINE and DIGITS (3 minutes)."""
     from ddpnopt.experiments.demo import run_demo
 
-    try:
+    with _readable_errors():
+        processes(jobs)
+    with _sweep_errors():
         written = run_demo(out, jobs=jobs, budget=budget, seeds=seeds, console=console)
-    except SweepError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        raise typer.Exit(1) from error
     for path in written:
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
 
+
+for name, command, epilog in (
+    (
+        "reproduce",
+        reproduce_command,
+        "Example: [bold]ddpnopt reproduce table6 fig4 --jobs 2 --out results[/]",
+    ),
+    ("report", report_command, report_epilog),
+    ("tune", tune_command, tune_epilog),
+    ("plot", plot_command, plot_epilog),
+):
+    app.command(name, epilog=epilog)(command)
 
 app.command(
     "explain",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Data sets: small ones inside scikit-learn's package, and MNIST from files. No downloads."""
+"""Data sets: small ones inside scikit-learn's package, and image sets from files or OpenML."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from sklearn import datasets as sk_datasets
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from ddpnopt.experiments.idx import FOLDERS, read_image_set
+from ddpnopt.experiments.loaders.sets import IMAGE_SETS as _DOWNLOADABLE
+from ddpnopt.experiments.loaders.sets import read_image_set
 from ddpnopt.experiments.names import lookup
+from ddpnopt.experiments.scaling import SCALES, Features
 
 Arrays = tuple[NDArray[np.float64], NDArray[np.int64]]
 
@@ -33,6 +35,10 @@ class Dataset:
         y_test: Class indices, shape (N_test,).
         classes: Number of classes C.
         input_shape: Shape of one sample, (d,) or (channels, height, width).
+        origin: What was read, of which these samples may be a part: "60,000 + 10,000 images, IDX
+            files", "15,000 + 5,000 images, JPEG copy", "scikit-learn".
+        checksum: Hash of all images and labels that were read; "" for scikit-learn's own sets.
+        title: The data set's name in tables, "CIFAR-10".
     """
 
     name: str
@@ -42,6 +48,9 @@ class Dataset:
     y_test: Tensor
     classes: int
     input_shape: tuple[int, ...]
+    origin: str = ""
+    checksum: str = ""
+    title: str = ""
 
     def to(self, device: torch.device) -> Dataset:
         """Return the same data with all four tensors on `device`."""
@@ -58,6 +67,11 @@ class Dataset:
         """Accuracy of always answering the test part's largest class, in [0, 1]."""
         counts = torch.bincount(self.y_test, minlength=self.classes)
         return float(counts.max() / counts.sum())
+
+    @property
+    def label(self) -> str:
+        """Title and origin: "CIFAR-10, 15,000 + 5,000 images, JPEG copy"."""
+        return ", ".join(text for text in (self.title or self.name, self.origin) if text)
 
 
 @cache
@@ -76,40 +90,15 @@ def _digits() -> Arrays:
 class _Raw:
     """A data set before scaling: features (N, d) of both parts, and the shape of an image."""
 
-    x_train: NDArray[np.float64]
+    x_train: Features
     y_train: NDArray[np.int64]
-    x_test: NDArray[np.float64]
+    x_test: Features
     y_test: NDArray[np.int64]
     image_shape: tuple[int, ...] | None
-
-
-def _split(arrays: Arrays, image_shape: tuple[int, ...] | None, request: _Request) -> _Raw:
-    """Hold out a share by class, then keep as many training samples as were asked for."""
-    x, y = arrays
-    x_train, x_test, y_train, y_test = train_test_split(
-        x, y, test_size=request.test_share, random_state=request.seed, stratify=y
-    )
-    kept = request.choose(len(y_train))
-    return _Raw(x_train[kept], y_train[kept], x_test, y_test, image_shape)
-
-
-def _image_set(request: _Request) -> _Raw:
-    """Read an image set; its test part is the one that it comes with."""
-    if request.folder is None:
-        raise ValueError(
-            f"data set {request.name!r} is read from its four IDX files: name their folder with "
-            "--data DIR (nothing is downloaded)"
-        )
-    (x_train, y_train), (x_test, y_test) = read_image_set(request.folder, request.name)
-    kept = request.choose(len(y_train))
-    # Bytes become numbers only once the subset is chosen: the whole set would take 0.4 GB.
-    return _Raw(
-        x_train[kept].reshape(len(kept), -1).astype(np.float64),
-        y_train[kept].astype(np.int64),
-        x_test.reshape(len(x_test), -1).astype(np.float64),
-        y_test.astype(np.int64),
-        (1, *x_train.shape[1:]),
-    )
+    classes: int
+    title: str
+    origin: str = "scikit-learn"
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,55 +109,124 @@ class _Request:
     seed: int
     test_share: float
     folder: Path | None
+    cache: Path | None
     train_samples: int | None
+    test_samples: int | None
 
-    def choose(self, available: int) -> NDArray[np.int64]:
-        """Indices of the training samples to use: all, or as many as asked, drawn by the seed."""
-        if self.train_samples is None:
+    def choose(self, available: int, part: str = "training") -> NDArray[np.int64]:
+        """Indices of a part's samples to use: all, or as many as asked, drawn by the seed."""
+        asked = self.train_samples if part == "training" else self.test_samples
+        if asked is None:
             return np.arange(available)
-        if not 0 < self.train_samples <= available:
+        if not 0 < asked <= available:
             raise ValueError(
-                f"data set {self.name!r} has {available} training samples, "
-                f"{self.train_samples} asked for"
+                f"data set {self.name!r} has {available} {part} samples, {asked} asked for"
             )
         chosen = np.random.default_rng(self.seed).permutation(available)
-        return np.asarray(chosen[: self.train_samples])
+        return np.asarray(chosen[:asked])
+
+
+def _split(
+    arrays: Arrays, title: str, image_shape: tuple[int, ...] | None, request: _Request
+) -> _Raw:
+    """Hold out a share by class, then keep as many samples as were asked for."""
+    x, y = arrays
+    x_train, x_test, y_train, y_test = train_test_split(
+        x, y, test_size=request.test_share, random_state=request.seed, stratify=y
+    )
+    kept, shown = request.choose(len(y_train)), request.choose(len(y_test), "test")
+    return _Raw(
+        x_train[kept],
+        y_train[kept],
+        x_test[shown],
+        y_test[shown],
+        image_shape,
+        int(y.max()) + 1,
+        title,
+    )
+
+
+def _image_set(request: _Request) -> _Raw:
+    """Read an image set; its test part is the one that it comes with."""
+    source = _DOWNLOADABLE[request.name]
+    images = read_image_set(request.name, request.folder, request.cache)
+    train, test = images.train, images.test
+    kept, shown = request.choose(len(train.labels)), request.choose(len(test.labels), "test")
+    return _Raw(
+        train.images[kept].reshape(len(kept), -1),
+        train.labels[kept].astype(np.int64),
+        test.images[shown].reshape(len(shown), -1),
+        test.labels[shown].astype(np.int64),
+        train.images.shape[1:],
+        source.classes,
+        source.title,
+        images.origin,
+        images.checksum,
+    )
 
 
 DATASETS: dict[str, Callable[[_Request], _Raw]] = {
-    "digits": lambda request: _split(_digits(), (1, 8, 8), request),
-    "wine": lambda request: _split(_wine(), None, request),
-    **dict.fromkeys(FOLDERS, _image_set),
+    "digits": lambda request: _split(_digits(), "DIGITS", (1, 8, 8), request),
+    "wine": lambda request: _split(_wine(), "WINE", None, request),
+    **dict.fromkeys(_DOWNLOADABLE, _image_set),
 }
-IMAGE_SETS = ("digits", *FOLDERS)
+IMAGE_SETS = ("digits", *_DOWNLOADABLE)
 
 
-def _standard(train: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    std = train.std(axis=0)
-    # A feature that is constant over the training part (border pixels) carries no unit of its own.
-    std[std == 0.0] = 1.0
-    return np.asarray((x - train.mean(axis=0)) / std)
+def canonical(name: str) -> str:
+    """Spell a data set's name as the registry does.
+
+    Args:
+        name: A name in any case, with hyphens, underscores, blanks or none: "CIFAR10".
+
+    Returns:
+        The registry name, "cifar-10".
+
+    Raises:
+        ValueError: No such data set; the message lists the names.
+    """
+    plain = {known.replace("-", ""): known for known in DATASETS}
+    spelled = plain.get("".join(c for c in name.lower() if c not in "-_ "), name)
+    lookup(DATASETS, spelled, "data set")
+    return spelled
 
 
-def _pooled(train: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray((x - train.mean()) / train.std())
+@dataclass(frozen=True)
+class Description:
+    """What a data set is, for records and tables.
+
+    Attributes:
+        title: Its name, "MNIST".
+        origin: What was read, see `Dataset.origin`.
+        checksum: Hash of all images and labels, see `Dataset.checksum`.
+    """
+
+    title: str
+    origin: str
+    checksum: str
 
 
-def _unit(train: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    low, high = train.min(), train.max()
-    return np.asarray((x - low) / (high - low))
+def describe(name: str, *, folder: Path | None = None, cache: Path | None = None) -> Description:
+    """Say what `load` would read, downloading it if need be.
 
+    Call it once before starting many processes: they find the download complete.
 
-def _raw(train: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return x
+    Args:
+        name: Data set name.
+        folder: As for `load`.
+        cache: As for `load`.
 
+    Returns:
+        The description.
 
-SCALES: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]] = {
-    "standard": _standard,
-    "pooled": _pooled,
-    "unit": _unit,
-    "none": _raw,
-}
+    Raises:
+        ValueError: Unknown name, or files that are missing, wrong or can't be downloaded.
+    """
+    name = canonical(name)
+    if name not in _DOWNLOADABLE:
+        return Description(name.upper(), "scikit-learn", "")
+    images = read_image_set(name, folder, cache)
+    return Description(_DOWNLOADABLE[name].title, images.origin, images.checksum)
 
 
 def load(
@@ -180,44 +238,56 @@ def load(
     images: bool = False,
     folder: Path | None = None,
     train_samples: int | None = None,
+    test_samples: int | None = None,
+    cache: Path | None = None,
 ) -> Dataset:
     """Load a data set, split it and scale it with the training part's statistics.
 
     Args:
         name: "digits" (1797 images of 8 x 8, 10 classes) or "wine" (178 samples of 13 features,
-            3 classes), split by class; "mnist" or "fashion-mnist" (60,000 + 10,000 images of
-            28 x 28, 10 classes), read from `folder` with the test part that they come with.
-        seed: Seed of the split and of the choice of `train_samples`: one seed, one data set.
+            3 classes), split by class; "mnist", "fashion-mnist" (60,000 + 10,000 images of
+            28 x 28, 10 classes), "svhn" (73,257 + 26,032), "cifar-10" (50,000 + 10,000) or
+            "cifar-100" (the same, 100 classes; colour images of 32 x 32), with the test part that
+            they come with. Case, hyphens and underscores don't matter.
+        seed: Seed of the split and of the choice of samples: one seed, one data set.
         scale: "standard" (every feature to mean 0 and deviation 1), "pooled" (one mean and one
             deviation for all features), "unit" (to [0, 1] by one range: pixels / 16 for digits,
-            / 255 for MNIST) or "none".
+            / 255 for the others) or "none".
         test_share: Share of the samples held out of "digits" and "wine", in (0, 1).
         images: Shape the samples as images (channels, height, width) for convolutions.
-        folder: Folder of the IDX files, see `ddpnopt.experiments.idx.FOLDERS`.
+        folder: Folder with the files of the other sets, in any format of `docs/data.md`; None:
+            they are fetched from OpenML once.
         train_samples: Number of training samples to draw; None: all.
+        test_samples: Number of test samples to draw; None: all.
+        cache: Folder in which downloads are kept; None: scikit-learn's data folder.
 
     Returns:
         The split data, float32 inputs and int64 labels on the CPU.
 
     Raises:
         ValueError: Unknown name or scale (the message lists the names), images asked of a data
-            set that has none, more samples asked for than there are, or files that are missing
-            or wrong.
+            set that has none, more samples asked for than there are, files that are missing or
+            wrong, or a download that failed.
     """
-    source = lookup(DATASETS, name, "data set")
-    scaler = lookup(SCALES, scale, "scale")
-    raw = source(_Request(name, seed, test_share, folder, train_samples))
+    name = canonical(name)
+    fit = lookup(SCALES, scale, "scale")
+    raw = DATASETS[name](
+        _Request(name, seed, test_share, folder, cache, train_samples, test_samples)
+    )
     if images and raw.image_shape is None:
         with_images = ", ".join(IMAGE_SETS)
         raise ValueError(f"data set {name!r} has no images; those with images: {with_images}")
     shape = raw.image_shape if images and raw.image_shape else (raw.x_train.shape[1],)
-    scaled_train, scaled_test = (scaler(raw.x_train, x) for x in (raw.x_train, raw.x_test))
+    scaled = fit(raw.x_train)
     return Dataset(
         name=name,
-        x_train=torch.as_tensor(scaled_train, dtype=torch.float32).reshape(-1, *shape),
+        x_train=scaled(raw.x_train).reshape(-1, *shape),
         y_train=torch.as_tensor(raw.y_train),
-        x_test=torch.as_tensor(scaled_test, dtype=torch.float32).reshape(-1, *shape),
+        x_test=scaled(raw.x_test).reshape(-1, *shape),
         y_test=torch.as_tensor(raw.y_test),
-        classes=int(max(raw.y_train.max(), raw.y_test.max())) + 1,
+        classes=raw.classes,
         input_shape=shape,
+        origin=raw.origin,
+        checksum=raw.checksum,
+        title=raw.title,
     )

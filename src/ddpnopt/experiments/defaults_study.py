@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ddpnopt.experiments.markdown import problem_section, targets_table, update_page
 from ddpnopt.experiments.plots import plot_rates
-from ddpnopt.experiments.store import CsvStore
+from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.summary import Target, judge
 from ddpnopt.experiments.sweep import Contender, frame, grid, sweep
 from ddpnopt.experiments.training import RunConfig
@@ -134,7 +134,7 @@ def publish(runs: pd.DataFrame, docs: Path) -> list[Path]:
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("results/defaults"),
     docs: Annotated[Path, typer.Option(help="Documentation to write into.")] = Path("docs"),
-    jobs: Annotated[int, typer.Option(min=1, help="Parallel processes.")] = 2,
+    jobs: Annotated[int, typer.Option(help="Parallel processes; -1: all cores.")] = -1,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 12,
     first_seed: Annotated[int, typer.Option(help="The first; 0-23 chose the rule.")] = 100,
     problem: Annotated[
@@ -146,7 +146,7 @@ def main(
 ) -> None:
     """Run what is missing of the study, then write tables and figure of all that is stored."""
     console = Console()
-    store = CsvStore(out / "runs.csv")
+    store = SqliteStore(out / "store.sqlite")
     for name, item in PROBLEMS.items():
         if problem and name not in problem:
             continue

@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 
 from ddpnopt.experiments.report import print_optimizers, write_comparison
-from ddpnopt.experiments.store import CsvStore
+from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import Contender, grid, sweep
 from ddpnopt.experiments.training import RunConfig
 
@@ -36,7 +36,7 @@ PROBLEMS = (
 def run_demo(
     out: Path,
     *,
-    jobs: int = 2,
+    jobs: int = -1,
     budget: float = 130.0,
     seeds: int = 3,
     console: Console | None = None,
@@ -47,8 +47,8 @@ def run_demo(
     it is likely to end within the budget, so a slow machine shows fewer seeds, at least one.
 
     Args:
-        out: Folder for runs.csv, tables and figures; an earlier demo's runs are used again.
-        jobs: Parallel processes.
+        out: Folder for the store, tables and figures; an earlier demo's runs are used again.
+        jobs: Parallel processes; -1: all cores.
         budget: Seconds.
         seeds: Most seeds to run.
         console: Where to show progress and tables.
@@ -57,10 +57,10 @@ def run_demo(
         The files written.
 
     Raises:
-        ddpnopt.experiments.sweep.SweepError: A run raised an exception.
+        ddpnopt.experiments.store.StoreError: The folder holds a store that can't be used.
     """
     screen = console or Console()
-    store = CsvStore(out / "runs.csv")
+    store = SqliteStore(out / "store.sqlite")
     begin = time.perf_counter()
     slowest = 0.0
     tables: list[pd.DataFrame] = []

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from ddpnopt.experiments.markdown import table, update_page
-from ddpnopt.experiments.store import CsvStore
+from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import Contender, grid, sweep
 from ddpnopt.experiments.training import RunConfig, RunResult
 
@@ -168,14 +168,14 @@ def render(results: list[RunResult]) -> str:
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("results/kronecker"),
     docs: Annotated[Path, typer.Option(help="Documentation to write into.")] = Path("docs"),
-    jobs: Annotated[int, typer.Option(min=1, help="Parallel processes.")] = 2,
+    jobs: Annotated[int, typer.Option(help="Parallel processes; -1: all cores.")] = -1,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     publish: Annotated[bool, typer.Option(help="Write the tables into the documentation.")] = False,
 ) -> None:
     """Run what is missing of the study, then show (and publish) its tables."""
     console = Console()
-    store = CsvStore(out / "runs.csv")
+    store = SqliteStore(out / "store.sqlite")
     configs = grid(BASE, CONTENDERS, range(first_seed, first_seed + seeds))
     sweep(configs, store, jobs=jobs, title="kronecker", console=console)
     wanted = {c.key for c in configs}

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 from torch import Tensor, nn
+from torch.nn import init
 
 from ddpnopt.experiments.names import lookup
 
@@ -28,13 +31,15 @@ IMAGE_NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 ARCHITECTURE_HELP = (
     "mlp-WIDTHxDEPTH-ACTIVATION (such as mlp-20x4-tanh; mlp alone is that one), "
-    "cnn-CHANNELS (cnn alone is cnn-16), resnet-CHANNELSxBLOCKS (resnet alone is resnet-16x2), "
+    "cnn-CHANNELS (cnn alone is cnn-16), conv4-CHANNELS (the paper's), "
+    "resnet-CHANNELSxBLOCKS (resnet alone is resnet-16x2), "
     "linear; a norm before every activation: mlp-...-bn or -ln, cnn-...-bn or -gn, resnet-...-bn "
     "or -gn; activations: " + ", ".join(sorted(ACTIVATIONS))
 )
 
 _MLP = re.compile(r"mlp-(\d+)x(\d+)-([a-z]+)(?:-(bn|ln))?")
 _CNN = re.compile(r"cnn-(\d+)(?:-(bn|gn))?")
+_CONV4 = re.compile(r"conv4-(\d+)")
 _RESNET = re.compile(r"resnet-(\d+)x(\d+)(?:-(bn|gn))?")
 _SHORT = {"mlp": "mlp-20x4-tanh", "cnn": "cnn-16", "resnet": "resnet-16x2"}
 
@@ -124,6 +129,38 @@ def cnn(
     )
 
 
+def conv4(input_shape: tuple[int, ...], classes: int, channels: int = 32) -> nn.Sequential:
+    """The paper's convolutional network: four 3 x 3 convolutions, two dense layers, ReLU.
+
+    The paper says no more than that. Here the convolutions keep the size (padding 1), a
+    max-pooling by 2 follows the first and the third, and the hidden dense layer has 2 * channels
+    units, so that EKFAC's factors stay small enough to be decomposed. PyTorch's default
+    initialisation.
+
+    Args:
+        input_shape: (planes, height, width) of one sample, sides divisible by 4.
+        classes: Number of outputs.
+        channels: Channels of every convolution.
+
+    Returns:
+        The network, (B, *input_shape) -> (B, classes).
+
+    Raises:
+        ValueError: The input is not an image with such sides.
+    """
+    if len(input_shape) != 3 or input_shape[1] % 4 or input_shape[2] % 4:
+        raise ValueError(f"conv4 needs images with sides divisible by 4, got shape {input_shape}")
+    planes, height, width = input_shape
+    layers: list[nn.Module] = []
+    for number in range(4):
+        layers += [*_convolution(channels if number else planes, channels, None), nn.ReLU()]
+        if number in (0, 2):
+            layers.append(nn.MaxPool2d(2))
+    features = channels * (height // 4) * (width // 4)
+    dense = [nn.Linear(features, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, classes)]
+    return nn.Sequential(*layers, nn.Flatten(), *dense)
+
+
 class ResidualBlock(nn.Module):
     """relu(x + f(x)), f = convolution, ReLU, convolution, each with its norm.
 
@@ -183,7 +220,7 @@ def resnet(
 
 def wants_images(name: str) -> bool:
     """Say whether the architecture `name` takes images rather than flat features."""
-    return name.startswith(("cnn", "resnet"))
+    return name.startswith(("cnn", "conv4", "resnet"))
 
 
 def build_model(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -208,6 +245,51 @@ def build_model(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Mod
         return mlp(prod(input_shape), classes, int(match[1]), int(match[2]), match[3], match[4])
     if (match := _CNN.fullmatch(full)) and int(match[1]) > 0:
         return cnn(input_shape, classes, int(match[1]), match[2])
+    if (match := _CONV4.fullmatch(full)) and int(match[1]) > 0:
+        return conv4(input_shape, classes, int(match[1]))
     if (match := _RESNET.fullmatch(full)) and int(match[1]) > 0:
         return resnet(input_shape, classes, int(match[1]), int(match[2]), match[3])
     raise ValueError(f"unknown architecture {name!r}; known: {ARCHITECTURE_HELP}.")
+
+
+#: Rules for the weights of dense and convolutional layers; "torch" leaves PyTorch's own.
+INITIALISATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "torch": None,
+    "xavier": init.xavier_uniform_,
+    "xavier-normal": init.xavier_normal_,
+    # The gain that keeps the variance through tanh.
+    "xavier-tanh": partial(init.xavier_uniform_, gain=5 / 3),
+    "he": partial(init.kaiming_normal_, nonlinearity="relu"),
+    "he-uniform": partial(init.kaiming_uniform_, nonlinearity="relu"),
+    "lecun": partial(init.kaiming_normal_, nonlinearity="linear"),
+    "lecun-uniform": partial(init.kaiming_uniform_, nonlinearity="linear"),
+    "orthogonal": init.orthogonal_,
+    "orthogonal-relu": partial(init.orthogonal_, gain=math.sqrt(2)),
+    "normal-0.01": partial(init.normal_, std=0.01),
+    "normal-0.1": partial(init.normal_, std=0.1),
+}
+_ZERO_BIAS = "-zero-bias"
+INITIALISATION_HELP = (
+    ", ".join(INITIALISATIONS) + f"; each also with {_ZERO_BIAS} behind it (xavier{_ZERO_BIAS})"
+)
+
+
+def initialise(model: nn.Module, name: str) -> None:
+    """Draw the weights of all dense and convolutional layers anew, in place.
+
+    Args:
+        model: The network.
+        name: A name in `INITIALISATIONS`; with "-zero-bias" behind it the biases of these layers
+            become zero, else they stay as they are.
+
+    Raises:
+        ValueError: Unknown name (the message lists the known ones).
+    """
+    rule = lookup(INITIALISATIONS, name.removesuffix(_ZERO_BIAS), "initialisation")
+    for module in model.modules():
+        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        if rule is not None:
+            rule(module.weight)
+        if name.endswith(_ZERO_BIAS) and module.bias is not None:
+            init.zeros_(module.bias)

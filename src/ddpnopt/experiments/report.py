@@ -38,24 +38,26 @@ def write_run(result: RunResult, folder: Path) -> list[Path]:
 
 
 def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write a comparison: rates.csv, summary.csv, summary.json, rates.png and curves.png.
+    """Write a comparison: runs, rates and summary as tables, rates and curves as figures.
 
     Args:
         runs: A table of `ddpnopt.experiments.sweep.frame`.
         folder: Made where it does not exist.
 
     Returns:
-        The files.
+        The files: runs.csv, rates.csv, summary.csv, summary.json, rates.png and curves.png.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rates, summary, record = (
-        folder / name for name in ("rates.csv", "summary.csv", "summary.json")
+    every, rates, summary, record = (
+        folder / name for name in ("runs.csv", "rates.csv", "summary.csv", "summary.json")
     )
+    runs.drop(columns="curve").to_csv(every, index=False, float_format="%.6g")
     by_rate(runs).to_csv(rates, index=False, float_format="%.6g")
     totals = by_optimizer(runs)
     totals.to_csv(summary, index=False, float_format="%.6g")
     totals.to_json(record, orient="records", indent=2)
     return [
+        every,
         rates,
         summary,
         record,

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import pandas as pd
 
@@ -58,8 +59,8 @@ class Seeds:
 
 
 @cache
-def _training_samples(dataset: str) -> int:
-    return len(load(dataset, seed=0).y_train)
+def _training_samples(dataset: str, folder: Path | None) -> int:
+    return len(load(dataset, seed=0, folder=folder).y_train)
 
 
 def milliseconds(result: RunResult) -> float:
@@ -74,7 +75,7 @@ def milliseconds(result: RunResult) -> float:
     if result.diverged:
         return math.nan
     config = result.config
-    samples = config.train_samples or _training_samples(config.dataset)
+    samples = config.train_samples or _training_samples(config.dataset, config.data)
     steps = math.ceil(samples / config.batch) * len(result.epochs)
     return 1000.0 * sum(e.cpu_seconds for e in result.epochs) / steps
 

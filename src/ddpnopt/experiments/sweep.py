@@ -4,30 +4,30 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from ddpnopt.experiments.fingerprint import code_hash
 from ddpnopt.experiments.optimizers import OptionValue
-from ddpnopt.experiments.store import Store
-from ddpnopt.experiments.training import RunConfig, RunResult, train
+from ddpnopt.experiments.pool import Pool, run_all
+from ddpnopt.experiments.progress import SweepProgress
+from ddpnopt.experiments.records import RunConfig, RunResult
+from ddpnopt.experiments.store import SqliteStore
+from ddpnopt.experiments.training import train
 
 
 class SweepError(RuntimeError):
-    """Some runs of a sweep could not be made; the message names them."""
+    """The results of a sweep can't be recorded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -73,87 +73,136 @@ def grid(base: RunConfig, contenders: Iterable[Contender], seeds: Sequence[int])
     ]
 
 
-def _worker(config: RunConfig) -> tuple[RunConfig, RunResult | None, str]:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The settings under which a run gives the same bits in every process."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1)
-    # A sweep of hours must not end because one cell can't be run: what went wrong travels back
-    # as text, every other run is kept, and the sweep raises at its end.
+    torch.set_default_dtype(torch.float32)
     try:
-        return config, train(config), ""
-    except Exception as error:
-        return config, None, f"{type(error).__name__}: {error}"
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
 
 
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[failures]}"),
-        console=console or Console(stderr=True),
-    )
+@cache
+def _end_with(parent: int) -> None:
+    """End this process soon after `parent` does; a driver that is killed can't stop its workers."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
-def _note(done: int, seconds: float, failed: int, errors: int) -> tuple[str, str]:
-    rate = f"{done / seconds:.1f} runs/s" if seconds > 0 else ""
-    failures = f"{failed} failed to train" if failed else ""
-    if errors:
-        failures = f"[red]{errors} errors[/] {failures}"
-    return rate, failures
+@dataclass(frozen=True)
+class Worker:
+    """Runs one configuration in whatever process it is sent to.
+
+    Args:
+        code: Version of the code that the results are stored under.
+        driver: Number of the process that stores them.
+    """
+
+    code: str
+    driver: int
+
+    def __call__(self, config: RunConfig) -> RunResult:
+        """Run `config`; an exception is its result.
+
+        Raises:
+            SweepError: This process has other code than the driver.
+        """
+        if os.getpid() != self.driver:
+            # Ctrl-C goes to all processes of a terminal; the driver alone decides what ends.
+            with suppress(ValueError):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if os.getppid() == self.driver:
+                _end_with(self.driver)
+            if (found := code_hash()) != self.code:
+                raise SweepError(
+                    f"the code was changed while the sweep ran (from {self.code} to {found}): "
+                    "start it again; what is stored is not used for the changed code"
+                )
+        with _one_thread():
+            # A sweep of hours must not end because one cell can't be run.
+            try:
+                return train(config)
+            except Exception as error:
+                return RunResult.crash(config, f"{type(error).__name__}: {error}")
 
 
 def sweep(
     configs: Sequence[RunConfig],
-    store: Store,
+    store: SqliteStore,
     *,
-    jobs: int = 1,
+    jobs: int = -1,
     title: str = "runs",
     console: Console | None = None,
+    dask: str | None = None,
+    retry_failed: bool = False,
 ) -> pd.DataFrame:
     """Run what the store lacks and return the table of all `configs`.
 
+    Every result is stored as it comes: after an interrupt the same call goes on where it was.
+
     Args:
         configs: Configurations; those with a result in the store are skipped.
-        store: Gets every result as it comes.
-        jobs: Processes, each with one torch thread; 1 runs in this process.
+        store: Gets every result; other processes may use it at the same time.
+        jobs: Processes, each with one torch thread; -1: one for every core, 1: this process.
         title: Shown beside the progress bar.
         console: Where progress is shown; None: the standard error stream.
+        dask: Address of a Dask scheduler whose workers run the trainings; `jobs` is theirs then.
+        retry_failed: Run again what crashed before.
 
     Returns:
-        One row per configuration, see `frame`.
+        One row per configuration in their order, see `frame`. Runs that diverged or crashed are
+        among them.
 
     Raises:
-        SweepError: Some runs raised an exception; all others are in the store.
+        SweepError: The code was changed while it ran.
+        ddpnopt.experiments.cluster.ClusterError: The Dask cluster can't be used.
+        ddpnopt.experiments.store.StoreError: The store can't be read or written.
+        ValueError: `jobs` is out of range.
     """
-    present = store.keys()
-    unique = {c.key: c for c in configs}
-    missing = [c for key, c in unique.items() if key not in present]
-    errors: list[str] = []
-    failed = 0
-    threads = torch.get_num_threads()
-    with _progress(console) as progress:
-        task = progress.add_task(title, total=len(missing), rate="", failures="")
-        runs = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)(
-            delayed(_worker)(c) for c in missing
-        )
-        for done, (config, result, error) in enumerate(runs, 1):
+    unique = {store.key(c): c for c in configs}
+    present = store.keys() - (store.crashed() if retry_failed else set())
+    missing = {key: c for key, c in unique.items() if key not in present}
+    done = len(unique) - len(missing)
+    with SweepProgress(title, len(unique), done, console) as progress:
+
+        def report(result: RunResult | None) -> None:
             if result is None:
-                errors.append(f"{config.label} lr={config.lr} seed={config.seed}: {error}")
+                progress.advance(here=False)
             else:
-                store.append(result)
-                failed += result.failed
-            elapsed = progress.tasks[task].elapsed or 0.0
-            rate, failures = _note(done, elapsed, failed, len(errors))
-            progress.update(task, advance=1, rate=rate, failures=failures)
-    torch.set_num_threads(threads)
-    if errors:
-        shown = "\n  ".join(errors[:5])
-        raise SweepError(f"{len(errors)} of {len(missing)} runs raised an error:\n  {shown}")
-    return frame(r for r in store.results() if r.config.key in unique)
+                progress.advance(failed=result.failed, crashed=bool(result.error))
+
+        pool = Pool(store, Worker(code_hash(), os.getpid()), report, retry_failed=retry_failed)
+        run_all(missing, pool, jobs=jobs, dask=dask, check=code_hash)
+    found = {store.key(r.config): r for r in store.results()}
+    results = [found[key] for key in unique]
+    _tell_crashes(results, console or Console(stderr=True))
+    return frame(results)
+
+
+def _tell_crashes(results: Sequence[RunResult], console: Console) -> None:
+    crashed = [r for r in results if r.error]
+    if not crashed:
+        return
+    console.print(f"[red]{len(crashed)} of {len(results)} runs crashed[/]", highlight=False)
+    for result in crashed[:_SHOWN]:
+        config = result.config
+        text = f"  {config.label} lr={config.lr:g} seed={config.seed}: {result.error}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if len(crashed) > _SHOWN:
+        console.print(f"  and {len(crashed) - _SHOWN} more", highlight=False)
+
+
+#: Crashed runs that are named after a sweep.
+_SHOWN = 5
 
 
 def frame(results: Iterable[RunResult]) -> pd.DataFrame:

@@ -3,162 +3,135 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from ddpnopt.experiments.data import Dataset, load
-from ddpnopt.experiments.models import build_model, wants_images
-from ddpnopt.experiments.optimizers import Built, OptionValue, build_optimizer, label_of
+from ddpnopt.experiments.models import build_model, initialise, wants_images
+from ddpnopt.experiments.names import lookup
+from ddpnopt.experiments.optimizers import Built, OptionValue, build_optimizer
+from ddpnopt.experiments.records import Epoch, RunConfig, RunResult
+from ddpnopt.losses import MMCLoss
+
+__all__ = ["LOSSES", "Epoch", "Objective", "RunConfig", "RunResult", "check", "train"]
 
 
-class RunConfig(BaseModel):
-    """Everything that decides a run's outcome.
-
-    Attributes:
-        dataset: Data set name.
-        scale: How inputs are scaled, see `ddpnopt.experiments.data.load`.
-        architecture: Network name, see `ddpnopt.experiments.models.build_model`.
-        optimizer: Optimizer name, see `ddpnopt.experiments.optimizers.OPTIMIZERS`.
-        lr: Learning rate.
-        options: The optimizer's options that differ from its defaults.
-        batch: Samples per step; the last batch of an epoch may be smaller.
-        epochs: Passes over the training part.
-        seed: Seed of the split, the initial weights and the order of the samples: runs with one
-            seed are paired, whatever the optimizer.
-        device: torch device.
-        train_samples: Number of training samples to draw by the seed; None: all.
-        data: Folder of the files of data sets that are read from files. It says where, not what:
-            records and keys leave it out.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dataset: str = "digits"
-    scale: str = "standard"
-    architecture: str = "mlp-20x4-tanh"
-    optimizer: str = "ddpnopt"
-    lr: float = Field(default=0.1, ge=0.0)
-    options: dict[str, OptionValue] = Field(default_factory=dict)
-    batch: int = Field(default=8, ge=1)
-    epochs: int = Field(default=5, ge=1)
-    seed: int = Field(default=0, ge=0)
-    device: str = "cpu"
-    train_samples: int | None = Field(default=None, ge=1)
-    data: Path | None = Field(default=None, exclude=True)
-
-    @property
-    def key(self) -> str:
-        """A short name of this configuration: equal keys, equal runs."""
-        parts = self.model_dump(mode="json")
-        if self.train_samples is None:
-            # The keys of results from before this field existed stay as they are.
-            del parts["train_samples"]
-        parts["options"] = sorted((k, repr(v)) for k, v in self.options.items())
-        text = repr(sorted(parts.items()))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def label(self) -> str:
-        """The optimizer's name in tables and plots."""
-        return label_of(self.optimizer, self.options)
-
-
-class Epoch(BaseModel):
-    """State after one epoch.
+@dataclass(frozen=True)
+class Objective:
+    """A loss, and how its outputs answer.
 
     Attributes:
-        epoch: Counted from 1.
-        train_loss: Mean cross-entropy over the whole training part (nats), model in eval mode.
-        test_accuracy: Share of the test part answered rightly, in [0, 1].
-        seconds: Seconds spent in training steps of this epoch, evaluation left out.
-        cpu_seconds: The process's CPU time in them, all threads together: it doesn't grow when
-            other processes share the cores.
+        loss: (outputs (B, C), labels (B,)) -> mean loss over the batch.
+        predict: Outputs (B, C) -> class indices (B,).
     """
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-
-    epoch: int
-    train_loss: float
-    test_accuracy: float
-    seconds: float
-    cpu_seconds: float = math.nan
+    loss: Callable[[Tensor, Tensor], Tensor]
+    predict: Callable[[Tensor], Tensor]
 
 
-class RunResult(BaseModel):
-    """Outcome of a run.
+def _cross_entropy(classes: int, device: torch.device) -> Objective:
+    return Objective(nn.functional.cross_entropy, lambda z: z.argmax(1))
 
-    Attributes:
-        config: What was run.
-        epochs: One record per finished epoch, and one for the epoch in which it diverged.
-        train_loss: The last record's training loss.
-        test_accuracy: The last record's accuracy, measured with the weights as they are.
-        chance: Accuracy of always answering the test part's largest class.
-        seconds: Seconds in training steps.
-        diverged: The loss, or something inside the optimizer's step, became non-finite.
-        reason: How it diverged; empty otherwise.
-    """
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+def _mmc(classes: int, device: torch.device) -> Objective:
+    # As many features as classes, so that every architecture serves as it is.
+    criterion = MMCLoss(classes, classes).to(device)
+    return Objective(criterion, criterion.predict)
 
-    config: RunConfig
-    epochs: tuple[Epoch, ...]
-    train_loss: float
-    test_accuracy: float
-    chance: float
-    seconds: float
-    diverged: bool
-    reason: str = ""
 
-    @property
-    def failed(self) -> bool:
-        """Diverged, or hardly better than chance (less than a tenth of the way to 1)."""
-        return self.diverged or self.test_accuracy <= self.chance + 0.1 * (1.0 - self.chance)
+#: Losses by name, each made from the number of classes and the device.
+LOSSES: dict[str, Callable[[int, torch.device], Objective]] = {
+    "cross_entropy": _cross_entropy,
+    "mmc": _mmc,
+}
+
+#: Beginnings of the names of optimizers that must be told a loss they can't recognise.
+_TOLD = ("ddpnopt", "vanilla-ddp")
+
+
+def _options(config: RunConfig) -> dict[str, OptionValue]:
+    if config.loss == "mmc" and config.optimizer.startswith(_TOLD):
+        return {"terminal": "mmc", **config.options}
+    return config.options
 
 
 class _Diverged(Exception):
-    """Ends a run whose loss is no longer finite."""
+    """Ends an epoch whose loss is no longer finite."""
 
 
-def _steps(model: nn.Module, built: Built, data: Dataset, order: torch.Tensor, batch: int) -> None:
-    """Train through one permutation of the training part."""
-    for index in torch.split(order, batch):
-        built.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(data.x_train[index]), data.y_train[index])
-        if not math.isfinite(loss.item()):
-            raise _Diverged(f"non-finite loss {loss.item()}")
-        loss.backward()  # type: ignore[no-untyped-call]
-        if built.grad_clip is not None:
-            clip_grad_norm_(model.parameters(), built.grad_clip)
-        built.optimizer.step()
+@dataclass
+class _Seen:
+    """What an epoch's steps saw: losses, and norms of the updates where they are recorded."""
+
+    losses: list[float]
+    updates: list[float]
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan
+
+    @property
+    def update(self) -> float:
+        return sum(self.updates) / len(self.updates) if self.updates else math.nan
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of a run that stay the same over its epochs."""
+
+    config: RunConfig
+    model: nn.Module
+    built: Built
+    data: Dataset
+    objective: Objective
+
+    def steps(self, order: Tensor, seen: _Seen) -> None:
+        """Train through one permutation of the training part."""
+        for index in torch.split(order, self.config.batch):
+            self.built.optimizer.zero_grad()
+            outputs = self.model(self.data.x_train[index])
+            loss = self.objective.loss(outputs, self.data.y_train[index])
+            seen.losses.append(loss.item())
+            if not math.isfinite(seen.losses[-1]):
+                raise _Diverged(f"non-finite loss {seen.losses[-1]}")
+            loss.backward()  # type: ignore[no-untyped-call]
+            if self.built.grad_clip is not None:
+                clip_grad_norm_(self.model.parameters(), self.built.grad_clip)
+            before = self._weights() if self.config.record_updates else None
+            self.built.optimizer.step()
+            if before is not None:
+                seen.updates.append(float(torch.linalg.vector_norm(self._weights() - before)))
+
+    def _weights(self) -> Tensor:
+        # In double precision: an update far below the weights must not drown in their rounding.
+        return torch.cat([p.detach().double().flatten() for p in self.model.parameters()])
+
+    @torch.no_grad()
+    def measure(self) -> tuple[float, float]:
+        """Return (training loss, test accuracy) with the weights as they are."""
+        self.model.eval()
+        data, loss, right = self.data, 0.0, 0
+        # In parts: the activations of a large set's images would fill the memory.
+        for x, y in zip(
+            torch.split(data.x_train, _PART), torch.split(data.y_train, _PART), strict=True
+        ):
+            loss += float(self.objective.loss(self.model(x), y)) * (len(y) / len(data.y_train))
+        for x, y in zip(
+            torch.split(data.x_test, _PART), torch.split(data.y_test, _PART), strict=True
+        ):
+            right += int((self.objective.predict(self.model(x)) == y).sum())
+        self.model.train()
+        return loss, right / len(data.y_test)
 
 
 #: Samples evaluated at once.
 _PART = 2048
-
-
-@torch.no_grad()
-def _measure(model: nn.Module, data: Dataset) -> tuple[float, float]:
-    """Return (training loss, test accuracy) with the weights as they are."""
-    model.eval()
-    loss, right = 0.0, 0
-    # In parts: the activations of a large set's images would fill the memory.
-    for x, y in zip(
-        torch.split(data.x_train, _PART), torch.split(data.y_train, _PART), strict=True
-    ):
-        part = float(nn.functional.cross_entropy(model(x), y))
-        loss += part * (len(y) / len(data.y_train))
-    for x, y in zip(torch.split(data.x_test, _PART), torch.split(data.y_test, _PART), strict=True):
-        right += int((model(x).argmax(1) == y).sum())
-    model.train()
-    return loss, right / len(data.y_test)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -193,7 +166,17 @@ def _load(config: RunConfig) -> Dataset:
         images=wants_images(config.architecture),
         folder=config.data,
         train_samples=config.train_samples,
+        test_share=config.test_share,
     )
+
+
+def _build(config: RunConfig, data: Dataset, device: torch.device) -> _Run:
+    objective = lookup(LOSSES, config.loss, "loss")(data.classes, device)
+    model = build_model(config.architecture, data.input_shape, data.classes)
+    initialise(model, config.initialisation)
+    model = model.to(device)
+    built = build_optimizer(config.optimizer, model, config.lr, _options(config))
+    return _Run(config, model, built, data, objective)
 
 
 def check(config: RunConfig) -> None:
@@ -208,8 +191,7 @@ def check(config: RunConfig) -> None:
     resolve_device(config.device)
     data = _load(config)
     with torch.random.fork_rng(devices=[]):
-        model = build_model(config.architecture, data.input_shape, data.classes)
-    build_optimizer(config.optimizer, model, config.lr, config.options)
+        _build(config, data, torch.device("cpu"))
 
 
 def train(config: RunConfig, on_epoch: Callable[[Epoch], None] | None = None) -> RunResult:
@@ -233,30 +215,24 @@ def train(config: RunConfig, on_epoch: Callable[[Epoch], None] | None = None) ->
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed)
-        model = build_model(config.architecture, data.input_shape, data.classes).to(device)
-        built = build_optimizer(config.optimizer, model, config.lr, config.options)
-        return _run(config, model, built, data, on_epoch)
+        return _train(_build(config, data, device), on_epoch)
 
 
-def _run(
-    config: RunConfig,
-    model: nn.Module,
-    built: Built,
-    data: Dataset,
-    on_epoch: Callable[[Epoch], None] | None,
-) -> RunResult:
+def _train(run: _Run, on_epoch: Callable[[Epoch], None] | None) -> RunResult:
+    config, data = run.config, run.data
     order = torch.Generator().manual_seed(config.seed)
     records: list[Epoch] = []
     reason = ""
     for number in range(1, config.epochs + 1):
         permutation = torch.randperm(len(data.y_train), generator=order).to(data.y_train.device)
+        seen = _Seen([], [])
         start, cpu_start = time.perf_counter(), time.process_time()
         try:
-            _steps(model, built, data, permutation, config.batch)
+            run.steps(permutation, seen)
         except (_Diverged, FloatingPointError) as error:
             reason = str(error) or type(error).__name__
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-        loss, accuracy = _measure(model, data)
+        loss, accuracy = run.measure()
         if not reason and not math.isfinite(loss):
             reason = f"non-finite training loss {loss}"
         records.append(
@@ -266,6 +242,8 @@ def _run(
                 test_accuracy=accuracy,
                 seconds=seconds,
                 cpu_seconds=cpu,
+                running_loss=seen.loss,
+                update_norm=seen.update,
             )
         )
         if on_epoch is not None:

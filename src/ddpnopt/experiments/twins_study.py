@@ -19,7 +19,7 @@ from rich.console import Console
 from ddpnopt.experiments import defaults_study
 from ddpnopt.experiments.markdown import update_page
 from ddpnopt.experiments.names import lookup
-from ddpnopt.experiments.store import CsvStore
+from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import frame, grid, sweep
 from ddpnopt.experiments.training import RunConfig
 from ddpnopt.experiments.twins import Pair, Problem, finished, render
@@ -104,8 +104,8 @@ def main(
     study: Annotated[str, typer.Argument(help="One of: " + ", ".join(STUDIES) + ".")],
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("results"),
     docs: Annotated[Path, typer.Option(help="Documentation to write into.")] = Path("docs"),
-    data: Annotated[Path | None, typer.Option(help="Folder of MNIST's IDX files.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Parallel processes.")] = 2,
+    data: Annotated[Path | None, typer.Option(help="Folder of MNIST's files.")] = None,
+    jobs: Annotated[int, typer.Option(help="Parallel processes; -1: all cores.")] = -1,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 4,
     first_seed: Annotated[int, typer.Option(min=0, help="The first; 0-7 choose.")] = 0,
     problem: Annotated[list[str] | None, typer.Option(help="Only these networks.")] = None,
@@ -119,7 +119,7 @@ def main(
     """Run what is missing of a study, then show (and publish) tables of what is complete."""
     chosen = lookup(STUDIES, study, "study")
     console = Console()
-    store = CsvStore(out / study / "runs.csv")
+    store = SqliteStore(out / study / "store.sqlite")
     contenders = [
         contender
         for pair in chosen.pairs

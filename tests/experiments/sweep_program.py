@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: MIT
+"""A sweep in a process of its own, for tests that kill it: STORE LOG SEEDS."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from ddpnopt.experiments import sweep as sweeps
+from ddpnopt.experiments.records import RunConfig, RunResult
+from ddpnopt.experiments.store import SqliteStore
+from ddpnopt.experiments.training import train
+
+BASE = RunConfig(dataset="wine", architecture="mlp-4x1-tanh", optimizer="sgd", epochs=1, batch=64)
+
+
+def configs(seeds: int) -> list[RunConfig]:
+    """Two rates for every seed."""
+    return sweeps.grid(BASE, [sweeps.Contender("sgd", (0.1, 0.3))], range(seeds))
+
+
+def main(store: str, log: str, seeds: str) -> None:
+    """Run the sweep in this process; every training begun is a line of the log."""
+
+    def logged(config: RunConfig) -> RunResult:
+        with open(log, "a") as file:
+            file.write(f"{config.key}\n")
+        return train(config)
+
+    torch.set_num_threads(2)
+    sweeps.train = logged  # type: ignore[assignment]
+    sweeps.sweep(configs(int(seeds)), SqliteStore(Path(store)), jobs=1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
