@@ -22,8 +22,8 @@ HOOK_FILES = {"trajectory.py", "cuts.py"}
 # Shape contracts are an optional import of this one file.
 CONTRACT_FILES = {"typing.py": {"jaxtyping"}}
 EXTRAS = (
-    "beartype cloudpickle dask distributed hypothesis jaxtyping jinja2 joblib markdown_it markupsafe "
-    "matplotlib numpy optuna pandas PIL pydantic pytest rich scipy sklearn typer"
+    "beartype cloudpickle dask distributed hypothesis jaxtyping jinja2 joblib markdown_it "
+    "markupsafe matplotlib numpy optuna pandas PIL pydantic pytest rich scipy sklearn typer"
 ).split()
 
 

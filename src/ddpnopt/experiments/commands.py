@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ddpnopt.experiments.cluster import ClusterError
-from ddpnopt.experiments.data import DATASETS
+from ddpnopt.experiments.data import DATASETS, describe
 from ddpnopt.experiments.explain_command import explain_command
 from ddpnopt.experiments.models import ARCHITECTURE_HELP
 from ddpnopt.experiments.optimizers import OPTIMIZERS
@@ -50,8 +50,8 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="Folder with the files of mnist, fashion-mnist, svhn, cifar-10 or cifar-100; without it they "
-        "are fetched from OpenML.",
+        help="Folder with the files of mnist, fashion-mnist, svhn, cifar-10 or cifar-100; without "
+        "it they are fetched from OpenML.",
     ),
 ]
 SamplesOption = Annotated[
@@ -183,6 +183,20 @@ def _contenders(
     return contenders
 
 
+def _comparison(
+    base: RunConfig, datasets: list[str], contenders: list[Contender], seeds: int
+) -> list[RunConfig]:
+    """All runs of a comparison, checked; each says which files its data are."""
+    configs: list[RunConfig] = []
+    for name in datasets:
+        checksum = describe(name, folder=base.data).checksum
+        own = base.model_copy(update={"dataset": name, "checksum": checksum})
+        configs += grid(own, contenders, range(seeds))
+    for config in {(c.dataset, c.label): c for c in configs}.values():
+        check(config)
+    return configs
+
+
 @app.command(
     epilog="Example: [bold]ddpnopt compare --dataset digits --arch cnn --optimizer sgd "
     "--optimizer sgd-clip:grad_clip=0.5 --optimizer ddpnopt --lr 0.1,0.2,0.6 --seeds 4 "
@@ -227,21 +241,16 @@ def compare(
     """Compare optimizers over learning rates and seeds; resumes where it was interrupted."""
     with _readable_errors():
         contenders = _contenders(optimizer, lr, option)
-        configs: list[RunConfig] = []
-        for name in dataset or ["digits"]:
-            base = RunConfig(
-                dataset=name,
-                architecture=arch,
-                epochs=epochs,
-                batch=batch,
-                scale=scale,
-                device=device,
-                data=data,
-                train_samples=train_samples,
-            )
-            configs += grid(base, contenders, range(seeds))
-        for config in {(c.dataset, c.label): c for c in configs}.values():
-            check(config)
+        base = RunConfig(
+            architecture=arch,
+            epochs=epochs,
+            batch=batch,
+            scale=scale,
+            device=device,
+            data=data,
+            train_samples=train_samples,
+        )
+        configs = _comparison(base, dataset or ["digits"], contenders, seeds)
         processes(jobs)
         store = SqliteStore(out / "store.sqlite")
     with _sweep_errors():

@@ -271,12 +271,10 @@ def load(
     """
     name = canonical(name)
     fit = lookup(SCALES, scale, "scale")
-    raw = DATASETS[name](
-        _Request(name, seed, test_share, folder, cache, train_samples, test_samples)
-    )
+    request = _Request(name, seed, test_share, folder, cache, train_samples, test_samples)
+    raw = DATASETS[name](request)
     if images and raw.image_shape is None:
-        with_images = ", ".join(IMAGE_SETS)
-        raise ValueError(f"data set {name!r} has no images; those with images: {with_images}")
+        raise ValueError(f"data set {name!r} has no images; with images: {', '.join(IMAGE_SETS)}")
     shape = raw.image_shape if images and raw.image_shape else (raw.x_train.shape[1],)
     scaled = fit(raw.x_train)
     return Dataset(

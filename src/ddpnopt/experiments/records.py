@@ -32,6 +32,9 @@ class RunConfig(BaseModel):
         loss: What is trained on, see `ddpnopt.experiments.training.LOSSES`.
         test_share: Share of the samples held out of data sets that come without a test part.
         record_updates: Measure `Epoch.update_norm`; it costs a copy of the weights per step.
+        checksum: Which data of that name: the checksum of their files, see
+            `ddpnopt.experiments.data.describe`; empty where they come with scikit-learn, or where
+            nobody looked.
         data: Folder of the files of data sets that are read from files. It says where, not what:
             records and keys leave it out.
     """
@@ -53,6 +56,7 @@ class RunConfig(BaseModel):
     loss: str = "cross_entropy"
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
     record_updates: bool = False
+    checksum: str = ""
     data: Path | None = Field(default=None, exclude=True)
 
     @field_validator("options")

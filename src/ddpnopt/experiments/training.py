@@ -159,7 +159,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _load(config: RunConfig) -> Dataset:
-    return load(
+    data = load(
         config.dataset,
         seed=config.seed,
         scale=config.scale,
@@ -168,6 +168,12 @@ def _load(config: RunConfig) -> Dataset:
         train_samples=config.train_samples,
         test_share=config.test_share,
     )
+    if config.checksum and data.checksum != config.checksum:
+        raise ValueError(
+            f"data set {config.dataset!r}: the files (checksum {data.checksum}) are not those of "
+            f"the configuration (checksum {config.checksum})"
+        )
+    return data
 
 
 def _build(config: RunConfig, data: Dataset, device: torch.device) -> _Run:

@@ -62,7 +62,7 @@ def mistakes(name: str, old: str, new: str) -> tuple[str, int]:
         ("table6", "test_share = 0.2", "test_share = nan", "network.test_share = nan"),
         ("table6", 'dataset = "digits"', 'dataset = "digit"', "Did you mean 'digits'?"),
         ("table6", 'scale = "standard"', 'scale = "standart"', "Did you mean 'standard'?"),
-        ("table6", '"mlp-16x4-tanh"', '"mlp-16x4-tank"', "unknown activation 'tank'"),
+        ("table6", '"mlp-24x5-tanh"', '"mlp-24x5-tank"', "unknown activation 'tank'"),
         ("table6", 'loss_measure = "train"', 'loss_measure = "x"', 'one of "train", "running"'),
         ("table9", "seeds = 10", "seeds = -3", "runs.seeds = -3: allowed is a whole number, at l"),
         ("table9", "lr = [0.05, ", "lr = [-0.05, ", "block[3].lr[1] = -0.05: allowed is a number"),

@@ -101,7 +101,7 @@ class Block(Strict):
         eps_vxx: Tikhonov term of the paper's algorithm, a column each (V carries 1/batch).
         clip: Thresholds of `clip_grad_norm_` to choose from.
         options: Options of the baseline, and of the curvature of all twins.
-        twin_options: Further options of the twins.
+        paper_options: Further options of the paper's algorithm.
     """
 
     baseline: OptimizerName
@@ -110,7 +110,7 @@ class Block(Strict):
     eps_vxx: Several[Annotated[float, Field(ge=0.0)]]
     clip: Several[Positive]
     options: Options = {}
-    twin_options: Options = {}
+    paper_options: Options = {}
 
     @model_validator(mode="after")
     def _options_exist(self) -> Block:
@@ -137,7 +137,7 @@ class Block(Strict):
             "value.backup": "riccati",
             "value.regularization": eps_vxx,
         }
-        return "ddpnopt", {**dense, **self._borrowed}
+        return "ddpnopt", {**dense, **self._borrowed, **self.paper_options}
 
     @property
     def defaults(self) -> Contender:
@@ -154,7 +154,7 @@ class Block(Strict):
         # Named: where every output is saturated the loss can't be told from its gradient, and the
         # twin would quietly become its baseline.
         named = {"curvature": self.curvature, "terminal": "cross_entropy"}
-        return {**named, **own, **self.twin_options}
+        return {**named, **own}
 
 
 class AblationSettings(Strict):

@@ -60,7 +60,7 @@ def setting(measured: Measured) -> str:
         chosen = EMPTY if clip is None else f"{clip:g}"
         tried = ", ".join(f"{c:g}" for c in block.clip)
         options = ", ".join(
-            f"{k} = {v}" for k, v in {**block.options, **block.twin_options}.items()
+            f"{k} = {v}" for k, v in {**block.options, **block.paper_options}.items()
         )
         lines.append(
             f"- {block.label}: M = `{block.curvature}`{f' ({options})' if options else ''}; "

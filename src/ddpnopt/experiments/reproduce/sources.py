@@ -21,11 +21,13 @@ class Source:
     Attributes:
         folder: Where they are read from; None: in scikit-learn, or downloaded before.
         origin: What was read, for labels; empty where they are the complete original.
+        checksum: Of the files; empty for what comes with scikit-learn.
         reason: Why they can't be had; empty where they can.
     """
 
     folder: Path | None = None
     origin: str = ""
+    checksum: str = ""
     reason: str = ""
 
 
@@ -43,7 +45,11 @@ def locate(request: Request, dataset: str) -> Source:
         return Source(origin="scikit-learn")
     if not request.run:
         kept = request.store.get_record(KIND, dataset)
-        return Source(reason="not run") if kept is None else Source(origin=str(kept["origin"]))
+        return (
+            Source(reason="not run")
+            if kept is None
+            else Source(origin=str(kept["origin"]), checksum=str(kept["checksum"]))
+        )
     said = "no files: name their folder with --data DIR, or fetch them with --download"
     folders: list[Path | None] = [] if request.data is None else [request.data]
     for folder in [*folders, *([None] if request.download else [])]:
@@ -54,5 +60,5 @@ def locate(request: Request, dataset: str) -> Source:
             continue
         kept_now = {"origin": found.origin, "checksum": found.checksum}
         request.store.put_record(KIND, dataset, kept_now)
-        return Source(folder, found.origin)
+        return Source(folder, found.origin, found.checksum)
     return Source(reason=said)

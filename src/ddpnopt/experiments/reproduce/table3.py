@@ -135,7 +135,9 @@ def _cell(
     quick = settings.quick if request.quick else None
     count = request.seeds or (quick.seeds if quick else problem.seeds)
     epochs = request.epochs or (quick.epochs if quick else problem.epochs)
-    base = problem.config(request, epochs).model_copy(update={"data": source.folder})
+    base = problem.config(request, epochs).model_copy(
+        update={"data": source.folder, "checksum": source.checksum}
+    )
     if quick and problem.dataset not in BUILT_IN:
         fewer = min(quick.train_samples, problem.train_samples or quick.train_samples)
         base = base.model_copy(update={"train_samples": fewer})

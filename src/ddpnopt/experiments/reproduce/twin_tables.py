@@ -99,5 +99,5 @@ RMSPROP_NOTE = (
     "**RMSprop's M** squares the batch's mean gradient, with torch's running mean. Table 2 writes "
     "the same E[J_u . J_u] for RMSprop itself as E[Q_u . Q_u] for its twin, and the twin must "
     "become RMSprop where Q_ux = 0; a mean of the samples' squares would be another optimizer (set "
-    '`twin_options = { "curvature.second_moment" = "per_sample" }` to see it).'
+    '`paper_options = { "curvature.second_moment" = "per_sample" }` to see it).'
 )
