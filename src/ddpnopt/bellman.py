@@ -17,10 +17,11 @@ from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule
 from ddpnopt.linearise import cast_state, per_sample, unit_columns
 from ddpnopt.matrices import Matrices
+from ddpnopt.parameters import parameters
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
-from ddpnopt.value.base import Blocks, Policy, Recursion
+from ddpnopt.value.base import Blocks, Coupling, Policy, Recursion
 
 
 @dataclass(eq=False)
@@ -51,7 +52,7 @@ class Layer:
     counts: list[int]
     params: dict[str, nn.Parameter]
     factor: bool
-    couple: Callable[[Layer, Tensor], Tensor]
+    couple: Callable[[Layer, Tensor], Coupling]
     sketch: torch.Generator | None = None
     strength: float = 1.0
     segments: list[Cut] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Layer:
 
         Half-precision layers use float32: squared norms of gradients leave their range.
         """
-        self.own_dtype = next(self.module.parameters()).dtype
+        self.own_dtype = parameters(self.module)[0].dtype
         narrow = self.own_dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if narrow else self.own_dtype
 
@@ -76,12 +77,11 @@ class Layer:
 
     def gram(self) -> Tensor:
         """eta (g, Z)_u^T M^-1 (g, Z)_u."""
-        return torch.cat(
-            [
-                self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
-                for s, n in zip(self.blocks, self.counts, strict=True)
-            ]
-        )
+        parts = [
+            self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
+            for s, n in self.pairs()
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""
@@ -94,15 +94,16 @@ class Layer:
         """Z_x . dx, or g_x . dx."""
         parts = []
         for stage, change, samples in zip(self.blocks, dx, self.counts, strict=True):
+            change = change.to(self.dtype).reshape(samples, -1)
             if self.factor:
                 assert stage.Z_x is not None
                 columns = per_sample(stage.Z_x.to(self.dtype), samples)
+                parts.append((columns @ change[..., None])[..., 0])
             else:
                 assert stage.g_x is not None
-                columns = per_sample(stage.g_x.to(self.dtype)[None], samples)
-            change = change.to(self.dtype).reshape(samples, -1, 1)
-            parts.append((columns @ change)[..., 0])
-        return torch.cat(parts)
+                g_x = stage.g_x.to(self.dtype).reshape(samples, -1)
+                parts.append((g_x * change).sum(1, keepdim=True))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
         """a g + Z b."""
@@ -111,20 +112,20 @@ class Layer:
         for stage, samples in zip(self.blocks, self.counts, strict=True):
             assert stage.G is not None
             rows = slice(at, at + samples)
-            shape = (samples, -1)
-            v = stage.G.new_zeros(stage.G.shape, dtype=self.dtype).reshape(shape)
-            if a is not None:
-                v = stage.G.to(self.dtype).reshape(shape) * a[rows, None].to(self.dtype)
+            G = self.G(stage).reshape(samples, -1)
+            v = None if a is None else G * a[rows, None].to(self.dtype)
             if b is not None:
                 assert stage.Z_h is not None
                 columns = per_sample(stage.Z_h.to(self.dtype), samples)
-                v = v + torch.einsum("brh,br->bh", columns, b[rows].to(self.dtype))
+                along = torch.einsum("brh,br->bh", columns, b[rows].to(self.dtype))
+                v = along if v is None else v + along
+            v = torch.zeros_like(G) if v is None else v
             out.append(v.reshape(stage.G.shape))
             at += samples
         return out
 
-    def coupling(self, weight: Tensor) -> Tensor:
-        """rho."""
+    def coupling(self, weight: Tensor) -> Coupling:
+        """What gives rho."""
         return self.couple(self, weight)
 
     def gradient(self) -> Tensor:
@@ -195,6 +196,16 @@ class Layer:
             one = self.rule.gradient(self.module, self.x(stage), v.to(self.dtype))
             total = {k: total[k] + g if k in total else g for k, g in one.items()}
         return {k: g.to(self.own_dtype) for k, g in total.items()}
+
+    def onto(
+        self, gradients: Mapping[str, Tensor], vectors: Blocks, scale: float
+    ) -> dict[str, Tensor]:
+        """gradients + scale sum_i g_u^T v_i, by parameter."""
+        if len(self.blocks) == 1 and self.dtype == self.own_dtype:
+            x, v = self.x(self.blocks[0]), vectors[0].to(self.dtype)
+            return self.rule.onto(self.module, x, v, gradients, scale)
+        total = self.weighted(vectors)
+        return {name: g.add(total[name], alpha=scale) for name, g in gradients.items()}
 
     def squares(self, vectors: Blocks) -> dict[str, Tensor]:
         """Sum over samples of the squared per-sample gradients of given h-space vectors."""
@@ -288,3 +299,4 @@ def backward(
         layer.policy = recursion.back(layer, bottom=to_input and index == 0)
         if not layer.keep_gain:
             layer.gain = {}
+    recursion.close()

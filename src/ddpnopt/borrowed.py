@@ -189,6 +189,16 @@ class Borrowed:
         if p not in self._saved:
             self._saved[p] = p.detach().clone()
 
+    def fixed_gains(self, layer: Layer, rescale: float) -> dict[str, Gain] | None:
+        """P of every parameter where no curvature has statistics; else None."""
+        found: dict[str, Gain] = {}
+        for name, p in layer.params.items():
+            hyper = self.hyper[p]
+            if hyper.curvature.statistics != "none" or isinstance(hyper.curvature, Joint):
+                return None
+            found[name] = rescale * hyper.life
+        return found
+
     # A layer's matrix as a whole --------------------------------------------------------------
 
     def joined(self, layer: Layer) -> tuple[str, ...]:

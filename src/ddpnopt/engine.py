@@ -276,7 +276,10 @@ class Engine:
         rescale = self._fingerprint.rescaling()
         step = self.new_step(trajectories, rescale, rescale)
         step.closure = closure
-        check_gradients(step.borrowed, trajectories, self.names, not self.options.weight_gradients)
+        sizes = check_gradients(
+            step.borrowed, trajectories, self.names, not self.options.weight_gradients
+        )
+        step.norms = {} if self.in_backward else sizes
         in_feedback = self.usable(trajectories)
         if in_feedback:
             check_states(trajectories, self.options.closed_loop)

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.inert import probe
 from ddpnopt.layers import rule_for
+from ddpnopt.parameters import parameters
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
 
@@ -94,7 +95,7 @@ class Anatomy:
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether a module has a rule and a parameter to optimise, now."""
-        return rule_for(module) is not None and any(map(self.trainable, module.parameters()))
+        return rule_for(module) is not None and any(map(self.trainable, parameters(module)))
 
     def layers(self) -> dict[str, nn.Module]:
         """All such modules."""
@@ -116,13 +117,13 @@ class Anatomy:
     def refresh(self) -> None:
         """Look at the parameters again: some may be frozen, or swapped for others."""
         state = tuple(
-            (id(p), p.requires_grad) for module in self.hooked.values() for p in module.parameters()
+            (id(p), p.requires_grad) for module in self.hooked.values() for p in parameters(module)
         )
         if state != self._state:
             uses = Counter(identity for identity, _ in state)
             self.shared = {identity for identity, n in uses.items() if n > 1}
             layers = self.layers().values()
-            self.own = {id(p) for m in layers for p in m.parameters()}
+            self.own = {id(p) for m in layers for p in parameters(m)}
             wanted = {id(m) for m in layers}
             self._owners = {
                 id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
@@ -205,7 +206,7 @@ class Ledger:
         if boundary:
             self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
             self._outputs.update({node: index for node in self._latest})
-            self._leaves.update({id(p): index for p in module.parameters()})
+            self._leaves.update({id(p): index for p in parameters(module)})
 
     def hidden(self, trajectory: Trajectory) -> str:
         """Why layers may have run unseen, or ''."""
@@ -222,7 +223,7 @@ class Ledger:
         stages = trajectory.stages
         # A parameter used before its layer runs: another pass of this model lies in front. (One
         # whose module never runs, as in attention, is used by a function: a plain parameter.)
-        ran = {id(p) for s in stages if not s.plain for p in s.module.parameters()}
+        ran = {id(p) for s in stages if not s.plain for p in parameters(s.module)}
         loop = next((index for leaf, index in self._ahead if leaf in ran), None)
         if loop is not None:
             return (
@@ -258,7 +259,7 @@ class Ledger:
         for stage in trajectory.stages:
             uses[stage.name] = uses.get(stage.name, 0) + 1
         for stage in trajectory.stages:
-            own = list(stage.module.parameters())
+            own = parameters(stage.module)
             if not any(trainable(p) for p in own):
                 stage.plain = FROZEN
             elif stage.rule is not None and (

@@ -22,6 +22,7 @@ from ddpnopt.arrivals import Arrivals, gradient_at_boundary, gradient_at_h, grad
 from ddpnopt.certify import doubt
 from ddpnopt.inert import Anchor, Hook, probes, probing
 from ddpnopt.layers import FALLBACK, reason_against, rule_for
+from ddpnopt.parameters import parameters
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import FROZEN, Anatomy, Ledger, boundary, held_weight, mixes, mixing_start
@@ -284,7 +285,7 @@ class Recorder:
         rows = out.shape[0] if out.dim() and not unbatched else 1
         versions = tuple(-1 if t.is_inference() else t._version for t in inputs)
         state = state[None] if unbatched else state
-        weights = sum(p._version for p in module.parameters())
+        weights = sum(p._version for p in parameters(module))
         stage = Stage(
             name, module, rule, state, aliases, versions, rows, unbatched, weights, plain=against
         )

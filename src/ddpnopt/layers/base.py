@@ -98,6 +98,18 @@ class LayerRule:
         pulled: dict[str, Tensor] = back(V)[0]
         return pulled
 
+    def onto(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        gradients: Mapping[str, Tensor],
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """gradients + scale `gradient`, by parameter; those not named are left out."""
+        total = self.gradient(module, x, V)
+        return {name: g.add(total[name], alpha=scale) for name, g in gradients.items()}
+
     def mixed(self, module: nn.Module, x: Tensor, dx: Tensor, V: Tensor) -> dict[str, Tensor]:
         """(V . g_ux) dx, summed over the batch, by parameter name.
 
@@ -233,17 +245,21 @@ def registered(module: nn.Module) -> LayerRule | None:
     A subclass counts as its base only if it neither changes ``forward`` nor computes its weights
     (parametrisations, weight norm): the rule would describe another function.
     """
-    for module_type in type(module).__mro__:
+    kind, own = type(module), vars(module)
+    for module_type in kind.__mro__:
         rule = RULES.get(module_type)
-        forward = getattr(module_type, "forward", None)
-        if rule is None or type(module).forward is not forward:
+        if rule is None or kind.forward is not module_type.forward or "forward" in own:
             continue
-        own = {name for name, p in module._parameters.items() if p is not None}
-        computed = [name for name in rule.parameters if name in vars(module)]
-        if "forward" in vars(module) or computed or not own <= set(rule.parameters):
+        if any(name in own for name in rule.parameters):
             continue
-        return None if hasattr(module, "parametrizations") else rule
+        if any(p is not None and n not in rule.parameters for n, p in module._parameters.items()):
+            continue
+        return None if hasattr(kind, "parametrizations") or _parametrised(module) else rule
     return None
+
+
+def _parametrised(module: nn.Module) -> bool:
+    return "parametrizations" in module._modules
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ddpnopt.layers.base import register
 from ddpnopt.layers.matrix import MatrixRule
+from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
 
 
@@ -32,6 +36,43 @@ class LinearRule(MatrixRule):
         if module.bias is not None:
             gradient["bias"] = V.sum(0)
         return gradient
+
+    def onto(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        gradients: Mapping[str, Tensor],
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """The sum fused into the product."""
+        x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
+        found = {}
+        if "weight" in gradients:
+            found["weight"] = torch.addmm(gradients["weight"], V.T, x, alpha=scale)
+        if "bias" in gradients:
+            found["bias"] = gradients["bias"].add(V.sum(0), alpha=scale)
+        return found
+
+    def gram(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        gain: Mapping[str, Gain],
+        samples: int,
+        sketch: torch.Generator | None = None,
+    ) -> Tensor:
+        """One column at one position with numbers as gains: (P_W |x|^2 + P_b) |v|^2."""
+        plain = all(isinstance(P, float) for P in gain.values())
+        if not plain or V.shape[0] > 1 or x.dim() != 2 or x.shape[0] != samples or not gain:
+            return super().gram(module, x, V, gain, samples, sketch)
+        v = V[0].square().sum(1)
+        if "weight" in gain:
+            v = v * (x.square().sum(1) * gain["weight"]).add_(gain.get("bias", 0.0))
+        else:
+            v = v * gain["bias"]
+        return v[:, None, None]
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """x itself."""
