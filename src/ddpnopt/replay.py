@@ -7,8 +7,6 @@ that a layer's new weights can be computed from all of them before any goes on.
 
 from __future__ import annotations
 
-import random
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,39 +17,8 @@ import torch
 from torch import nn
 
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.randomness import Randomness, cuda_in_use
 from ddpnopt.typing import Tensor
-
-
-def cuda_in_use() -> bool:
-    """Whether CUDA has been initialised; asking does not initialise it."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Randomness:
-    """States of the generators that a forward pass may draw from."""
-
-    torch_cpu: Tensor
-    torch_cuda: list[Tensor] | None
-    python: Any
-    numpy: Any
-
-    @staticmethod
-    def capture() -> Randomness:
-        """The present states; NumPy's only if it is imported, CUDA's only if it is in use."""
-        cuda = torch.cuda.get_rng_state_all() if cuda_in_use() else None
-        numpy = sys.modules.get("numpy")
-        state = numpy.random.get_state() if numpy is not None else None
-        return Randomness(torch.get_rng_state(), cuda, random.getstate(), state)
-
-    def restore(self) -> None:
-        """Put the generators back."""
-        torch.set_rng_state(self.torch_cpu)
-        if self.torch_cuda is not None:
-            torch.cuda.set_rng_state_all(self.torch_cuda)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:

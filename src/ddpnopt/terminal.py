@@ -26,6 +26,8 @@ from ddpnopt.typing import Tensor
 
 #: Floor of |g| in kappa and the excess: their squares must stay inside float32.
 SMALLEST = 1e-15
+#: A gradient must have this precision, and some entry this share of w, to confirm a loss quickly.
+HARD_EPS, INFORMATIVE = 1e-6, 1e-3
 REDUCTIONS = ("mean", "sum")
 
 
@@ -104,8 +106,57 @@ def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples:
         S = _spread_positions(S).reshape(-1, *z.movedim(axis, -1).shape)
         return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
 
-    value = softmax_objective(z, G, w, axis)
+    def value(new: Tensor) -> Tensor:
+        return softmax_objective(z, G, w, axis)(new)
+
     return Cost(name, w_sample, kappa, excess.clamp(min=0), factor, value)
+
+
+def hard_label_cost(name: str, z: Tensor, G: Tensor, w: float) -> Cost | None:
+    """`softmax_cost` of G = w (p - e_y) with one w for all rows, if that is what G is.
+
+    What earlier passes have shown is confirmed at little cost; whatever differs, even by a rescaled
+    loss, has to be recognised anew. Rows without a gradient are ignored ones.
+
+    Args:
+        name: Name to report.
+        z: Logits (B, C).
+        G: Their gradient.
+        w: The factor that all rows are expected to have.
+
+    Returns:
+        The cost; None if some row is not of this form, or too confident to tell.
+    """
+    eps = torch.finfo(G.dtype).eps
+    if eps > HARD_EPS:
+        return None
+    gradient = G.to(z.dtype)
+    p = torch.softmax(z, -1)
+    target = torch.sub(p, gradient, alpha=1 / w)
+    size = gradient.abs().amax(-1)
+    wrong = (target.amax(-1) - 1).abs_().add_(target.abs_().sum(-1).sub_(1).abs_())
+    worst, largest = torch.stack([(wrong * (size > 0)).amax(), size.amax()]).tolist()
+    if not (worst <= 64 * eps and largest >= INFORMATIVE * w):
+        return None
+    g = gradient / size.clamp(min=torch.finfo(z.dtype).tiny)[:, None]
+    size = (size / w).clamp_(min=SMALLEST)
+    gbar = (p * g).sum(-1, keepdim=True)
+    reach = g.amax(-1).sub_(gbar[:, 0])
+    area = g.square().sum(-1).clamp_(min=1).mul_(size)  # one entry has size 1
+    variance = (g - gbar).square_().mul_(p).sum(-1)
+    weight = torch.full_like(size, w)
+
+    def exact() -> Cost:
+        used = torch.where(gradient.abs().amax(-1) > 0, weight, 0.0)
+        return softmax_cost(name, z, G, used, -1, len(z))
+
+    def value(new: Tensor) -> Tensor:
+        known = exact().value
+        assert known is not None
+        return known(new)
+
+    kappa, excess = variance / area.square(), (reach / area).clamp_(min=0)
+    return Cost(name, weight, kappa, excess, lambda rank: exact().factor(rank), value)
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:
