@@ -7,14 +7,16 @@ What it needs of the linearised dynamics has been kept by `linearise`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 from torch import nn
 
 from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule
+from ddpnopt.layers.base import Kept
 from ddpnopt.linearise import cast_state, per_sample, unit_columns
 from ddpnopt.matrices import Matrices
 from ddpnopt.parameters import parameters
@@ -22,6 +24,32 @@ from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks, Coupling, Policy, Recursion
+
+
+class Weighted(Sequence[Tensor]):
+    """The h-space vectors a g, one for each pass; formed only where they are looked at."""
+
+    def __init__(self, layer: Layer, a: Tensor) -> None:
+        self.layer, self.a = layer, a
+
+    def __len__(self) -> int:
+        """Number of passes."""
+        return len(self.layer.blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        """The vectors of some passes."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        layer = self.layer
+        G = layer.G(layer.blocks[index])
+        a = torch.split(self.a, layer.counts)[index].to(G.dtype)
+        return (G.reshape(len(a), -1) * a[:, None]).reshape(G.shape)
 
 
 @dataclass(eq=False)
@@ -42,6 +70,7 @@ class Layer:
         couple: Computes rho.
         sketch: Generator of sketched Gram matrices; None for exact ones.
         strength: The factor on S that suits the curvature.
+        kept: The samples' own gradients by pass, where the Gram products formed them.
         segments: Its time steps of each pass cut at its layers, for second-order dynamics.
     """
 
@@ -59,6 +88,7 @@ class Layer:
     gain: dict[str, Gain] = field(default_factory=dict)
     policy: Policy | None = None
     keep_gain: bool = True
+    kept: dict[Stage, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """All products are made in the layer's own dtype, whatever autocast recorded.
@@ -77,11 +107,17 @@ class Layer:
 
     def gram(self) -> Tensor:
         """eta (g, Z)_u^T M^-1 (g, Z)_u."""
-        parts = [
-            self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
-            for s, n in self.pairs()
-        ]
+        parts = [self._gram(s, n) for s, n in self.pairs()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gram(self, stage: Stage, samples: int) -> Tensor:
+        columns = self.columns(stage)
+        if self.sketch is None and len(columns) == 1:
+            found = self.rule.kept_gram(self.module, self.x(stage), columns, self.gain, samples)
+            if found is not None:
+                self.kept[stage] = found[1]
+                return found[0]
+        return self.rule.gram(self.module, self.x(stage), columns, self.gain, samples, self.sketch)
 
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""
@@ -102,11 +138,13 @@ class Layer:
             else:
                 assert stage.g_x is not None
                 g_x = stage.g_x.to(self.dtype).reshape(samples, -1)
-                parts.append((g_x * change).sum(1, keepdim=True))
+                parts.append(torch.bmm(g_x[:, None], change[:, :, None])[:, 0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
         """a g + Z b."""
+        if b is None and a is not None and self.kept:
+            return Weighted(self, a)
         out = []
         at = 0
         for stage, samples in zip(self.blocks, self.counts, strict=True):
@@ -201,6 +239,11 @@ class Layer:
         self, gradients: Mapping[str, Tensor], vectors: Blocks, scale: float
     ) -> dict[str, Tensor]:
         """gradients + scale sum_i g_u^T v_i, by parameter."""
+        if isinstance(vectors, Weighted) and len(self.kept) == len(self.blocks):
+            found = dict(gradients)
+            for stage, a in zip(self.blocks, torch.split(vectors.a, self.counts), strict=True):
+                found = self.kept[stage].onto(found, a.to(self.dtype), scale)
+            return {name: g.to(self.own_dtype) for name, g in found.items()}
         if len(self.blocks) == 1 and self.dtype == self.own_dtype:
             x, v = self.x(self.blocks[0]), vectors[0].to(self.dtype)
             return self.rule.onto(self.module, x, v, gradients, scale)

@@ -27,8 +27,7 @@ def cuda_in_use() -> bool:
 def _twister(numpy: Any) -> bytes | None:
     """The bytes of NumPy's global generator; None where it is no Mersenne twister."""
     get = getattr(numpy.random, "get_bit_generator", None)
-    bits = get() if get is not None else None
-    if type(bits) is not numpy.random.MT19937:
+    if get is None or type(bits := get()) is not numpy.random.MT19937:
         return None
     return ctypes.string_at(bits.ctypes.state_address, TWISTER)
 

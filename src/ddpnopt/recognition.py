@@ -17,17 +17,8 @@ from typing import Any
 import torch
 
 from ddpnopt.errors import TerminalError
-from ddpnopt.terminal import (
-    MMC,
-    MSE,
-    Cost,
-    SquaredError,
-    callable_cost,
-    hard_label_cost,
-    logistic_cost,
-    softmax_cost,
-    squared_cost,
-)
+from ddpnopt.likelihoods import hard_label_cost, logistic_cost, softmax_cost
+from ddpnopt.terminal import MMC, MSE, Cost, SquaredError, callable_cost, squared_cost
 from ddpnopt.typing import Tensor
 
 SOFTMAX, LOGISTIC = "cross_entropy", "bce_with_logits"

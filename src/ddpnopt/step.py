@@ -261,7 +261,9 @@ class Step:
         self._report(layer, vectors, dx)
         scale = self.settings.correction_scale
         known = {
-            n: p.grad for n, p in layer.params.items() if not self._is_held(n, p) and p.grad is not None
+            n: p.grad
+            for n, p in layer.params.items()
+            if not self._is_held(n, p) and p.grad is not None
         }
         if len(known) == len(layer.params):
             d = layer.onto(known, vectors, scale)

@@ -10,7 +10,7 @@ whose forward is its type's own. To add a layer: one file here, a subclass, a de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,13 @@ from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
+
+
+class Kept(Protocol):
+    """The samples' own gradients of one pass, to be summed with other weights."""
+
+    def onto(self, gradients: Mapping[str, Tensor], a: Tensor, scale: float) -> dict[str, Tensor]:
+        """gradients + scale sum_i a_i G_i."""
 
 
 class _Bare(nn.Module):
@@ -198,6 +205,15 @@ class LayerRule:
                 total = total + torch.einsum("rbi,sbi->brs", weighted, G)
         return total
 
+    def kept_gram(
+        self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
+    ) -> tuple[Tensor, Kept] | None:
+        """`gram` of one column, with the samples' own gradients where the rule had to form them.
+
+        What is kept makes the feedback gradient almost free; None where nothing should be kept.
+        """
+        return None
+
     def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
         """Sum over samples of the squared per-sample gradient, by parameter name."""
         found = self.sample_gradients(module, x, V[None], samples)
@@ -246,20 +262,18 @@ def registered(module: nn.Module) -> LayerRule | None:
     (parametrisations, weight norm): the rule would describe another function.
     """
     kind, own = type(module), vars(module)
+    if "forward" in own or "parametrizations" in module._modules:
+        return None
     for module_type in kind.__mro__:
         rule = RULES.get(module_type)
-        if rule is None or kind.forward is not module_type.forward or "forward" in own:
+        if rule is None or kind.forward is not getattr(module_type, "forward", None):
             continue
         if any(name in own for name in rule.parameters):
             continue
         if any(p is not None and n not in rule.parameters for n, p in module._parameters.items()):
             continue
-        return None if hasattr(kind, "parametrizations") or _parametrised(module) else rule
+        return rule
     return None
-
-
-def _parametrised(module: nn.Module) -> bool:
-    return "parametrizations" in module._modules
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:

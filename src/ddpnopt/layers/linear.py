@@ -64,15 +64,12 @@ class LinearRule(MatrixRule):
         sketch: torch.Generator | None = None,
     ) -> Tensor:
         """One column at one position with numbers as gains: (P_W |x|^2 + P_b) |v|^2."""
-        plain = all(isinstance(P, float) for P in gain.values())
-        if not plain or V.shape[0] > 1 or x.dim() != 2 or x.shape[0] != samples or not gain:
+        P_W, P_b = gain.get("weight", 0.0), gain.get("bias", 0.0)
+        simple = V.shape[0] == 1 and x.dim() == 2 and x.shape[0] == samples
+        if not simple or not isinstance(P_W, float) or not isinstance(P_b, float):
             return super().gram(module, x, V, gain, samples, sketch)
-        v = V[0].square().sum(1)
-        if "weight" in gain:
-            v = v * (x.square().sum(1) * gain["weight"]).add_(gain.get("bias", 0.0))
-        else:
-            v = v * gain["bias"]
-        return v[:, None, None]
+        squares = V[0].square().sum(1).mul_(x.square().sum(1).mul_(P_W).add_(P_b))
+        return squares[:, None, None]
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """x itself."""
