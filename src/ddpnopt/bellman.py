@@ -102,7 +102,7 @@ class Layer:
     def columns(self, stage: Stage) -> Tensor:
         """A pass's columns [g, Z] in h-space."""
         assert stage.G is not None
-        G = stage.G.to(self.dtype)[None]
+        G = self.G(stage)[None]
         return G if stage.Z_h is None else torch.cat([G, stage.Z_h.to(self.dtype)])
 
     def gram(self) -> Tensor:
@@ -130,14 +130,14 @@ class Layer:
         """Z_x . dx, or g_x . dx."""
         parts = []
         for stage, change, samples in zip(self.blocks, dx, self.counts, strict=True):
-            change = change.to(self.dtype).reshape(samples, -1)
+            change = cast_state(change, self.dtype).reshape(samples, -1)
             if self.factor:
                 assert stage.Z_x is not None
                 columns = per_sample(stage.Z_x.to(self.dtype), samples)
                 parts.append((columns @ change[..., None])[..., 0])
             else:
                 assert stage.g_x is not None
-                g_x = stage.g_x.to(self.dtype).reshape(samples, -1)
+                g_x = cast_state(stage.g_x, self.dtype).reshape(samples, -1)
                 parts.append(torch.bmm(g_x[:, None], change[:, :, None])[:, 0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -151,7 +151,7 @@ class Layer:
             assert stage.G is not None
             rows = slice(at, at + samples)
             G = self.G(stage).reshape(samples, -1)
-            v = None if a is None else G * a[rows, None].to(self.dtype)
+            v = None if a is None else G * cast_state(a[rows, None], self.dtype)
             if b is not None:
                 assert stage.Z_h is not None
                 columns = per_sample(stage.Z_h.to(self.dtype), samples)
@@ -245,7 +245,7 @@ class Layer:
                 found = self.kept[stage].onto(found, a.to(self.dtype), scale)
             return {name: g.to(self.own_dtype) for name, g in found.items()}
         if len(self.blocks) == 1 and self.dtype == self.own_dtype:
-            x, v = self.x(self.blocks[0]), vectors[0].to(self.dtype)
+            x, v = self.x(self.blocks[0]), cast_state(vectors[0], self.dtype)
             return self.rule.onto(self.module, x, v, gradients, scale)
         total = self.weighted(vectors)
         return {name: g.add(total[name], alpha=scale) for name, g in gradients.items()}
@@ -313,7 +313,7 @@ class Layer:
     def G(self, stage: Stage) -> Tensor:
         """A pass's gradient in h-space."""
         assert stage.G is not None
-        return stage.G.to(self.dtype)
+        return cast_state(stage.G, self.dtype)
 
     def pairs(self) -> list[tuple[Stage, int]]:
         """Each pass with its number of samples."""

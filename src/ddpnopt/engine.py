@@ -77,6 +77,7 @@ class Engine:
         self.needs_cost = True
         self.diagnose = False
         self.skipped = 0
+        self._copies: dict[int, Tensor] = {}
         self.rescale = 1.0
         self.running: dict[str, float] = {}
         self.sketch = torch.Generator().manual_seed(0)
@@ -125,6 +126,8 @@ class Engine:
     def refresh(self) -> None:
         """Parameters are looked up anew for each pass and step: FSDP and others swap them."""
         self._members = {id(p) for p in self.parameters()}
+        if len(self._copies) > len(self._members):
+            self._copies.clear()
 
     def trainable(self, p: Tensor) -> bool:
         """Whether a parameter is the optimizer's and not frozen."""
@@ -333,7 +336,7 @@ class Engine:
             self.diagnose,
             early,
         )
-        borrowed = Borrowed(self.groups(), self.state())
+        borrowed = Borrowed(self.groups(), self.state(), self._copies)
         return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)
 
     def usable(self, trajectories: list[Trajectory]) -> bool:

@@ -16,6 +16,8 @@ SAME = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.fl
 
 #: Entries of a gradient that a fingerprint looks at.
 SAMPLED = 2048
+#: From so many gradients on, one norm of each is enough.
+MANY = 4
 
 
 def dense_gradients(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
@@ -36,7 +38,8 @@ class Fingerprint:
 
     Version counters miss fused kernels, and a copy would cost memory; a rescaling (clipping,
     unscaling) multiplies the 1-norm and the 2-norm of every gradient alike, and noise, an added
-    term or value clipping does not. Of a large gradient every n-th entry is looked at.
+    term or value clipping does not. Where gradients are many, their 2-norms together tell; of a
+    large gradient every n-th entry is looked at.
     """
 
     def __init__(self) -> None:
@@ -48,8 +51,9 @@ class Fingerprint:
         if not gradients:
             return {}
         parts = [_sample(g) for g in gradients.values()]
-        both = torch.stack([norms(parts), norms(parts, 1.0)], 1).tolist()
-        return {p: (two, one) for p, (two, one) in zip(gradients, both, strict=True)}
+        two = norms(parts).tolist()
+        one = norms(parts, 1.0).tolist() if len(parts) < MANY else two
+        return {p: pair for p, pair in zip(gradients, zip(two, one, strict=True), strict=True)}
 
     def take(self, parameters: Iterable[Tensor]) -> None:
         """Note the gradients as backward left them."""

@@ -6,6 +6,7 @@ All three are found from the autograd graph of the pass itself, not from the use
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 
@@ -83,7 +84,8 @@ class Anatomy:
                 self.hooked[name] = module
             if inner or module is model:
                 self.containers[name] = module
-        self._modules = [id(m) for m in model.modules()]
+        self.modules = list(model.modules())
+        self._inside: dict[int, list[nn.Module]] = {id(model): self.modules}
         self.shared: set[int] = set()
         self.own: set[int] = set()
         self._owners: set[int] = set()
@@ -91,7 +93,14 @@ class Anatomy:
 
     def outdated(self) -> bool:
         """Whether modules have been added, removed or replaced."""
-        return self._modules != [id(m) for m in self.model.modules()]
+        now = list(self.model.modules())
+        return len(now) != len(self.modules) or any(map(operator.is_not, now, self.modules))
+
+    def inside(self, module: nn.Module) -> list[nn.Module]:
+        """The modules of a container, as of the last look."""
+        if id(module) not in self._inside:
+            self._inside[id(module)] = list(module.modules())
+        return self._inside[id(module)]
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether a module has a rule and a parameter to optimise, now."""
@@ -125,9 +134,7 @@ class Anatomy:
             layers = self.layers().values()
             self.own = {id(p) for m in layers for p in parameters(m)}
             wanted = {id(m) for m in layers}
-            self._owners = {
-                id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
-            }
+            self._owners = {id(m) for m in self.modules if wanted <= {id(c) for c in m.modules()}}
             self._state = state
 
     def owns_all(self, module: nn.Module) -> bool:

@@ -135,7 +135,8 @@ class Recorder:
         assert self._open is not None
         self._depth.append(module)
         if self.closed_loop and not any(s.rule for s in self._open.stages):
-            self._open.call = Call.capture(name, module, args, kwargs)
+            inside = self.anatomy.inside(module)
+            self._open.call = Call.capture(name, module, args, kwargs, inside)
 
     def _look_again(self) -> None:
         """Parameters may have been swapped or frozen, layers replaced, since the last pass."""
@@ -179,7 +180,7 @@ class Recorder:
         self._ledger.mark(trajectory, self.anatomy.shared, self.trainable)
         trajectory.key = (
             tuple(s.name for s in trajectory.stages),
-            tuple(m.training for m in self.model.modules()),
+            tuple([m.training for m in self.anatomy.modules]),
         )
         self._find_mixing(trajectory)
         self._certify(trajectory)

@@ -10,7 +10,7 @@ whose forward is its type's own. To add a layer: one file here, a subclass, a de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
 
 
+@runtime_checkable
 class Kept(Protocol):
     """The samples' own gradients of one pass, to be summed with other weights."""
 

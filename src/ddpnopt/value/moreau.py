@@ -94,7 +94,7 @@ class _Envelope(Recursion):
 
     def back(self, maps: Maps, bottom: bool) -> Policy:
         """S_t = S_{t+1} + c rho s_t, s_t = eta G_u^T M^-1 G_u / w."""
-        squares = maps.gram()[:, 0, 0].to(self.w)
+        squares = maps.gram()[:, 0, 0]
         policy = _EnvelopePolicy(self.coefficient, self.line, self.w)
         strength = self.options.strength
         self._waiting.append(policy)
@@ -108,7 +108,7 @@ class _Envelope(Recursion):
         """Sum the collected steps, from the output backwards."""
         if not self._waiting:
             return
-        squares = torch.stack(self._squares)
+        squares = torch.stack([one.to(self.w) for one in self._squares])
         s = squares / self.w
         if any(c != 1.0 for c in self._strengths):
             s = s * s.new_tensor(self._strengths)[:, None]
