@@ -10,6 +10,7 @@ all logits equal) the decision waits, with what earlier steps have shown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -119,8 +120,12 @@ class Recogniser:
         if not self._decide(fit, name):
             return None
         if softmax:
-            if fit.uniform and fit.evidence and fit.hard:
-                self.common = float(fit.w.max())
+            if fit.uniform and fit.hard and z.dim() == 2 and z.shape[0] == samples:
+                w = _simple(float(fit.w.max()), samples)
+                known = hard_label_cost(name, z, G, w) if w > 0 else None
+                if known is not None:
+                    self.common = w
+                    return known
             return softmax_cost(name, z, G, fit.w, axis, samples)
         return logistic_cost(z, G, fit.w, samples)
 
@@ -165,6 +170,15 @@ class Recogniser:
         if not fit.evidence:
             pairs = zip(fit.groups.tolist(), fit.w.flatten().tolist(), strict=True)
             self.weights.update({int(label): w for label, w in pairs if w > 0})
+
+
+def _simple(w: float, samples: int) -> float:
+    """A fitted w without its rounding, where it is k / B or 1 / (k B): then all batches agree."""
+    share = w * samples
+    if not 0 < share < math.inf:
+        return w
+    whole = round(share) if share >= 1 else 1 / round(1 / share)
+    return whole / samples if abs(share - whole) <= 1e-4 * whole else w
 
 
 def fit_softmax(z: Tensor, G: Tensor, axis: int) -> Fit:

@@ -18,9 +18,8 @@ from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
-from ddpnopt.options import Options
 from ddpnopt.parameters import named_parameters
-from ddpnopt.report import LayerReport, StepReport
+from ddpnopt.report import LayerReport
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.terminal import concatenated
 from ddpnopt.typing import Tensor
@@ -320,37 +319,10 @@ class Step:
             joint = [g + v for g, v in zip(layer.plain_vectors(), forward, strict=True)]
             feedback = [v - f for v, f in zip(vectors, forward, strict=True)]
             k, Kdx = (self._step_norm(layer, part) for part in (joint, feedback))
+            policy.coefficient = coefficient
         self.reports.append(LayerReport(layer.name, coefficient, policy.S, k, Kdx))
 
     @staticmethod
     def _step_norm(layer: Layer, vectors: Blocks) -> Tensor:
         steps = layer.applied(layer.weighted(vectors))
         return torch.stack([step.square().sum() for step in steps.values()]).sum().sqrt()
-
-
-def report(
-    options: Options, step: Step, depth: str, rescale: float = 1.0, skipped: int = 0
-) -> StepReport:
-    """The record of a step that has been taken."""
-    plain = {s.name: s.plain for t in step.trajectories for s in t.stages if s.plain}
-    fronts = [t for t in step.trajectories if t.front is not None]
-    costs = [t.cost.name for t in step.trajectories if t.cost is not None]
-    terminal = costs[0] if costs else "unrecognised"
-    return StepReport(
-        depth,
-        "none" if options.feedback is False else terminal,
-        sum(t.samples for t in step.trajectories),
-        rescale,
-        tuple(step.reports),
-        tuple(plain.items()),
-        skipped,
-        _front(fronts[0]) if fronts and options.feedback is not False else None,
-    )
-
-
-def _front(trajectory: Trajectory) -> LayerReport:
-    front, at = trajectory.front, trajectory.boundary
-    assert front is not None
-    stages = trajectory.stages
-    place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
-    return LayerReport(place, front.coefficient, front.S)
