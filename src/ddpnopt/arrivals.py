@@ -50,7 +50,7 @@ class Arrivals:
         #: Gets a gradient where a model has no parameter that does (no biases, no weights').
         self.token = torch.zeros((), requires_grad=True)
         self._during: list[Trajectory] = []
-        self._before: dict[Tensor, tuple[int, int] | None] = {}
+        self._before: list[tuple[Tensor, tuple[int, int] | None]] = []
         self._task: int | None = None
 
     def at_h(self, trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor) -> None:
@@ -90,7 +90,7 @@ class Arrivals:
         self._task = task
         self.drop_stale()
         self._discard()  # of a backward pass that failed half-way
-        self._before = {p: _identity(p) for p in (*self.expected(), self.token)}
+        self._before = [(p, _identity(p)) for p in (*self.expected(), self.token)]
         self.started()
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(partial(_ended, weakref.ref(self)))
@@ -98,8 +98,8 @@ class Arrivals:
     def end(self) -> None:
         """The backward pass is over: keep what it brought if it changed any p.grad."""
         self._task = None
-        changed = any(_identity(p) != before for p, before in self._before.items())
-        self._before = {}
+        changed = any(_identity(p) != before for p, before in self._before)
+        self._before = []
         self.token.grad = None
         if not changed:
             self._discard()

@@ -7,20 +7,49 @@ What it needs of the linearised dynamics has been kept by `linearise`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import torch
 from torch import nn
 
 from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule
+from ddpnopt.layers.base import Kept
 from ddpnopt.linearise import cast_state, per_sample, unit_columns
 from ddpnopt.matrices import Matrices
+from ddpnopt.parameters import parameters
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
-from ddpnopt.value.base import Blocks, Policy, Recursion
+from ddpnopt.value.base import Blocks, Coupling, Policy, Recursion
+
+
+class Weighted(Sequence[Tensor]):
+    """The h-space vectors a g, one for each pass; formed only where they are looked at."""
+
+    def __init__(self, layer: Layer, a: Tensor) -> None:
+        self.layer, self.a = layer, a
+
+    def __len__(self) -> int:
+        """Number of passes."""
+        return len(self.layer.blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        """The vectors of some passes."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        layer = self.layer
+        G = layer.G(layer.blocks[index])
+        a = torch.split(self.a, layer.counts)[index].to(G.dtype)
+        return (G.reshape(len(a), -1) * a[:, None]).reshape(G.shape)
 
 
 @dataclass(eq=False)
@@ -41,6 +70,7 @@ class Layer:
         couple: Computes rho.
         sketch: Generator of sketched Gram matrices; None for exact ones.
         strength: The factor on S that suits the curvature.
+        kept: The samples' own gradients by pass, where the Gram products formed them.
         segments: Its time steps of each pass cut at its layers, for second-order dynamics.
     """
 
@@ -51,37 +81,43 @@ class Layer:
     counts: list[int]
     params: dict[str, nn.Parameter]
     factor: bool
-    couple: Callable[[Layer, Tensor], Tensor]
+    couple: Callable[[Layer, Tensor], Coupling]
     sketch: torch.Generator | None = None
     strength: float = 1.0
     segments: list[Cut] = field(default_factory=list)
     gain: dict[str, Gain] = field(default_factory=dict)
     policy: Policy | None = None
     keep_gain: bool = True
+    kept: dict[Stage, Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """All products are made in the layer's own dtype, whatever autocast recorded.
 
         Half-precision layers use float32: squared norms of gradients leave their range.
         """
-        self.own_dtype = next(self.module.parameters()).dtype
+        self.own_dtype = parameters(self.module)[0].dtype
         narrow = self.own_dtype in (torch.float16, torch.bfloat16)
         self.dtype = torch.float32 if narrow else self.own_dtype
 
     def columns(self, stage: Stage) -> Tensor:
         """A pass's columns [g, Z] in h-space."""
         assert stage.G is not None
-        G = stage.G.to(self.dtype)[None]
+        G = self.G(stage)[None]
         return G if stage.Z_h is None else torch.cat([G, stage.Z_h.to(self.dtype)])
 
     def gram(self) -> Tensor:
         """eta (g, Z)_u^T M^-1 (g, Z)_u."""
-        return torch.cat(
-            [
-                self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
-                for s, n in zip(self.blocks, self.counts, strict=True)
-            ]
-        )
+        parts = [self._gram(s, n) for s, n in self.pairs()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gram(self, stage: Stage, samples: int) -> Tensor:
+        columns = self.columns(stage)
+        if self.sketch is None and len(columns) == 1:
+            found = self.rule.kept_gram(self.module, self.x(stage), columns, self.gain, samples)
+            if found is not None:
+                self.kept[stage] = found[1]
+                return found[0]
+        return self.rule.gram(self.module, self.x(stage), columns, self.gain, samples, self.sketch)
 
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""
@@ -94,37 +130,40 @@ class Layer:
         """Z_x . dx, or g_x . dx."""
         parts = []
         for stage, change, samples in zip(self.blocks, dx, self.counts, strict=True):
+            change = cast_state(change, self.dtype).reshape(samples, -1)
             if self.factor:
                 assert stage.Z_x is not None
                 columns = per_sample(stage.Z_x.to(self.dtype), samples)
+                parts.append((columns @ change[..., None])[..., 0])
             else:
                 assert stage.g_x is not None
-                columns = per_sample(stage.g_x.to(self.dtype)[None], samples)
-            change = change.to(self.dtype).reshape(samples, -1, 1)
-            parts.append((columns @ change)[..., 0])
-        return torch.cat(parts)
+                g_x = cast_state(stage.g_x, self.dtype).reshape(samples, -1)
+                parts.append(torch.bmm(g_x[:, None], change[:, :, None])[:, 0])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
         """a g + Z b."""
+        if b is None and a is not None and self.kept:
+            return Weighted(self, a)
         out = []
         at = 0
         for stage, samples in zip(self.blocks, self.counts, strict=True):
             assert stage.G is not None
             rows = slice(at, at + samples)
-            shape = (samples, -1)
-            v = stage.G.new_zeros(stage.G.shape, dtype=self.dtype).reshape(shape)
-            if a is not None:
-                v = stage.G.to(self.dtype).reshape(shape) * a[rows, None].to(self.dtype)
+            G = self.G(stage).reshape(samples, -1)
+            v = None if a is None else G * cast_state(a[rows, None], self.dtype)
             if b is not None:
                 assert stage.Z_h is not None
                 columns = per_sample(stage.Z_h.to(self.dtype), samples)
-                v = v + torch.einsum("brh,br->bh", columns, b[rows].to(self.dtype))
+                along = torch.einsum("brh,br->bh", columns, b[rows].to(self.dtype))
+                v = along if v is None else v + along
+            v = torch.zeros_like(G) if v is None else v
             out.append(v.reshape(stage.G.shape))
             at += samples
         return out
 
-    def coupling(self, weight: Tensor) -> Tensor:
-        """rho."""
+    def coupling(self, weight: Tensor) -> Coupling:
+        """What gives rho."""
         return self.couple(self, weight)
 
     def gradient(self) -> Tensor:
@@ -196,6 +235,21 @@ class Layer:
             total = {k: total[k] + g if k in total else g for k, g in one.items()}
         return {k: g.to(self.own_dtype) for k, g in total.items()}
 
+    def onto(
+        self, gradients: Mapping[str, Tensor], vectors: Blocks, scale: float
+    ) -> dict[str, Tensor]:
+        """gradients + scale sum_i g_u^T v_i, by parameter."""
+        if isinstance(vectors, Weighted) and len(self.kept) == len(self.blocks):
+            found = dict(gradients)
+            for stage, a in zip(self.blocks, torch.split(vectors.a, self.counts), strict=True):
+                found = self.kept[stage].onto(found, a.to(self.dtype), scale)
+            return {name: g.to(self.own_dtype) for name, g in found.items()}
+        if len(self.blocks) == 1 and self.dtype == self.own_dtype:
+            x, v = self.x(self.blocks[0]), cast_state(vectors[0], self.dtype)
+            return self.rule.onto(self.module, x, v, gradients, scale)
+        total = self.weighted(vectors)
+        return {name: g.add(total[name], alpha=scale) for name, g in gradients.items()}
+
     def squares(self, vectors: Blocks) -> dict[str, Tensor]:
         """Sum over samples of the squared per-sample gradients of given h-space vectors."""
         total: dict[str, Tensor] = {}
@@ -259,7 +313,7 @@ class Layer:
     def G(self, stage: Stage) -> Tensor:
         """A pass's gradient in h-space."""
         assert stage.G is not None
-        return stage.G.to(self.dtype)
+        return cast_state(stage.G, self.dtype)
 
     def pairs(self) -> list[tuple[Stage, int]]:
         """Each pass with its number of samples."""
@@ -288,3 +342,4 @@ def backward(
         layer.policy = recursion.back(layer, bottom=to_input and index == 0)
         if not layer.keep_gain:
             layer.gain = {}
+    recursion.close()

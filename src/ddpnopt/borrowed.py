@@ -101,13 +101,19 @@ class Borrowed:
     Args:
         groups: The optimizer's parameter groups.
         state: The optimizer's state by parameter; written only by `commit`.
+        copies: Memory for the weights before the step, kept from step to step: fresh pages cost
+            more than the copy.
     """
 
     def __init__(
-        self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, dict[str, Any]]
+        self,
+        groups: Iterable[Mapping[str, Any]],
+        state: Mapping[Tensor, dict[str, Any]],
+        copies: dict[int, Tensor] | None = None,
     ) -> None:
         self.hyper = hyperparameters(groups)
         self._state = state
+        self._copies = {} if copies is None else copies
         self._saved: dict[Tensor, Tensor] = {}
         self._new: dict[Tensor, dict[str, Any]] = {}
 
@@ -186,8 +192,27 @@ class Borrowed:
         p.copy_(value)
 
     def _save(self, p: Tensor) -> None:
-        if p not in self._saved:
-            self._saved[p] = p.detach().clone()
+        if p in self._saved:
+            return
+        copy = self._copies.get(id(p))
+        if (
+            copy is None
+            or copy.shape != p.shape
+            or copy.dtype != p.dtype
+            or copy.device != p.device
+        ):
+            copy = self._copies[id(p)] = torch.empty_like(p, requires_grad=False)
+        self._saved[p] = copy.copy_(p)
+
+    def fixed_gains(self, layer: Layer, rescale: float) -> dict[str, Gain] | None:
+        """P of every parameter where no curvature has statistics; else None."""
+        found: dict[str, Gain] = {}
+        for name, p in layer.params.items():
+            hyper = self.hyper[p]
+            if hyper.curvature.statistics != "none" or isinstance(hyper.curvature, Joint):
+                return None
+            found[name] = rescale * hyper.life
+        return found
 
     # A layer's matrix as a whole --------------------------------------------------------------
 

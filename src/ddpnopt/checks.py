@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from ddpnopt.borrowed import Borrowed, norms, own_momentum
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
-from ddpnopt.gradients import dense_gradients
+from ddpnopt.gradients import gradient_norms
 from ddpnopt.linearise import cast_state
+from ddpnopt.parameters import parameters
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -118,7 +120,7 @@ def check_gradients(
     trajectories: Sequence[Trajectory],
     names: Callable[[], dict[Tensor, str]],
     held: bool,
-) -> None:
+) -> dict[Tensor, float]:
     """Refuse gradients that are not finite, by the layer where they appear first, or sparse ones.
 
     Args:
@@ -127,13 +129,16 @@ def check_gradients(
         names: Paths of the parameters.
         held: Weight gradients are not computed, so the layers themselves are looked at.
 
+    Returns:
+        |p.grad| of every parameter that has a dense one.
+
     Raises:
         NonFiniteError: The layer or parameter is named.
         UnsupportedModelError: A parameter has a sparse gradient and needs a dense one.
     """
     stepped = [p for p in borrowed.hyper if p.requires_grad]
-    gradients = dense_gradients(stepped)
-    if held or (gradients and not bool(norms(gradients).isfinite().all())):
+    sizes = gradient_norms(stepped)
+    if held or not all(map(math.isfinite, sizes.values())):
         place = first_nonfinite(trajectories, names)
         if place:
             raise NonFiniteError(
@@ -152,6 +157,7 @@ def check_gradients(
                 "make the layer with sparse=False, or put its parameters into a group of their own "
                 "with curvature='identity' and weight_decay=0"
             )
+    return sizes
 
 
 def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> None:
@@ -218,7 +224,7 @@ def check_states(trajectories: Sequence[Trajectory], closed_loop: bool) -> None:
                     f"the input of '{stage.name}' was modified in place after the layer used it; "
                     "modify a copy, or use feedback=False"
                 )
-            own = sum(p._version for p in stage.module.parameters())
+            own = sum(p._version for p in parameters(stage.module))
             if closed_loop and own != stage.weights:
                 raise UnsupportedModelError(
                     f"the weights of '{stage.name}' were changed between the forward pass and the "

@@ -43,9 +43,10 @@ from ddpnopt.options import Options
 from ddpnopt.plain import plain_updates
 from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
+from ddpnopt.reporting import report
 from ddpnopt.rollout import Method, policies
 from ddpnopt.stages import Link, Trajectory
-from ddpnopt.step import Settings, Step, report
+from ddpnopt.step import Settings, Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 
@@ -77,6 +78,7 @@ class Engine:
         self.needs_cost = True
         self.diagnose = False
         self.skipped = 0
+        self._copies: dict[int, Tensor] = {}
         self.rescale = 1.0
         self.running: dict[str, float] = {}
         self.sketch = torch.Generator().manual_seed(0)
@@ -125,6 +127,8 @@ class Engine:
     def refresh(self) -> None:
         """Parameters are looked up anew for each pass and step: FSDP and others swap them."""
         self._members = {id(p) for p in self.parameters()}
+        if len(self._copies) > len(self._members):
+            self._copies.clear()
 
     def trainable(self, p: Tensor) -> bool:
         """Whether a parameter is the optimizer's and not frozen."""
@@ -176,8 +180,6 @@ class Engine:
         self.recogniser.load_state_dict(state["recogniser"])
         self.sketch.set_state(state["sketch"].cpu())
         self.refresh()
-
-    # Backward pass --------------------------------------------------------------------------
 
     def _at_output(self, trajectory: Trajectory, link: Link | None, G: Tensor) -> None:
         """The output's gradient has arrived: which loss was it, and what has to be linearised."""
@@ -231,10 +233,7 @@ class Engine:
         if self.in_backward and trajectories and all(usable(t) for t in trajectories):
             try:
                 self._open_loop(trajectories)
-            except (
-                NonFiniteError,
-                UnsupportedModelError,
-            ) as error:  # p.grad is still the plain gradient
+            except (NonFiniteError, UnsupportedModelError) as error:  # p.grad is still plain
                 trajectories[0].error = error
         self._base = {}
         self._fingerprint.take(self.parameters())
@@ -276,11 +275,13 @@ class Engine:
         rescale = self._fingerprint.rescaling()
         step = self.new_step(trajectories, rescale, rescale)
         step.closure = closure
-        check_gradients(step.borrowed, trajectories, self.names, not self.options.weight_gradients)
+        held = not self.options.weight_gradients
+        sizes = check_gradients(step.borrowed, trajectories, self.names, held)
+        step.norms = {} if self.in_backward else sizes
         in_feedback = self.usable(trajectories)
         if in_feedback:
             check_states(trajectories, self.options.closed_loop)
-        if rescale != 1.0 and not self.options.weight_gradients and in_feedback:
+        if rescale != 1.0 and held and in_feedback:
             self.notices.say(CLIPPED_BIASES)
         running, sketch = dict(self.running), self.sketch.get_state()
         try:
@@ -307,10 +308,10 @@ class Engine:
             raise
         step.borrowed.commit(self.state())
         self.rescale = rescale
-        feedback = in_feedback and bool(step.layers or fronts or self.in_backward)
-        depth = self.options.depth if feedback else "off"
         if in_feedback and self.in_backward and self._open_report is not None:
             return replace(self._open_report, rescale=rescale)
+        active = in_feedback and (step.layers or fronts or self.in_backward)
+        depth = self.options.depth if active else "off"
         return report(self.options, step, depth, rescale, self.skipped)
 
     def new_step(
@@ -330,7 +331,7 @@ class Engine:
             self.diagnose,
             early,
         )
-        borrowed = Borrowed(self.groups(), self.state())
+        borrowed = Borrowed(self.groups(), self.state(), self._copies)
         return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)
 
     def usable(self, trajectories: list[Trajectory]) -> bool:

@@ -29,7 +29,7 @@ from ddpnopt.stages import Front, Stage, Trajectory
 from ddpnopt.step import Step
 from ddpnopt.terminal import Cost
 from ddpnopt.typing import Tensor
-from ddpnopt.value.base import Blocks
+from ddpnopt.value.base import Blocks, Coupling
 
 #: Key of K among the running couplings, and its decay.
 FRONT, DECAY = "*", 0.9
@@ -74,9 +74,9 @@ class Boundary:
             "samples apart; use another value function here, value='moreau' or 'low_rank'"
         )
 
-    def coupling(self, weight: Tensor) -> Tensor:
+    def coupling(self, weight: Tensor) -> Coupling:
         """1: K contains it."""
-        return weight.new_ones(())
+        return Coupling(rho=1.0)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
         """a g + Z b."""
@@ -156,6 +156,7 @@ def weigh(
     K = _gain(step, edge, G, rows, inside)
     front = Boundary(rows, Z, trajectory.samples, K, step.borrowed.strength(inside))
     policy = recursion.back(front, bottom=True)
+    recursion.close()
     (v,) = policy(front, None)
     seed = v.reshape(G.shape).to(G.dtype)
     corrections = _pulled(edge, inside, seed)

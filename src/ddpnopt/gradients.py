@@ -14,10 +14,23 @@ from ddpnopt.typing import Tensor
 #: Two ratios are the same rescaling within this (half-precision gradients are rounded).
 SAME = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+#: Entries of a gradient that a fingerprint looks at.
+SAMPLED = 2048
+#: From so many gradients on, one norm of each is enough.
+MANY = 4
 
-def dense_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients that are there and not sparse."""
-    return [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+
+def dense_gradients(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Gradients that are there and not sparse, by parameter."""
+    return {p: p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse}
+
+
+def gradient_norms(parameters: Iterable[Tensor]) -> dict[Tensor, float]:
+    """|p.grad| of every parameter that has a dense one; not finite where an entry isn't."""
+    gradients = dense_gradients(parameters)
+    if not gradients:
+        return {}
+    return dict(zip(gradients, norms(list(gradients.values())).tolist(), strict=True))
 
 
 class Fingerprint:
@@ -25,7 +38,8 @@ class Fingerprint:
 
     Version counters miss fused kernels, and a copy would cost memory; a rescaling (clipping,
     unscaling) multiplies the 1-norm and the 2-norm of every gradient alike, and noise, an added
-    term or value clipping does not.
+    term or value clipping does not. Where gradients are many, their 2-norms together tell; of a
+    large gradient every n-th entry is looked at.
     """
 
     def __init__(self) -> None:
@@ -33,12 +47,13 @@ class Fingerprint:
 
     @staticmethod
     def _take(parameters: list[Tensor]) -> dict[Tensor, tuple[float, float]]:
-        with_gradient = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
-        if not with_gradient:
+        gradients = dense_gradients(parameters)
+        if not gradients:
             return {}
-        gradients = dense_gradients(with_gradient)
-        both = torch.stack([norms(gradients), norms(gradients, 1.0)], 1).tolist()
-        return {p: (two, one) for p, (two, one) in zip(with_gradient, both, strict=True)}
+        parts = [_sample(g) for g in gradients.values()]
+        two = norms(parts).tolist()
+        one = norms(parts, 1.0).tolist() if len(parts) < MANY else two
+        return {p: pair for p, pair in zip(gradients, zip(two, one, strict=True), strict=True)}
 
     def take(self, parameters: Iterable[Tensor]) -> None:
         """Note the gradients as backward left them."""
@@ -64,6 +79,14 @@ class Fingerprint:
         if any(abs(ratio - r) > tolerance * r for ratio in ratios):
             return 1.0
         return 1.0 if abs(r - 1) <= 1e-6 else r
+
+
+def _sample(gradient: Tensor) -> Tensor:
+    """Every n-th entry of a large gradient, as a view."""
+    stride = gradient.numel() // SAMPLED
+    if stride < 2 or not gradient.is_contiguous():
+        return gradient
+    return gradient.view(-1)[:: stride | 1]  # odd: not one column of the matrix
 
 
 class Consumed:

@@ -164,7 +164,7 @@ def second_derivative(h: Tensor, end: Tensor, V: Tensor, samples: int) -> Tensor
 
 def cast_state(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A state in another dtype; indices stay what they are."""
-    return x.to(dtype) if x.is_floating_point() else x
+    return x if x.dtype == dtype or not x.is_floating_point() else x.to(dtype)
 
 
 def unit_columns(like: Tensor, samples: int) -> Tensor:

@@ -10,6 +10,7 @@ all logits equal) the decision waits, with what earlier steps have shown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,8 @@ from typing import Any
 import torch
 
 from ddpnopt.errors import TerminalError
-from ddpnopt.terminal import (
-    MMC,
-    MSE,
-    Cost,
-    SquaredError,
-    callable_cost,
-    logistic_cost,
-    softmax_cost,
-    squared_cost,
-)
+from ddpnopt.likelihoods import hard_label_cost, logistic_cost, softmax_cost
+from ddpnopt.terminal import MMC, MSE, Cost, SquaredError, callable_cost, squared_cost
 from ddpnopt.typing import Tensor
 
 SOFTMAX, LOGISTIC = "cross_entropy", "bce_with_logits"
@@ -46,6 +39,7 @@ class Fit:
         fits: Every row has the loss's form.
         uniform: w is constant over the batch, or over each group.
         evidence: The batch could have shown otherwise.
+        hard: The targets are labels, not distributions.
     """
 
     w: Tensor
@@ -53,6 +47,7 @@ class Fit:
     fits: bool
     uniform: bool
     evidence: bool
+    hard: bool = False
 
 
 class Recogniser:
@@ -66,14 +61,21 @@ class Recogniser:
         self.terminal = terminal
         self.decision = ""
         self.weights: dict[int, float] = {}
+        #: The w that all rows had, when a hard-label cross-entropy was last recognised.
+        self.common = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, as plain values."""
-        return {"decision": self.decision, "weights": dict(self.weights)}
+        return {
+            "decision": self.decision,
+            "weights": dict(self.weights),
+            "common": self.common,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the memory back."""
         self.decision, self.weights = state["decision"], dict(state["weights"])
+        self.common = state.get("common", 0.0)
 
     def __call__(self, z: Tensor, G: Tensor, axis: int, samples: int) -> Cost | None:
         """The cost of a pass, or None where no loss is recognised.
@@ -103,6 +105,11 @@ class Recogniser:
 
     def _recognise(self, z: Tensor, G: Tensor, axis: int, samples: int) -> Cost | None:
         softmax = z.dim() > 1 and z.shape[axis] > 1
+        if self.common and softmax and z.dim() == 2 and z.shape[0] == samples:
+            known = hard_label_cost(SOFTMAX, z, G, self.common)
+            if known is not None:
+                return known
+        self.common = 0.0
         if softmax:
             fit = fit_softmax(z, G, axis)
             if not fit.fits:
@@ -113,6 +120,12 @@ class Recogniser:
         if not self._decide(fit, name):
             return None
         if softmax:
+            if fit.uniform and fit.hard and z.dim() == 2 and z.shape[0] == samples:
+                w = _simple(float(fit.w.max()), samples)
+                known = hard_label_cost(name, z, G, w) if w > 0 else None
+                if known is not None:
+                    self.common = w
+                    return known
             return softmax_cost(name, z, G, fit.w, axis, samples)
         return logistic_cost(z, G, fit.w, samples)
 
@@ -159,6 +172,15 @@ class Recogniser:
             self.weights.update({int(label): w for label, w in pairs if w > 0})
 
 
+def _simple(w: float, samples: int) -> float:
+    """A fitted w without its rounding, where it is k / B or 1 / (k B): then all batches agree."""
+    share = w * samples
+    if not 0 < share < math.inf:
+        return w
+    whole = round(share) if share >= 1 else 1 / round(1 / share)
+    return whole / samples if abs(share - whole) <= 1e-4 * whole else w
+
+
 def fit_softmax(z: Tensor, G: Tensor, axis: int) -> Fit:
     """Fit G = w (p - e_y), or with label smoothing G = w p - c off the label."""
     classes = z.shape[axis]
@@ -194,7 +216,7 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int) -> Fit:
     widest = spread[used].amax() if bool(used.any()) else spread.new_zeros(())
     tolerance = 2 * eps + 4 * float(_exp_error(p.dtype, widest))
     uniform, redundant = _uniform(w, y, (p * off).sum(-1), informative, tolerance)
-    return Fit(w, y, True, uniform, shows_form and redundant)
+    return Fit(w, y, True, uniform, shows_form and redundant, hard=True)
 
 
 def _fit_smoothed(p: Tensor, g: Tensor, y: Tensor, off: Tensor, used: Tensor, slack: Tensor) -> Fit:

@@ -7,10 +7,8 @@ that a layer's new weights can be computed from all of them before any goes on.
 
 from __future__ import annotations
 
-import random
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,39 +17,8 @@ import torch
 from torch import nn
 
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.randomness import Randomness, cuda_in_use
 from ddpnopt.typing import Tensor
-
-
-def cuda_in_use() -> bool:
-    """Whether CUDA has been initialised; asking does not initialise it."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Randomness:
-    """States of the generators that a forward pass may draw from."""
-
-    torch_cpu: Tensor
-    torch_cuda: list[Tensor] | None
-    python: Any
-    numpy: Any
-
-    @staticmethod
-    def capture() -> Randomness:
-        """The present states; NumPy's only if it is imported, CUDA's only if it is in use."""
-        cuda = torch.cuda.get_rng_state_all() if cuda_in_use() else None
-        numpy = sys.modules.get("numpy")
-        state = numpy.random.get_state() if numpy is not None else None
-        return Randomness(torch.get_rng_state(), cuda, random.getstate(), state)
-
-    def restore(self) -> None:
-        """Put the generators back."""
-        torch.set_rng_state(self.torch_cpu)
-        if self.torch_cuda is not None:
-            torch.cuda.set_rng_state_all(self.torch_cuda)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
 
 
 def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
@@ -79,22 +46,27 @@ class Call:
     watched: list[tuple[Tensor, int]]
     randomness: Randomness
     autocast: dict[str, tuple[bool, torch.dtype]]
+    inside: Sequence[nn.Module]
     training: tuple[bool, ...]
     buffers: list[tuple[nn.Module, str, Tensor]]
 
     @staticmethod
     def capture(
-        name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inside: Sequence[nn.Module],
     ) -> Call:
-        """Record a call before it runs."""
+        """Record a call before it runs; ``inside`` are the module's own modules."""
         watched: list[tuple[Tensor, int]] = []
         devices = ["cpu"] + (["cuda"] if cuda_in_use() else [])
         autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices}
-        training = tuple(m.training for m in module.modules())
+        training = tuple([m.training for m in inside])
         args, kwargs = frozen(args, watched), frozen(kwargs, watched)
-        buffers = [(m, n, b.detach().clone()) for m, n, b in buffers_of(module)]
+        buffers = [(m, n, b.detach().clone()) for m, n, b in buffers_of(inside)]
         state = Randomness.capture()
-        return Call(name, module, args, kwargs, watched, state, autocast, training, buffers)
+        return Call(name, module, args, kwargs, watched, state, autocast, inside, training, buffers)
 
     def check_inputs(self) -> None:
         """Raise if an argument has been overwritten since the nominal pass."""
@@ -118,34 +90,46 @@ class Call:
             self.module(*self.args, **self.kwargs)
 
 
-def buffers_of(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
     """Every buffer with the module and the name that hold it."""
     return [
         (module, name, buffer)
-        for module in model.modules()
+        for module in modules
+        if module._buffers
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
 
 
+def set_training(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
+    """Set the training flags that differ; setting one is slow."""
+    for module, flag in zip(modules, flags, strict=True):
+        if module.training is not flag:
+            module.training = flag
+
+
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
     """Leave buffers, training flags and generators as they are before the block.
 
     The block works on copies of the buffers: a graph that still lives may hold the originals, and
     would notice even a write of the same values.
+
+    Args:
+        model: The network.
+        modules: All its modules, where they are known.
     """
-    buffers = buffers_of(model)
+    modules = list(model.modules()) if modules is None else modules
+    buffers = buffers_of(modules)
     copies = {id(buffer): buffer.detach().clone() for _, _, buffer in buffers}
-    training = [(module, module.training) for module in model.modules()]
+    training = [module.training for module in modules]
     outside = Randomness.capture()
     for module, name, buffer in buffers:
         module._buffers[name] = copies[id(buffer)]
     try:
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
+        set_training(modules, training)
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
         outside.restore()
@@ -184,8 +168,7 @@ class Replay:
             with torch.no_grad():
                 for module, name, saved in self.call.buffers:
                     module._buffers[name].copy_(saved)  # type: ignore[union-attr]
-        for module, flag in zip(self.call.module.modules(), self.call.training, strict=True):
-            module.training = flag
+        set_training(self.call.inside, self.call.training)
 
     def run_in_place(self, grad: bool = False) -> None:
         """Run the whole call, with ``arrive`` called at each layer."""

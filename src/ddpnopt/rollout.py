@@ -90,7 +90,7 @@ def rollout(
     with ExitStack() as stack:
         recorder.paused = True
         stack.callback(setattr, recorder, "paused", False)
-        stack.enter_context(preserved(recorder.model))
+        stack.enter_context(preserved(recorder.model, recorder.anatomy.modules))
         current: list[Replay] = []
         modules = {name: recorder.anatomy.hooked[name] for name in order}
         for handle in hook_replays(modules, lambda name, x: current[0].reach(name, x)):

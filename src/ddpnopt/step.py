@@ -18,12 +18,12 @@ from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
-from ddpnopt.options import Options
-from ddpnopt.report import LayerReport, StepReport
+from ddpnopt.parameters import named_parameters
+from ddpnopt.report import LayerReport
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.terminal import concatenated
 from ddpnopt.typing import Tensor
-from ddpnopt.value.base import Blocks, ValueFunction
+from ddpnopt.value.base import Blocks, Coupling, ValueFunction, mean_field
 
 #: Decay of the running coupling where the plain gradient is not computed.
 COUPLING_DECAY = 0.9
@@ -64,6 +64,7 @@ class Step:
         running: rho by layer of the previous steps; updated where it is needed.
         base: Gradients that p.grad held before this backward pass (open loop under accumulation).
         closure: The closure that the step was called with.
+        norms: |p.grad| of parameters whose p.grad is the plain gradient, where it is known.
     """
 
     trajectories: Sequence[Trajectory]
@@ -73,6 +74,7 @@ class Step:
     running: dict[str, float]
     base: Mapping[Tensor, Tensor] = field(default_factory=dict)
     closure: Callable[[], float] | None = None
+    norms: Mapping[Tensor, float] = field(default_factory=dict)
     layers: dict[str, Layer] = field(default_factory=dict)
     moments: dict[Tensor, Tensor | None] = field(default_factory=dict)
     joints: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -104,7 +106,7 @@ class Step:
         assert first.rule is not None
         params = {
             name: p
-            for name, p in first.module.named_parameters()
+            for name, p in named_parameters(first.module)
             if self.trainable(p) and (p.grad is not None or self._is_held(name, p))
         }
         return Layer(
@@ -165,6 +167,10 @@ class Step:
 
     def feed(self, layer: Layer, correction: Blocks | None) -> None:
         """M's statistics with Q_u = gbar + correction, and the gain."""
+        fixed = self.borrowed.fixed_gains(layer, self.settings.rescale)
+        if fixed is not None:
+            layer.gain.update(fixed)
+            return
         joined = self.borrowed.joined(layer)
         vectors = layer.plain_vectors()
         if correction is not None:
@@ -206,30 +212,36 @@ class Step:
         fed = self.borrowed.hyper[p].curvature.statistics
         return self.settings.value.statistics == "plain" and fed == "gradient"
 
-    def couple(self, layer: Layer, weight: Tensor) -> Tensor:
-        """rho = gbar^T P gbar / sum_i w_i s_i, between 1 and B.
+    def couple(self, layer: Layer, weight: Tensor) -> Coupling:
+        """gbar^T P gbar, for rho = gbar^T P gbar / sum_i w_i s_i, between 1 and B.
 
         Where the plain gradient is not computed: the running ratio of the previous steps, and
         1^T Gram 1 the first time.
         """
         self._weights[layer.name] = weight
+        known = self._known_length(layer)
+        if known is not None:
+            return Coupling(known)
         gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
         if any(g is None for g in gradients.values()):
             if layer.name in self.running:
-                return weight.new_tensor(self.running[layer.name])
+                return Coupling(rho=self.running[layer.name])
             self._compute_plain(layer)
             gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
         scale = self.settings.correction_scale
-        if scale != 1.0:
-            gradients = {n: g / scale for n, g in gradients.items() if g is not None}
-        known = {n: g for n, g in gradients.items() if g is not None}
-        return self._ratio(layer, known, weight)
+        length = layer.length({n: g for n, g in gradients.items() if g is not None})
+        return Coupling(length if scale == 1.0 else length / scale**2)
 
-    @staticmethod
-    def _ratio(layer: Layer, gradients: dict[str, Tensor], weight: Tensor) -> Tensor:
-        alone = weight.sum()
-        ratio = torch.where(alone > 0, layer.length(gradients) / alone, 1.0)
-        return ratio.clamp(1, sum(layer.counts))
+    def _known_length(self, layer: Layer) -> float | None:
+        """gbar^T P gbar from the norms of p.grad, where P is a number for every parameter."""
+        length = 0.0
+        for name, p in layer.params.items():
+            P, norm = layer.gain.get(name), self.norms.get(p)
+            held = self._is_held(name, p) or p in self.base
+            if held or norm is None or not isinstance(P, float):
+                return None
+            length += P * (norm / self.settings.correction_scale) ** 2
+        return length
 
     # Update ---------------------------------------------------------------------------------
 
@@ -247,24 +259,19 @@ class Step:
         vectors = layer.policy(layer, dx)
         self._report(layer, vectors, dx)
         scale = self.settings.correction_scale
-        held = any(self._is_held(n, p) for n, p in layer.params.items())
-        if held:
-            joint = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
-            total = layer.weighted(joint)
-            self._remember_coupling(layer, total)
-            biases = [layer.rule.bias_gradient(layer.module, v) for v in vectors]
-            total["bias"] = torch.stack(biases).sum(0)  # p.grad holds the bias's plain gradient
+        known = {
+            n: p.grad
+            for n, p in layer.params.items()
+            if not self._is_held(n, p) and p.grad is not None
+        }
+        if len(known) == len(layer.params):
+            d = layer.onto(known, vectors, scale)
         else:
-            total = layer.weighted(vectors)
+            d = self._held_gradients(layer, known, vectors)
         bend = layer.policy.bend(layer, dx) if dx is not None else None
         if bend is not None and dx is not None:
             bent = layer.bent(bend, dx)
-            total = {name: g + bent[name] if name in bent else g for name, g in total.items()}
-        d = {name: total[name] if scale == 1.0 else total[name] * scale for name in layer.params}
-        for name, p in layer.params.items():
-            if not self._is_held(name, p):
-                assert p.grad is not None
-                d[name] = p.grad + d[name]
+            d = {n: g.add(bent[n], alpha=scale) if n in bent else g for n, g in d.items()}
         joined: tuple[str, ...] = ()
         if layer.name in self.joints:
             joined = self.borrowed.joined(layer)
@@ -275,6 +282,20 @@ class Step:
                 follow = plain if self._follows(p) else None
                 self.borrowed.step(p, d[name], self.moments.get(p), follow)
 
+    def _held_gradients(
+        self, layer: Layer, known: Mapping[str, Tensor], vectors: Blocks
+    ) -> dict[str, Tensor]:
+        """d where p.grad holds the plain gradients of ``known`` alone: those of biases."""
+        scale = self.settings.correction_scale
+        joint = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
+        total = layer.weighted(joint)
+        self._remember_coupling(layer, total)
+        d = {n: total[n] if scale == 1.0 else total[n] * scale for n in layer.params}
+        if "bias" in known:
+            biases = [layer.rule.bias_gradient(layer.module, v) for v in vectors]
+            d["bias"] = known["bias"].add(torch.stack(biases).sum(0), alpha=scale)
+        return d
+
     def _remember_coupling(self, layer: Layer, total: dict[str, Tensor]) -> None:
         """rho of this step, as seen from the re-weighted samples, for the next."""
         weight = self._weights.get(layer.name)
@@ -282,7 +303,9 @@ class Step:
         if weight is None or coefficient is None:
             return
         used = {n: g for n, g in total.items() if n in layer.params}
-        ratio = float(self._ratio(layer, used, weight * coefficient.square()))
+        (ratio,) = mean_field(
+            [Coupling(layer.length(used))], (weight * coefficient.square())[None]
+        ).tolist()
         before = self.running.get(layer.name, ratio)
         self.running[layer.name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
 
@@ -296,37 +319,10 @@ class Step:
             joint = [g + v for g, v in zip(layer.plain_vectors(), forward, strict=True)]
             feedback = [v - f for v, f in zip(vectors, forward, strict=True)]
             k, Kdx = (self._step_norm(layer, part) for part in (joint, feedback))
+            policy.coefficient = coefficient
         self.reports.append(LayerReport(layer.name, coefficient, policy.S, k, Kdx))
 
     @staticmethod
     def _step_norm(layer: Layer, vectors: Blocks) -> Tensor:
         steps = layer.applied(layer.weighted(vectors))
         return torch.stack([step.square().sum() for step in steps.values()]).sum().sqrt()
-
-
-def report(
-    options: Options, step: Step, depth: str, rescale: float = 1.0, skipped: int = 0
-) -> StepReport:
-    """The record of a step that has been taken."""
-    plain = {s.name: s.plain for t in step.trajectories for s in t.stages if s.plain}
-    fronts = [t for t in step.trajectories if t.front is not None]
-    costs = [t.cost.name for t in step.trajectories if t.cost is not None]
-    terminal = costs[0] if costs else "unrecognised"
-    return StepReport(
-        depth,
-        "none" if options.feedback is False else terminal,
-        sum(t.samples for t in step.trajectories),
-        rescale,
-        tuple(step.reports),
-        tuple(plain.items()),
-        skipped,
-        _front(fronts[0]) if fronts and options.feedback is not False else None,
-    )
-
-
-def _front(trajectory: Trajectory) -> LayerReport:
-    front, at = trajectory.front, trajectory.boundary
-    assert front is not None
-    stages = trajectory.stages
-    place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
-    return LayerReport(place, front.coefficient, front.S)

@@ -6,6 +6,7 @@ All three are found from the autograd graph of the pass itself, not from the use
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.inert import probe
 from ddpnopt.layers import rule_for
+from ddpnopt.parameters import parameters
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
 
@@ -82,7 +84,8 @@ class Anatomy:
                 self.hooked[name] = module
             if inner or module is model:
                 self.containers[name] = module
-        self._modules = [id(m) for m in model.modules()]
+        self.modules = list(model.modules())
+        self._inside: dict[int, list[nn.Module]] = {id(model): self.modules}
         self.shared: set[int] = set()
         self.own: set[int] = set()
         self._owners: set[int] = set()
@@ -90,11 +93,18 @@ class Anatomy:
 
     def outdated(self) -> bool:
         """Whether modules have been added, removed or replaced."""
-        return self._modules != [id(m) for m in self.model.modules()]
+        now = list(self.model.modules())
+        return len(now) != len(self.modules) or any(map(operator.is_not, now, self.modules))
+
+    def inside(self, module: nn.Module) -> list[nn.Module]:
+        """The modules of a container, as of the last look."""
+        if id(module) not in self._inside:
+            self._inside[id(module)] = list(module.modules())
+        return self._inside[id(module)]
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether a module has a rule and a parameter to optimise, now."""
-        return rule_for(module) is not None and any(map(self.trainable, module.parameters()))
+        return rule_for(module) is not None and any(map(self.trainable, parameters(module)))
 
     def layers(self) -> dict[str, nn.Module]:
         """All such modules."""
@@ -116,17 +126,15 @@ class Anatomy:
     def refresh(self) -> None:
         """Look at the parameters again: some may be frozen, or swapped for others."""
         state = tuple(
-            (id(p), p.requires_grad) for module in self.hooked.values() for p in module.parameters()
+            (id(p), p.requires_grad) for module in self.hooked.values() for p in parameters(module)
         )
         if state != self._state:
             uses = Counter(identity for identity, _ in state)
             self.shared = {identity for identity, n in uses.items() if n > 1}
             layers = self.layers().values()
-            self.own = {id(p) for m in layers for p in m.parameters()}
+            self.own = {id(p) for m in layers for p in parameters(m)}
             wanted = {id(m) for m in layers}
-            self._owners = {
-                id(m) for m in self.model.modules() if wanted <= {id(c) for c in m.modules()}
-            }
+            self._owners = {id(m) for m in self.modules if wanted <= {id(c) for c in m.modules()}}
             self._state = state
 
     def owns_all(self, module: nn.Module) -> bool:
@@ -205,7 +213,7 @@ class Ledger:
         if boundary:
             self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
             self._outputs.update({node: index for node in self._latest})
-            self._leaves.update({id(p): index for p in module.parameters()})
+            self._leaves.update({id(p): index for p in parameters(module)})
 
     def hidden(self, trajectory: Trajectory) -> str:
         """Why layers may have run unseen, or ''."""
@@ -222,7 +230,7 @@ class Ledger:
         stages = trajectory.stages
         # A parameter used before its layer runs: another pass of this model lies in front. (One
         # whose module never runs, as in attention, is used by a function: a plain parameter.)
-        ran = {id(p) for s in stages if not s.plain for p in s.module.parameters()}
+        ran = {id(p) for s in stages if not s.plain for p in parameters(s.module)}
         loop = next((index for leaf, index in self._ahead if leaf in ran), None)
         if loop is not None:
             return (
@@ -258,7 +266,7 @@ class Ledger:
         for stage in trajectory.stages:
             uses[stage.name] = uses.get(stage.name, 0) + 1
         for stage in trajectory.stages:
-            own = list(stage.module.parameters())
+            own = parameters(stage.module)
             if not any(trainable(p) for p in own):
                 stage.plain = FROZEN
             elif stage.rule is not None and (

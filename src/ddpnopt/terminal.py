@@ -16,16 +16,9 @@ from typing import ClassVar
 import torch
 
 from ddpnopt.errors import TerminalError
-from ddpnopt.objectives import (
-    Objective,
-    logistic_objective,
-    softmax_objective,
-    squared_objective,
-)
+from ddpnopt.objectives import Objective, squared_objective
 from ddpnopt.typing import Tensor
 
-#: Floor of |g| in kappa and the excess: their squares must stay inside float32.
-SMALLEST = 1e-15
 REDUCTIONS = ("mean", "sum")
 
 
@@ -71,112 +64,6 @@ def concatenated(costs: list[Cost]) -> Cost:
         torch.cat(excess) if len(excess) == len(costs) else None,
         factor,
     )
-
-
-def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples: int) -> Cost:
-    """Cross-entropy of softmax, with any target distribution.
-
-    Args:
-        name: Name to report.
-        z: Logits, (N, ..) with the classes along ``axis``; N a multiple of the samples.
-        G: Their gradient.
-        w: Factor of each row's plain cross-entropy, (N, positions); 0 where a row is ignored.
-        axis: Class axis.
-        samples: B.
-    """
-    classes = z.shape[axis]
-    rows = z.movedim(axis, -1).reshape(samples, -1, classes)
-    gradient = G.movedim(axis, -1).reshape(samples, -1, classes).to(rows.dtype)
-    p = torch.softmax(rows, -1)
-    w_rows = w.reshape(samples, -1).to(rows.dtype)
-    w_sample = _sample_weight(w_rows)
-    omega = w_rows / w_sample[:, None]
-    g, size = _normalised(gradient / w_sample[:, None, None])
-    gbar = (p * g).sum(-1, keepdim=True)
-    square = g.square().sum((1, 2))
-    variance = (omega[..., None] * p * (g - gbar).square()).sum((1, 2))
-    reach = (omega * (g.amax(-1) - gbar[..., 0])).sum(1)
-    kappa = variance / (square.square() * size.square())
-    excess = reach / (square * size)
-
-    def factor(rank: int | None) -> Tensor:
-        S = softmax_factor(p, gradient, rank) * w_rows.sqrt()[None, ..., None]
-        S = _spread_positions(S).reshape(-1, *z.movedim(axis, -1).shape)
-        return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
-
-    value = softmax_objective(z, G, w, axis)
-    return Cost(name, w_sample, kappa, excess.clamp(min=0), factor, value)
-
-
-def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:
-    """Factor S of diag(p) - p p^T, (r, *p.shape) for p (..., C).
-
-    S = diag(sqrt p) Q, Q the C - 1 columns of the Householder reflection that maps sqrt p to the
-    last axis: no cancellation, no division by a probability. With fewer columns the likeliest
-    classes (the labels, where G < 0, among them) stay and the rest acts as one class: the
-    covariance between groups, never more than the exact one.
-    """
-    classes = p.shape[-1]
-    if rank is None or rank >= classes - 1:
-        return _reflected(p)
-    score = torch.where(G == G.amin(-1, keepdim=True), p + 1, p)
-    kept = score.topk(rank, dim=-1).indices
-    rest = (1 - p.gather(-1, kept).sum(-1, keepdim=True)).clamp(min=0)
-    groups = _reflected(torch.cat([p.gather(-1, kept), rest], -1))
-    share = p.scatter(-1, kept, 0.0)
-    share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    S = groups[..., -1:] * share
-    return S.scatter(-1, kept.expand(rank, *kept.shape), groups[..., :-1])
-
-
-def _reflected(p: Tensor) -> Tensor:
-    root = p.sqrt()
-    last = root[..., -1:]
-    # S_ik = sqrt(p_i) (delta_ik - sqrt(p_i p_k) / (1 + sqrt(p_C))) for i < C; -sqrt(p_C p_k) for C
-    head, columns = p[..., :-1], root[..., :-1].movedim(-1, 0)[..., None]
-    S = -head * columns / (1 + last)
-    S = S + torch.diag_embed(root[..., :-1]).movedim(-1, 0)
-    return torch.cat([S, -last * columns], -1)
-
-
-def _spread_positions(S: Tensor) -> Tensor:
-    """(r, B, P, C) to (r P, B, P, C): the positions of a sample are independent."""
-    columns, samples, positions, classes = S.shape
-    if positions == 1:
-        return S
-    spread = S.new_zeros(columns, positions, samples, positions, classes)
-    at = torch.arange(positions, device=S.device)
-    spread[:, at, :, at] = S.permute(2, 0, 1, 3)
-    return spread.reshape(-1, samples, positions, classes)
-
-
-def logistic_cost(z: Tensor, G: Tensor, w: Tensor, samples: int) -> Cost:
-    """Binary cross-entropy with logits, a sum over a sample's elements.
-
-    Args:
-        z: Logits.
-        G: Their gradient.
-        w: Factor of every element's plain loss, of z's shape.
-        samples: B.
-    """
-    logits, gradient = z.reshape(samples, -1), G.reshape(samples, -1).to(z.dtype)
-    w_element = w.reshape(samples, -1).to(z.dtype)
-    w_sample = _sample_weight(w_element)
-    omega = w_element / w_sample[:, None]
-    p = torch.sigmoid(logits)
-    to_go = torch.where(gradient > 0, torch.sigmoid(-logits), p)  # 1 - |g|, without cancellation
-    g, size = _normalised((gradient / w_sample[:, None])[:, None])
-    g = g[:, 0]
-    square = g.square().sum(1)
-    kappa = (omega * p * (1 - p) * g.square()).sum(1) / (square.square() * size.square())
-    excess = (omega * g.abs() * to_go).sum(1) / (square * size)
-
-    def factor(rank: int | None) -> Tensor:
-        root = (w_element * p * (1 - p)).sqrt()
-        return torch.diag_embed(root).movedim(-1, 0).reshape(-1, *z.shape)
-
-    value = logistic_objective(z, G, w)
-    return Cost("bce_with_logits", w_sample, kappa, excess, factor, value)
 
 
 @dataclass(frozen=True)
@@ -302,23 +189,3 @@ def callable_cost(function: Callable[[Tensor], Tensor], z: Tensor, G: Tensor, sa
     floor = torch.finfo(z.dtype).tiny ** 0.25
     kappa = w * along / square.clamp(min=floor).square()
     return Cost("callable", w, kappa, None, lambda rank: S.permute(2, 0, 1).reshape(-1, *z.shape))
-
-
-def _sample_weight(w: Tensor) -> Tensor:
-    """(B,) mean of the rows' factors that are in use; 1 where a whole sample is ignored."""
-    used = w > 0
-    mean = w.sum(1) / used.sum(1).clamp(min=1)
-    return torch.where(mean > 0, mean, torch.ones_like(mean))
-
-
-def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
-    """g / max|g| per sample, and the maximum: |g|^4 would underflow for confident samples.
-
-    A sample without a gradient gets an arbitrary direction of size 1: its G is zero whatever the
-    coefficient, which only has to stay finite.
-    """
-    size = g.abs().amax((1, 2))
-    zero = size == 0
-    g = g / torch.where(zero, 1.0, size)[:, None, None]
-    g[:, 0, 0] = torch.where(zero, 1.0, g[:, 0, 0])
-    return g, torch.where(zero, 1.0, size.clamp(min=SMALLEST))

@@ -22,6 +22,7 @@ from ddpnopt.arrivals import Arrivals, gradient_at_boundary, gradient_at_h, grad
 from ddpnopt.certify import doubt
 from ddpnopt.inert import Anchor, Hook, probes, probing
 from ddpnopt.layers import FALLBACK, reason_against, rule_for
+from ddpnopt.parameters import parameters
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import FROZEN, Anatomy, Ledger, boundary, held_weight, mixes, mixing_start
@@ -134,7 +135,8 @@ class Recorder:
         assert self._open is not None
         self._depth.append(module)
         if self.closed_loop and not any(s.rule for s in self._open.stages):
-            self._open.call = Call.capture(name, module, args, kwargs)
+            inside = self.anatomy.inside(module)
+            self._open.call = Call.capture(name, module, args, kwargs, inside)
 
     def _look_again(self) -> None:
         """Parameters may have been swapped or frozen, layers replaced, since the last pass."""
@@ -178,7 +180,7 @@ class Recorder:
         self._ledger.mark(trajectory, self.anatomy.shared, self.trainable)
         trajectory.key = (
             tuple(s.name for s in trajectory.stages),
-            tuple(m.training for m in self.model.modules()),
+            tuple([m.training for m in self.anatomy.modules]),
         )
         self._find_mixing(trajectory)
         self._certify(trajectory)
@@ -284,7 +286,7 @@ class Recorder:
         rows = out.shape[0] if out.dim() and not unbatched else 1
         versions = tuple(-1 if t.is_inference() else t._version for t in inputs)
         state = state[None] if unbatched else state
-        weights = sum(p._version for p in module.parameters())
+        weights = sum(p._version for p in parameters(module))
         stage = Stage(
             name, module, rule, state, aliases, versions, rows, unbatched, weights, plain=against
         )

@@ -10,7 +10,7 @@ whose forward is its type's own. To add a layer: one file here, a subclass, a de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -18,6 +18,14 @@ from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """The samples' own gradients of one pass, to be summed with other weights."""
+
+    def onto(self, gradients: Mapping[str, Tensor], a: Tensor, scale: float) -> dict[str, Tensor]:
+        """gradients + scale sum_i a_i G_i."""
 
 
 class _Bare(nn.Module):
@@ -97,6 +105,18 @@ class LayerRule:
         back: Any = vjp(lambda p: _call(module, p, x), params)[1]
         pulled: dict[str, Tensor] = back(V)[0]
         return pulled
+
+    def onto(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        gradients: Mapping[str, Tensor],
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """gradients + scale `gradient`, by parameter; those not named are left out."""
+        total = self.gradient(module, x, V)
+        return {name: g.add(total[name], alpha=scale) for name, g in gradients.items()}
 
     def mixed(self, module: nn.Module, x: Tensor, dx: Tensor, V: Tensor) -> dict[str, Tensor]:
         """(V . g_ux) dx, summed over the batch, by parameter name.
@@ -186,6 +206,15 @@ class LayerRule:
                 total = total + torch.einsum("rbi,sbi->brs", weighted, G)
         return total
 
+    def kept_gram(
+        self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
+    ) -> tuple[Tensor, Kept] | None:
+        """`gram` of one column, with the samples' own gradients where the rule had to form them.
+
+        What is kept makes the feedback gradient almost free; None where nothing should be kept.
+        """
+        return None
+
     def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
         """Sum over samples of the squared per-sample gradient, by parameter name."""
         found = self.sample_gradients(module, x, V[None], samples)
@@ -233,16 +262,18 @@ def registered(module: nn.Module) -> LayerRule | None:
     A subclass counts as its base only if it neither changes ``forward`` nor computes its weights
     (parametrisations, weight norm): the rule would describe another function.
     """
-    for module_type in type(module).__mro__:
+    kind, own = type(module), vars(module)
+    if "forward" in own or "parametrizations" in module._modules:
+        return None
+    for module_type in kind.__mro__:
         rule = RULES.get(module_type)
-        forward = getattr(module_type, "forward", None)
-        if rule is None or type(module).forward is not forward:
+        if rule is None or kind.forward is not getattr(module_type, "forward", None):
             continue
-        own = {name for name, p in module._parameters.items() if p is not None}
-        computed = [name for name in rule.parameters if name in vars(module)]
-        if "forward" in vars(module) or computed or not own <= set(rule.parameters):
+        if any(name in own for name in rule.parameters):
             continue
-        return None if hasattr(module, "parametrizations") else rule
+        if any(p is not None and n not in rule.parameters for n, p in module._parameters.items()):
+            continue
+        return rule
     return None
 
 

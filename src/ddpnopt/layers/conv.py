@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import grad as weight_gradients
 
 from ddpnopt.layers.base import register
+from ddpnopt.layers.correlation import Kept, tap_gram
 from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
@@ -125,14 +126,47 @@ class ConvRule(ConvolutionRule):
         samples: int,
         sketch: torch.Generator | None = None,
     ) -> Tensor:
-        """Exact by unfolding (see positions.py), or sketched for a scalar gain."""
+        """Exact, by taps or by pairs of positions; or sketched for a scalar gain."""
         P = gain.get("weight")
-        if sketch is None or P is None or isinstance(P, Tensor | Kronecker):
-            return super().gram(module, x, V, gain, samples)
-        columns = self.outputs(module, V, samples)
-        estimate = _sketched(cast(_Conv, module), x, columns, samples, sketch) * P
         biases = {name: one for name, one in gain.items() if name != "weight"}
-        return estimate + super().gram(module, x, V, biases, samples)
+        if sketch is not None and P is not None and not isinstance(P, Tensor | Kronecker):
+            columns = self.outputs(module, V, samples)
+            estimate = _sketched(cast(_Conv, module), x, columns, samples, sketch) * P
+            return estimate + super().gram(module, x, V, biases, samples)
+        if P is None or isinstance(P, Kronecker) or not self._by_taps(module, x, V, P, samples):
+            return super().gram(module, x, V, gain, samples)
+        exact = tap_gram(cast(_Conv, module), x, V, P, keep=False)[0]
+        return exact + super().gram(module, x, V, biases, samples) if biases else exact
+
+    def kept_gram(
+        self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
+    ) -> tuple[Tensor, Kept] | None:
+        """With the samples' gradients, unless they take more memory than the activations."""
+        conv, P = cast(_Conv, module), gain.get("weight")
+        if P is None or isinstance(P, Kronecker) or not self._by_taps(module, x, V, P, samples):
+            return None
+        if samples * conv.weight.numel() > x.numel() + V.numel():
+            return None
+        total, weight = tap_gram(conv, x, V, P, keep=True)
+        bias = None
+        if "bias" in gain:
+            bias = V[0].flatten(2).sum(2)
+            P_b = gain["bias"]
+            assert not isinstance(P_b, Kronecker)
+            total = total + (bias.square() * P_b).sum(1)[:, None, None]
+        return total, Kept(weight, bias, conv.weight.shape)
+
+    @staticmethod
+    def _by_taps(module: nn.Module, x: Tensor, V: Tensor, P: float | Tensor, samples: int) -> bool:
+        """Whether the samples' gradients cost less than products over pairs of positions."""
+        conv = cast(_Conv, module)
+        if x.shape[0] != samples:
+            return False
+        positions = V.shape[3:].numel()
+        outputs, inputs = V.shape[2] // conv.groups, conv.weight[0].numel()
+        columns = V.shape[0]
+        few = positions * (inputs + columns * outputs) <= columns * inputs * outputs
+        return isinstance(P, Tensor) or not few
 
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ddpnopt.layers.base import register
 from ddpnopt.layers.matrix import MatrixRule
+from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
 
 
@@ -32,6 +36,40 @@ class LinearRule(MatrixRule):
         if module.bias is not None:
             gradient["bias"] = V.sum(0)
         return gradient
+
+    def onto(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        gradients: Mapping[str, Tensor],
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """The sum fused into the product."""
+        x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
+        found = {}
+        if "weight" in gradients:
+            found["weight"] = torch.addmm(gradients["weight"], V.T, x, alpha=scale)
+        if "bias" in gradients:
+            found["bias"] = gradients["bias"].add(V.sum(0), alpha=scale)
+        return found
+
+    def gram(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        gain: Mapping[str, Gain],
+        samples: int,
+        sketch: torch.Generator | None = None,
+    ) -> Tensor:
+        """One column at one position with numbers as gains: (P_W |x|^2 + P_b) |v|^2."""
+        P_W, P_b = gain.get("weight", 0.0), gain.get("bias", 0.0)
+        simple = V.shape[0] == 1 and x.dim() == 2 and x.shape[0] == samples
+        if not simple or not isinstance(P_W, float) or not isinstance(P_b, float):
+            return super().gram(module, x, V, gain, samples, sketch)
+        squares = V[0].square().sum(1).mul_(x.square().sum(1).mul_(P_W).add_(P_b))
+        return squares[:, None, None]
 
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """x itself."""

@@ -18,6 +18,7 @@ import torch
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import (
     Blocks,
+    Coupling,
     Maps,
     Matrices,
     Policy,
@@ -118,6 +119,10 @@ class _Augmented(Recursion):
         batch = self._maps(maps)
         return _AugmentedPolicy(self.inner.back(batch, bottom), batch)
 
+    def close(self) -> None:
+        """The inner recursion's."""
+        self.inner.close()
+
 
 class _AugmentedPolicy(Policy):
     """du(dx_1, .., dx_B) with every sample's own feedback gain."""
@@ -183,9 +188,9 @@ class _Batch:
         a = None if a is None else a.expand(samples)
         return self.maps.combine(a, None if b is None else b.reshape(samples, -1))
 
-    def coupling(self, weight: Tensor) -> Tensor:
+    def coupling(self, weight: Tensor) -> Coupling:
         """1: the coupling is exact."""
-        return torch.ones_like(weight)
+        return Coupling(rho=1.0)
 
     def gradient(self) -> Tensor:
         """(1, B H)."""

@@ -9,13 +9,52 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
+
+import torch
 
 from ddpnopt.typing import Tensor
 
 #: A vector in h-space or x-space: one tensor for each recorded pass, in the layer's own shapes.
 Blocks = Sequence[Tensor]
 STATISTICS = ("plain", "value")
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """How far the samples' steps in one layer add up: rho, or what gives it.
+
+    Attributes:
+        length: gbar^T P gbar of the batch gradient gbar; None where rho itself is known.
+        rho: Known from earlier steps.
+    """
+
+    length: float | Tensor | None = None
+    rho: float | None = None
+
+
+def mean_field(couplings: Sequence[Coupling], squares: Tensor) -> Tensor:
+    """rho = gbar^T P gbar / sum_i w_i s_i of each layer, between 1 and B.
+
+    Args:
+        couplings: One for each layer.
+        squares: (layers, B) w_i s_i.
+
+    Returns:
+        (layers,).
+    """
+    alone = squares.sum(1)
+    numbers = [c.length if isinstance(c.length, float) else 0.0 for c in couplings]
+    length = alone.new_tensor(numbers)
+    for index, one in enumerate(couplings):
+        if isinstance(one.length, Tensor):
+            length[index] = one.length
+    rho = torch.where(alone > 0, length / alone, 1.0).clamp_(1, squares.shape[1])
+    for index, one in enumerate(couplings):
+        if one.rho is not None:
+            rho[index] = one.rho
+    return rho
 
 
 class Matrices(Protocol):
@@ -71,8 +110,8 @@ class Maps(Protocol):
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
         """The h-space vectors a g + Z b, a (B,), b (B, r)."""
 
-    def coupling(self, weight: Tensor) -> Tensor:
-        """rho: how far the samples' own steps add up, between 1 and B.
+    def coupling(self, weight: Tensor) -> Coupling:
+        """What tells how far the samples' own steps add up.
 
         Args:
             weight: (B,) w_i s_i, the samples' own squared step lengths.
@@ -151,6 +190,9 @@ class Recursion(ABC):
             maps: The layer.
             bottom: No layer lies below, so nothing has to be backed up.
         """
+
+    def close(self) -> None:  # noqa: B027 - most forms have nothing left to do
+        """All layers have been backed up through: policies may be used from now on."""
 
 
 class ValueFunction(ABC):

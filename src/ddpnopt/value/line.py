@@ -48,7 +48,7 @@ class Line:
 
     @cached_property
     def logistic(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(Lambda, omega, log(Lambda - 1)), in float64 where the device has it.
+        """(Lambda, omega, -log(Lambda - 1)), in float64 where the device has it.
 
         The scalars are few, and A = omega S Lambda spans 12 decades.
         """
@@ -57,29 +57,32 @@ class Line:
         kappa, excess = self.kappa.to(wide), self.excess.to(wide)
         Lambda = 1 + excess
         omega = torch.where(excess < FLAT, Lambda, kappa * Lambda / excess.clamp(min=FLAT))
-        return Lambda, omega, excess.clamp(min=FLOOR).log()
+        return Lambda, omega, -excess.clamp(min=FLOOR).log()
 
 
-def coefficient(line: Line, S: Float[Tensor, " b"], q: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+def coefficient(
+    line: Line, S: Float[Tensor, " *t b"], q: Float[Tensor, " *t b"] | None
+) -> Float[Tensor, " *t b"]:
     """Derivative of the Moreau envelope: l'(delta*) with delta* = q - S l'(delta*).
 
     Args:
         line: The samples' line models.
         S: Envelope parameters, in units of the plain loss per unit of slope.
-        q: Predicted changes of the plain loss by what earlier layers have just done.
+        q: Predicted changes of the plain loss by what earlier layers have just done; None for 0.
 
     Returns:
         The factor by which each sample's gradient is re-weighted; 1 at S = q = 0.
     """
     if line.excess is None:
-        return (1 + line.kappa * q) / (1 + line.kappa * S)
+        numerator: Tensor | float = 1.0 if q is None else 1 + line.kappa * q
+        return numerator / (1 + line.kappa * S)
     Lambda, A, c = _stiffness(line, S, q)
     return (Lambda * torch.sigmoid(_fixed_point(A, c))).to(S.dtype)
 
 
 def flow_coefficient(
-    line: Line, S: Float[Tensor, " b"], q: Float[Tensor, " b"]
-) -> Float[Tensor, " b"]:
+    line: Line, S: Float[Tensor, " *t b"], q: Float[Tensor, " *t b"] | None
+) -> Float[Tensor, " *t b"]:
     """Average slope along the gradient flow delta' = -l'(delta), delta(0) = q, of length S.
 
     The envelope is one implicit Euler step of that flow and falls short of it at small S, where
@@ -93,36 +96,50 @@ def flow_coefficient(
     Args:
         line: The samples' line models, logistic.
         S: Length of the flow.
-        q: Where it starts.
+        q: Where it starts; None for 0.
     """
     Lambda, A, c = _stiffness(line, S, q)
     A = A.clamp(min=SHORTEST)
-    far = torch.minimum((c - STRAIGHT).clamp(min=0), A)  # there the slope is Lambda
-    d = far + _flow_distance((A - far).clamp(min=SHORTEST), (c - far).clamp(min=-STEEPEST))
-    return (Lambda * d / A).to(S.dtype)
+    if q is None:  # v(0) = -log(Lambda - 1) is near 0
+        return (_flow_distance(A, c).mul_(Lambda).div_(A)).to(S.dtype)
+    far = torch.minimum((c - STRAIGHT).clamp_(min=0), A)  # there the slope is Lambda
+    near = _flow_distance((A - far).clamp_(min=SHORTEST), (c - far).clamp_(min=-STEEPEST))
+    return near.add_(far).mul_(Lambda).div_(A).to(S.dtype)
 
 
-def _stiffness(line: Line, S: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _stiffness(line: Line, S: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Lambda, A = omega S Lambda and c = omega q - log(Lambda - 1), all finite."""
-    Lambda, omega, shift = line.logistic
-    A = (omega * S.to(omega.dtype) * Lambda).clamp(max=STIFFEST)
-    return Lambda, A, omega * q.to(omega.dtype) - shift
+    Lambda, omega, start = line.logistic
+    A = (S.to(omega.dtype) * omega).mul_(Lambda).clamp_(max=STIFFEST)
+    c = start if q is None else torch.addcmul(start, omega, q.to(omega.dtype))
+    return Lambda, A, c
 
 
 def _flow_distance(A: Tensor, v: Tensor) -> Tensor:
-    """Solve d + b expm1(d) = A with b = exp(-v) by Newton's method.
+    """Solve f(d) = d + b expm1(d) - A = 0 with b = exp(-v) by Halley's method.
 
-    Both starting values bound the root from above and the left side is convex: it descends.
+    Both starting values bound the root from above, and f is convex: the iteration descends. Two
+    steps suffice but where A is large and close to v; only then is convergence looked at again.
     """
     b = torch.exp(-v)
-    d = torch.minimum(A / (1 + b), torch.log1p(A / b))
+    slope = 1 + b
+    d = torch.minimum(A / slope, torch.log1p(A / b))
+    d = d - _halley(d, A, b, slope)
     tolerance = 8 * torch.finfo(d.dtype).eps
     for _ in range(NEWTON_STEPS):
-        step = (d + b * torch.expm1(d) - A) / (1 + b * torch.exp(d))
+        step = _halley(d, A, b, slope)
         d = d - step
-        if bool((step.abs() <= tolerance * d.abs()).all()):
+        if not bool((step.abs_() > tolerance ** (1 / 3) * d).any()):  # the next is its cube
             break
     return d
+
+
+def _halley(d: Tensor, A: Tensor, b: Tensor, slope: Tensor) -> Tensor:
+    """2 f f' / (2 f'^2 - f f''), f' = 1 + b + b expm1(d), f'' = f' - 1."""
+    rise = torch.expm1(d).mul_(b)
+    f = (d + rise).sub_(A)
+    first = rise.add_(slope)
+    return f * first / torch.addcmul(first * first, f, first - 1, value=-0.5)
 
 
 def _fixed_point(A: Tensor, c: Tensor) -> Tensor:

@@ -13,18 +13,20 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value.base import (
     STATISTICS,
     Blocks,
+    Coupling,
     Maps,
     Policy,
     Recursion,
     TerminalCost,
     ValueFunction,
     check_choice,
+    mean_field,
 )
 from ddpnopt.value.line import Line, coefficient, flow_coefficient
 
 LINES = ("auto", "quadratic")
 #: Coefficient from (line, S, q).
-Rule = Callable[[Line, Tensor, Tensor], Tensor]
+Rule = Callable[[Line, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,41 +71,67 @@ class Moreau(ValueFunction):
 
 
 class _Envelope(Recursion):
-    """S_t grows by every layer's own step; envelopes add."""
+    """S_t grows by every layer's own step; envelopes add.
+
+    With ``statistics="plain"`` no gain depends on S: the layers' steps are collected, and all S
+    are summed at once when the recursion is closed.
+    """
 
     def __init__(self, options: Moreau, line: Line, w: Tensor) -> None:
         self.options, self.line, self.w = options, line, w
         flows = options.strength is None and line.excess is not None
         self.coefficient = flow_coefficient if flows else coefficient
         self.S = torch.zeros_like(w)
+        self._waiting: list[_EnvelopePolicy] = []
+        self._squares: list[Tensor] = []
+        self._strengths: list[float] = []
+        self._couplings: list[Coupling] = []
 
     def correction(self, maps: Maps) -> Blocks | None:
         """(V_{t+1}'(0) - 1) g."""
-        return maps.combine(self.coefficient(self.line, self.S, torch.zeros_like(self.S)) - 1, None)
+        self.close()
+        return maps.combine(self.coefficient(self.line, self.S, None) - 1, None)
 
     def back(self, maps: Maps, bottom: bool) -> Policy:
         """S_t = S_{t+1} + c rho s_t, s_t = eta G_u^T M^-1 G_u / w."""
         squares = maps.gram()[:, 0, 0]
-        s = squares / self.w
-        s = s * (maps.strength if self.options.strength is None else self.options.strength)
+        policy = _EnvelopePolicy(self.coefficient, self.line, self.w)
+        strength = self.options.strength
+        self._waiting.append(policy)
+        self._squares.append(squares)
+        self._strengths.append(maps.strength if strength is None else float(strength))
         if self.options.coupling:
-            s = s * maps.coupling(squares)
+            self._couplings.append(maps.coupling(squares))
+        return policy
+
+    def close(self) -> None:
+        """Sum the collected steps, from the output backwards."""
+        if not self._waiting:
+            return
+        squares = torch.stack([one.to(self.w) for one in self._squares])
+        s = squares / self.w
+        if any(c != 1.0 for c in self._strengths):
+            s = s * s.new_tensor(self._strengths)[:, None]
+        if self.options.coupling:
+            s = s * mean_field(self._couplings, squares)[:, None]
         # An overflow to infinity would make q - S l' undefined; any huge S gives the same step.
-        after = (self.S + s).clamp(max=torch.finfo(s.dtype).max ** 0.5)
-        S = after if self.options.own_layer else self.S
-        self.S = after
-        return _EnvelopePolicy(self.coefficient, self.line, S, self.w)
+        S = (s.cumsum_(0) + self.S).clamp_(max=torch.finfo(s.dtype).max ** 0.5)
+        before = [self.S, *S[:-1]]
+        for index, policy in enumerate(self._waiting):
+            policy.S = S[index] if self.options.own_layer else before[index]
+        self.S = S[-1]
+        self._waiting, self._squares, self._strengths, self._couplings = [], [], [], []
 
 
 class _EnvelopePolicy(Policy):
     """d_t = sum_i w V_t'(q_t) g_u,i, q_t = g_x . dx_t in units of the plain loss."""
 
-    def __init__(self, rule: Rule, line: Line, S: Tensor, w: Tensor) -> None:
-        self.rule, self.line, self.S, self.w = rule, line, S, w
+    def __init__(self, rule: Rule, line: Line, w: Tensor) -> None:
+        self.rule, self.line, self.w = rule, line, w
 
     def __call__(self, maps: Maps, dx: Blocks | None) -> Blocks:
         """The h-space vectors (coefficient - 1) g."""
-        assert self.S is not None
-        q = torch.zeros_like(self.S) if dx is None else maps.project(dx)[:, 0] / self.w
+        assert self.S is not None, "the recursion has not been closed"
+        q = None if dx is None else maps.project(dx)[:, 0] / self.w
         self.coefficient = self.rule(self.line, self.S, q)
         return maps.combine(self.coefficient - 1, None)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: MIT
+"""Terminal costs of likelihoods: cross-entropy of softmax, and of independent logits."""
+
+from __future__ import annotations
+
+import torch
+
+from ddpnopt.objectives import logistic_objective, softmax_objective
+from ddpnopt.terminal import Cost
+from ddpnopt.typing import Tensor
+
+#: Floor of |g| in kappa and the excess: their squares must stay inside float32.
+SMALLEST = 1e-15
+#: A gradient must have this precision, and some entry this share of w, to confirm a loss quickly.
+HARD_EPS, INFORMATIVE = 1e-6, 1e-3
+
+
+def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples: int) -> Cost:
+    """Cross-entropy of softmax, with any target distribution.
+
+    Args:
+        name: Name to report.
+        z: Logits, (N, ..) with the classes along ``axis``; N a multiple of the samples.
+        G: Their gradient.
+        w: Factor of each row's plain cross-entropy, (N, positions); 0 where a row is ignored.
+        axis: Class axis.
+        samples: B.
+    """
+    classes = z.shape[axis]
+    rows = z.movedim(axis, -1).reshape(samples, -1, classes)
+    gradient = G.movedim(axis, -1).reshape(samples, -1, classes).to(rows.dtype)
+    p = torch.softmax(rows, -1)
+    w_rows = w.reshape(samples, -1).to(rows.dtype)
+    w_sample = _sample_weight(w_rows)
+    omega = w_rows / w_sample[:, None]
+    g, size = _normalised(gradient / w_sample[:, None, None])
+    gbar = (p * g).sum(-1, keepdim=True)
+    square = g.square().sum((1, 2))
+    variance = (omega[..., None] * p * (g - gbar).square()).sum((1, 2))
+    reach = (omega * (g.amax(-1) - gbar[..., 0])).sum(1)
+    kappa = variance / (square.square() * size.square())
+    excess = reach / (square * size)
+
+    def factor(rank: int | None) -> Tensor:
+        S = softmax_factor(p, gradient, rank) * w_rows.sqrt()[None, ..., None]
+        S = _spread_positions(S).reshape(-1, *z.movedim(axis, -1).shape)
+        return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
+
+    def value(new: Tensor) -> Tensor:
+        return softmax_objective(z, G, w, axis)(new)
+
+    return Cost(name, w_sample, kappa, excess.clamp(min=0), factor, value)
+
+
+def hard_label_cost(name: str, z: Tensor, G: Tensor, w: float) -> Cost | None:
+    """`softmax_cost` of G = w (p - e_y) with one w for all rows, if that is what G is.
+
+    What earlier passes have shown is confirmed at little cost; whatever differs, even by a rescaled
+    loss, has to be recognised anew. Rows without a gradient are ignored ones.
+
+    Args:
+        name: Name to report.
+        z: Logits (B, C).
+        G: Their gradient.
+        w: The factor that all rows are expected to have.
+
+    Returns:
+        The cost; None if some row is not of this form, or too confident to tell.
+    """
+    eps = torch.finfo(G.dtype).eps
+    if eps > HARD_EPS:
+        return None
+    gradient = G.to(z.dtype)
+    p = torch.softmax(z, -1)
+    target = torch.sub(p, gradient, alpha=1 / w)
+    size = gradient.abs().amax(-1)
+    wrong = (target.amax(-1) - 1).abs_().add_(target.abs_().sum(-1).sub_(1).abs_())
+    worst, largest = torch.stack([(wrong * (size > 0)).amax(), size.amax()]).tolist()
+    if not (worst <= 64 * eps and largest >= INFORMATIVE * w):
+        return None
+    g = gradient / size.clamp(min=torch.finfo(z.dtype).tiny)[:, None]
+    size = (size / w).clamp_(min=SMALLEST)
+    gbar = (p * g).sum(-1, keepdim=True)
+    reach = g.amax(-1).sub_(gbar[:, 0])
+    area = g.square().sum(-1).clamp_(min=1).mul_(size)  # one entry has size 1
+    variance = (g - gbar).square_().mul_(p).sum(-1)
+    weight = torch.full_like(size, w)
+
+    def exact() -> Cost:
+        used = torch.where(gradient.abs().amax(-1) > 0, weight, 0.0)
+        return softmax_cost(name, z, G, used, -1, len(z))
+
+    def value(new: Tensor) -> Tensor:
+        known = exact().value
+        assert known is not None
+        return known(new)
+
+    kappa, excess = variance / area.square(), (reach / area).clamp_(min=0)
+    return Cost(name, weight, kappa, excess, lambda rank: exact().factor(rank), value)
+
+
+def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:
+    """Factor S of diag(p) - p p^T, (r, *p.shape) for p (..., C).
+
+    S = diag(sqrt p) Q, Q the C - 1 columns of the Householder reflection that maps sqrt p to the
+    last axis: no cancellation, no division by a probability. With fewer columns the likeliest
+    classes (the labels, where G < 0, among them) stay and the rest acts as one class: the
+    covariance between groups, never more than the exact one.
+    """
+    classes = p.shape[-1]
+    if rank is None or rank >= classes - 1:
+        return _reflected(p)
+    score = torch.where(G == G.amin(-1, keepdim=True), p + 1, p)
+    kept = score.topk(rank, dim=-1).indices
+    rest = (1 - p.gather(-1, kept).sum(-1, keepdim=True)).clamp(min=0)
+    groups = _reflected(torch.cat([p.gather(-1, kept), rest], -1))
+    share = p.scatter(-1, kept, 0.0)
+    share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    S = groups[..., -1:] * share
+    return S.scatter(-1, kept.expand(rank, *kept.shape), groups[..., :-1])
+
+
+def _reflected(p: Tensor) -> Tensor:
+    root = p.sqrt()
+    last = root[..., -1:]
+    # S_ik = sqrt(p_i) (delta_ik - sqrt(p_i p_k) / (1 + sqrt(p_C))) for i < C; -sqrt(p_C p_k) for C
+    head, columns = p[..., :-1], root[..., :-1].movedim(-1, 0)[..., None]
+    S = -head * columns / (1 + last)
+    S = S + torch.diag_embed(root[..., :-1]).movedim(-1, 0)
+    return torch.cat([S, -last * columns], -1)
+
+
+def _spread_positions(S: Tensor) -> Tensor:
+    """(r, B, P, C) to (r P, B, P, C): the positions of a sample are independent."""
+    columns, samples, positions, classes = S.shape
+    if positions == 1:
+        return S
+    spread = S.new_zeros(columns, positions, samples, positions, classes)
+    at = torch.arange(positions, device=S.device)
+    spread[:, at, :, at] = S.permute(2, 0, 1, 3)
+    return spread.reshape(-1, samples, positions, classes)
+
+
+def logistic_cost(z: Tensor, G: Tensor, w: Tensor, samples: int) -> Cost:
+    """Binary cross-entropy with logits, a sum over a sample's elements.
+
+    Args:
+        z: Logits.
+        G: Their gradient.
+        w: Factor of every element's plain loss, of z's shape.
+        samples: B.
+    """
+    logits, gradient = z.reshape(samples, -1), G.reshape(samples, -1).to(z.dtype)
+    w_element = w.reshape(samples, -1).to(z.dtype)
+    w_sample = _sample_weight(w_element)
+    omega = w_element / w_sample[:, None]
+    p = torch.sigmoid(logits)
+    to_go = torch.where(gradient > 0, torch.sigmoid(-logits), p)  # 1 - |g|, without cancellation
+    g, size = _normalised((gradient / w_sample[:, None])[:, None])
+    g = g[:, 0]
+    square = g.square().sum(1)
+    kappa = (omega * p * (1 - p) * g.square()).sum(1) / (square.square() * size.square())
+    excess = (omega * g.abs() * to_go).sum(1) / (square * size)
+
+    def factor(rank: int | None) -> Tensor:
+        root = (w_element * p * (1 - p)).sqrt()
+        return torch.diag_embed(root).movedim(-1, 0).reshape(-1, *z.shape)
+
+    value = logistic_objective(z, G, w)
+    return Cost("bce_with_logits", w_sample, kappa, excess, factor, value)
+
+
+def _sample_weight(w: Tensor) -> Tensor:
+    """(B,) mean of the rows' factors that are in use; 1 where a whole sample is ignored."""
+    used = w > 0
+    mean = w.sum(1) / used.sum(1).clamp(min=1)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def _normalised(g: Tensor) -> tuple[Tensor, Tensor]:
+    """g / max|g| per sample, and the maximum: |g|^4 would underflow for confident samples.
+
+    A sample without a gradient gets an arbitrary direction of size 1: its G is zero whatever the
+    coefficient, which only has to stay finite.
+    """
+    size = g.abs().amax((1, 2))
+    zero = size == 0
+    g = g / torch.where(zero, 1.0, size)[:, None, None]
+    g[:, 0, 0] = torch.where(zero, 1.0, g[:, 0, 0])
+    return g, torch.where(zero, 1.0, size.clamp(min=SMALLEST))
