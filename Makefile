@@ -45,8 +45,8 @@ unit: env
 docs: env  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: env  ## Step time and memory against SGD and Adam on three networks
-	$(BIN)/python benchmarks/step_cost.py --nets 1 --nets 2 --nets 3 --out results/bench.json
+bench: env  ## Time, memory and operations of a step against plain SGD, beside the targets
+	$(BIN)/ddpnopt bench --out results/bench
 
 clean:  ## Remove what the other targets made
 	rm -rf $(VENV) site results .pytest_cache .mypy_cache .ruff_cache .hypothesis

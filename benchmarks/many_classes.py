@@ -4,7 +4,7 @@
 A small classifier takes one step with the exact factor (C - 1 columns) and one with few columns,
 from the same weights and batch. Reported: the error of the feedback and backup that the columns
 make, |du(rank) - du(exact)| / |du(plain) - du(exact)| (1: no better than no value function), and
-the peak of the step's tensor memory, by torch's profiler.
+the peak of the tensors that the step allocates.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from ddpnopt import DDPNOpt
+from ddpnopt.experiments.reproduce.step_cost import PeakMemory
 from ddpnopt.value import LowRank
-from measure import transient_peak
 
 WIDTH, BATCH, LR = 64, 32, 0.5
 
@@ -51,11 +50,11 @@ def step(
     x = torch.randn(BATCH, 32, generator=generator)
     y = torch.randint(classes, (BATCH,), generator=generator)
     opt = DDPNOpt(net, lr=LR, value=LowRank(rank=rank), feedback=feedback, terminal="cross_entropy")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with PeakMemory() as memory:
         nn.functional.cross_entropy(net(x), y).backward()
         opt.step()
     update = [p.detach() - b for p, b in zip(net.parameters(), before, strict=True)]
-    return update, transient_peak(record) / 1e6
+    return update, memory.peak / 1e6
 
 
 def distance(first: list[Tensor], second: list[Tensor]) -> float:

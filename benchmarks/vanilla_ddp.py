@@ -4,7 +4,7 @@
 One step on a dense net X-X-X-classes, with the value function's matrices as they are (dense) and in
 terminal coordinates (low_rank, r = classes - 1 columns a sample), beside plain SGD. Without a line
 search, whose trials would differ from size to size. Memory: peak of the tensors that a step
-allocates, by torch's profiler.
+allocates.
 
 Examples:
     python benchmarks/vanilla_ddp.py
@@ -31,12 +31,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from ddpnopt import VanillaDDP
-from measure import CHUNK_SECONDS, MIB, transient_peak
+from ddpnopt.experiments.reproduce.step_cost import PeakMemory
 
-CLASSES = 10
+CLASSES, MIB = 10, 2**20
+CHUNK_SECONDS = 0.03  # far above the clock's and the scheduler's grain
 BATCHES, WIDTHS = (4, 8, 16, 32, 64), (8, 16, 32, 64)
 FORMS = ("sgd", "low_rank", "dense")
 #: Exponents in (B, X): of the recursion's square matrices, and of the products with the layers'
@@ -118,9 +118,9 @@ class Job:
         # Garbage of earlier steps, freed in this one, would count against its peak.
         self.optimizer.zero_grad()
         gc.collect()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        with PeakMemory() as memory:
             self.step()
-        return transient_peak(record) / MIB
+        return float(memory.peak) / MIB
 
 
 def measure(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A sweep in a process of its own, for tests that kill it: STORE LOG SEEDS."""
+"""A sweep in a process of its own, for tests that kill it."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,8 +22,9 @@ def configs(seeds: int) -> list[RunConfig]:
     return sweeps.grid(BASE, [sweeps.Contender("sgd", (0.1, 0.3))], range(seeds))
 
 
-def main(store: str, log: str, seeds: str) -> None:
+def main(store: str, log: str, seeds: int) -> None:
     """Run the sweep in this process; every training begun is a line of the log."""
+    sys.stderr = open(os.devnull, "w")  # the progress display
 
     def logged(config: RunConfig) -> RunResult:
         with open(log, "a") as file:
@@ -31,8 +33,4 @@ def main(store: str, log: str, seeds: str) -> None:
 
     torch.set_num_threads(2)
     sweeps.train = logged  # type: ignore[assignment]
-    sweeps.sweep(configs(int(seeds)), SqliteStore(Path(store)), jobs=1)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sweeps.sweep(configs(seeds), SqliteStore(Path(store)), jobs=1)

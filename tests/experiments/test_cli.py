@@ -21,6 +21,7 @@ from ddpnopt.experiments.sweep import Contender, frame
 from ddpnopt.experiments.training import RunConfig, train
 
 PNG = b"\x89PNG"
+HERE = Path(__file__).parent
 
 
 def run(*arguments: str) -> Result:
@@ -80,8 +81,8 @@ def test_compare_writes_tables_and_plots_and_resumes(tmp_path: Path) -> None:
     [
         (["train", "-m", "sgdd"], "unknown optimizer 'sgdd'"),
         (["train", "-m", "sgd", "-d", "mnst"], "unknown data set 'mnst'"),
-        (["train", "-m", "sgd", "-d", "mnist"], "name their folder with --data DIR"),
-        (["train", "-m", "sgd", "-d", "mnist", "--data", "nowhere"], "train-images-idx3-ubyte"),
+        (["train", "-m", "sgd", "-d", "mnist", "--data", "nowhere"], "nowhere is no folder"),
+        (["train", "-m", "sgd", "-d", "mnist", "--data", str(HERE)], "train-images-idx3-ubyte"),
         (["train", "-m", "sgd", "--train-samples", "9999"], "9999 asked for"),
         (["train", "-m", "sgd", "-a", "vit"], "unknown architecture 'vit'"),
         (["train", "-m", "sgd", "-O", "x=1"], "SGD has no option x"),

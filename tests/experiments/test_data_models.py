@@ -87,7 +87,7 @@ def test_images_keep_the_pixels() -> None:
     [
         (lambda: load("digit"), r"unknown data set 'digit'; known: .*digits, .*wine.*Did you mean"),
         (lambda: load("wine", scale="x"), "known: none, pooled, standard, unit"),
-        (lambda: load("wine", images=True), "those with images: digits"),
+        (lambda: load("wine", images=True), "with images: digits, mnist"),
         (lambda: build_model("vgg", (64,), 10), "unknown architecture 'vgg'; known: mlp-"),
         (lambda: build_model("mlp-8x2-relu-gn", (64,), 10), "unknown architecture"),
         (lambda: build_model("resnet", (64,), 10), "resnet needs images"),

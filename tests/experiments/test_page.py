@@ -318,6 +318,38 @@ def test_every_registered_result_has_a_section(store: Path) -> None:
     assert read.words.count("Not run yet:") == len(command.RESULTS)
 
 
+def test_the_summary_counts_printed_cells_alone() -> None:
+    rows = pd.DataFrame(
+        {
+            "published": [1.0, 1.0, 1.0, math.nan, math.nan],
+            "measured": [1.0, 1.0, 1.0, 1.0, 1.0],
+            "verdict": [
+                *VERDICTS[:1],
+                VERDICTS[2],
+                "no difference, not significant",
+                *VERDICTS[:2],
+            ],
+        }
+    )
+    found = section(replace(outcome(), rows=rows))
+    assert (found.judged, found.same, found.significant, found.against) == (3, 1, 1, 1)
+
+
+def test_the_page_names_no_folder_of_the_machine(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = store.parent / "page.html"
+    assert run("--store", str(store), "--out", str(page), "--quick").exit_code == 0
+    assert str(store.parent.resolve()) not in page.read_text()
+    # Where it can be, the command is one that works where the page was made.
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert command._shown(Path("results/mine")) == Path("results/mine")
+    assert command._shown(tmp_path / "results") == Path("results")
+    assert command._shown(tmp_path) == Path(".")
+    assert command._shown(tmp_path.parent / "other") == Path("other")
+
+
 def test_places(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = store.parent
     assert command.places(store, None) == (store, folder / "report.html")

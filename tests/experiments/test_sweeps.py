@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import random
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,10 +25,12 @@ from ddpnopt.experiments.records import RunConfig, RunResult
 from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import SweepError, sweep
 from ddpnopt.experiments.training import train
-from experiments.sweep_program import BASE, configs
+from experiments.sweep_program import BASE, configs, main
 
-PROGRAM = Path(__file__).with_name("sweep_program.py")
-FOLDER = PROGRAM.parents[1]
+FOLDER = Path(__file__).parents[1]
+# Processes of their own that share one start of the interpreter and its imports.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["experiments.sweep_program"])
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +44,10 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def program(store: Path, log: Path, seeds: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(PROGRAM), str(store), str(log), str(seeds)]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+def program(store: Path, log: Path, seeds: int) -> multiprocessing.process.BaseProcess:
+    process = FORKS.Process(target=main, args=(str(store), str(log), seeds))
+    process.start()
+    return process
 
 
 def rows(path: Path) -> dict[str, str]:
@@ -75,11 +78,12 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
     for _ in range(3):
         process = program(path, log, seeds)
         wanted = len(before) + generator.randint(0, 8)
-        while len(rows(path)) < wanted and process.poll() is None:
+        while len(rows(path)) < wanted and process.is_alive():
             time.sleep(0.001)
         time.sleep(0.05 * generator.random())
-        process.send_signal(generator.choice([signal.SIGKILL, signal.SIGINT]))
-        process.wait()
+        assert process.pid is not None
+        os.kill(process.pid, generator.choice([signal.SIGKILL, signal.SIGINT]))
+        process.join()
         now = rows(path)
         # Nothing lost, nothing done again.
         assert before.items() <= now.items()
@@ -98,7 +102,9 @@ def test_two_processes_share_a_store_and_the_work(tmp_path: Path) -> None:
     path, seeds = tmp_path / "store.sqlite", 40
     logs = [tmp_path / "first", tmp_path / "second"]
     processes = [program(path, log, seeds) for log in logs]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
     trained = [key for log in logs if log.exists() for key in log.read_text().split()]
     assert sorted(trained) == sorted(c.key for c in configs(seeds))
     assert len(rows(path)) == 2 * seeds

@@ -13,6 +13,8 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from ddpnopt.experiments.bench_command import EPILOG as bench_epilog
+from ddpnopt.experiments.bench_command import bench_command
 from ddpnopt.experiments.cluster import ClusterError
 from ddpnopt.experiments.data import DATASETS, describe
 from ddpnopt.experiments.explain_command import explain_command
@@ -168,6 +170,13 @@ def train(
         console.print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
+DaskOption = Annotated[
+    str | None,
+    typer.Option("--dask", metavar="ADDRESS", help="Run on the workers of a Dask scheduler."),
+]
+RetryOption = Annotated[bool, typer.Option("--retry-failed", help="Run again what crashed before.")]
+
+
 def _contenders(
     optimizer: list[str] | None, lr: list[str] | None, option: list[str] | None
 ) -> list[Contender]:
@@ -225,13 +234,8 @@ def compare(
     batch: BatchOption = 8,
     seeds: Annotated[int, typer.Option("--seeds", "-s", min=1, help="Seeds 0 ... N - 1.")] = 3,
     jobs: JobsOption = -1,
-    dask: Annotated[
-        str | None,
-        typer.Option("--dask", metavar="ADDRESS", help="Run on the workers of a Dask scheduler."),
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run again what crashed before.")
-    ] = False,
+    dask: DaskOption = None,
+    retry_failed: RetryOption = False,
     scale: ScaleOption = "standard",
     device: DeviceOption = "cpu",
     data: DataOption = None,
@@ -298,6 +302,7 @@ for name, command, epilog in (
     ("report", report_command, report_epilog),
     ("tune", tune_command, tune_epilog),
     ("plot", plot_command, plot_epilog),
+    ("bench", bench_command, bench_epilog),
 ):
     app.command(name, epilog=epilog)(command)
 

@@ -18,7 +18,7 @@ from ddpnopt.experiments.names import lookup
 from ddpnopt.experiments.optimizers import OPTIMIZERS, OptionValue
 from ddpnopt.experiments.records import RunConfig, RunResult
 from ddpnopt.experiments.reproduce.outcome import QUICK, Request
-from ddpnopt.experiments.reproduce.policies import _look as look_at
+from ddpnopt.experiments.reproduce.policies import look_at
 from ddpnopt.experiments.reproduce.policy_plots import draw
 from ddpnopt.experiments.reproduce.policy_settings import Policies
 from ddpnopt.experiments.reproduce.schema import load

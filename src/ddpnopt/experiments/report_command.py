@@ -71,7 +71,7 @@ def report_command(
         file, page = places(store, out)
         kept = SqliteStore(file)
         request = Request(
-            out=file.parent,
+            out=_shown(file.parent),
             store=kept,
             seeds=seeds,
             epochs=epochs,
@@ -127,6 +127,14 @@ def places(store: Path | None, out: Path | None) -> tuple[Path, Path]:
     if out is not None and is_page:
         return file, out
     return file, (folder or file.parent) / PAGE
+
+
+def _shown(folder: Path) -> Path:
+    """A folder as the page names it: the page is sent around, the machine's paths are not."""
+    absolute, here = folder.resolve(), Path.cwd()
+    if absolute == here:
+        return Path(".")
+    return absolute.relative_to(here) if absolute.is_relative_to(here) else Path(absolute.name)
 
 
 def collect(request: Request, results: Mapping[str, Reproduction] = RESULTS) -> Iterator[Section]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from ddpnopt.experiments.records import RunConfig
 from ddpnopt.experiments.reproduce import command, registry
 from ddpnopt.experiments.reproduce.ablation import configure
 from ddpnopt.experiments.reproduce.ablation_settings import AblationSettings
-from ddpnopt.experiments.reproduce.outcome import QUICK, Outcome, Request, write
+from ddpnopt.experiments.reproduce.describe import closeness
+from ddpnopt.experiments.reproduce.fig4 import _reach
+from ddpnopt.experiments.reproduce.outcome import QUICK, Outcome, Request, rerun, write
 from ddpnopt.experiments.reproduce.runs import estimate
 from ddpnopt.experiments.reproduce.schema import load, packaged
 from ddpnopt.experiments.reproduce.table3 import table3
@@ -45,7 +48,7 @@ def tiny(name: str, folder: Path, **changes: str) -> Path:
     }
     for key, value in wanted.items():
         text = re.sub(rf"^{key} = [^#\n]*", f"{key} = {value} ", text, flags=re.MULTILINE)
-    text = text.replace("[network]\n", "[network]\ntrain_samples = 128\n", 1)
+    text = text.replace("[network]\n", "[network]\ntrain_samples = 100\n", 1)
     path = folder / "my.toml"
     path.write_text(text)
     return path
@@ -72,6 +75,7 @@ def test_table6_end_to_end_and_again(tmp_path: Path) -> None:
         assert row.verdict.endswith("not significant") == (row.low <= 0 <= row.high)
     page = (tmp_path / "out" / "table6.md").read_text()
     assert "mlp-4x1-tanh" in page and "0.0350" in page and QUICK not in page
+    assert "| worst seed |" in page and "Baseline columns" in page
 
     store = SqliteStore(tmp_path / "out" / "store.sqlite")
     before = len(store.results())
@@ -88,10 +92,12 @@ def test_twin_differences_are_paired_by_seed(tmp_path: Path) -> None:
         (r.config.label, r.config.seed): r for r in SqliteStore(tmp_path / "store.sqlite").results()
     }
     paper = next(label for label, _ in runs if "riccati" in label)
-    gaps = [runs[paper, s].train_loss - runs["SGD", s].train_loss for s in (0, 1)]
+    losses = {key: run.epochs[-1].running_loss for key, run in runs.items()}
+    gaps = [losses[paper, s] - losses["SGD", s] for s in (0, 1)]
     row = outcome.rows[(outcome.rows["method"] == "paper")].iloc[0]
     assert row["difference"] == pytest.approx(sum(gaps) / 2)
-    assert row["measured"] == pytest.approx(sum(runs[paper, s].train_loss for s in (0, 1)) / 2)
+    assert row["measured"] == pytest.approx(sum(losses[paper, s] for s in (0, 1)) / 2)
+    assert row["worst"] == max(losses[paper, s] for s in (0, 1))
 
 
 def test_without_running_cells_are_visibly_empty(tmp_path: Path) -> None:
@@ -236,13 +242,20 @@ def test_one_result_that_fails_does_not_end_the_others(
     def broken(_: Request) -> Outcome:
         raise ValueError("no such luck")
 
+    def mistaken(_: Request) -> Outcome:
+        raise KeyError("of ours")
+
     def fine(_: Request) -> Outcome:
         return Outcome("table7", "Seven", "", pd.DataFrame({"published": [1.0]}))
 
-    monkeypatch.setattr(command, "RESULTS", {"table6": broken, "table7": fine})
+    results = {"table6": broken, "fig6": mistaken, "table7": fine}
+    monkeypatch.setattr(command, "RESULTS", results)
     result = invoke("all", "--out", tmp_path)
     assert result.exit_code == 1 and "no such luck" in result.output
+    assert "KeyError: 'of ours'" in result.output and "1 of 3 results" in result.output
     assert (tmp_path / "table7.csv").exists()
+    # Alone, a mistake of the program shows where it is.
+    assert isinstance(invoke("fig6", "--out", tmp_path).exception, KeyError)
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +276,53 @@ def test_written_rows_begin_with_what_names_the_cell_and_have_all_columns(tmp_pa
     assert header[-2:] == ["x", "quick"]
 
 
+def test_the_command_to_make_it_again_has_what_decides_the_numbers(tmp_path: Path) -> None:
+    asked = request(Path("a b"), seeds=3, epochs=2, quick=True, data=Path("d"), download=True)
+    assert rerun(asked, "table3") == (
+        "ddpnopt reproduce table3 --seeds 3 --epochs 2 --data d --download --quick --out 'a b'"
+    )
+
+
+def test_closeness_is_a_factor_in_loss_and_points_in_accuracy() -> None:
+    rows = pd.DataFrame(
+        {
+            "measure": ["train_loss"] * 2 + ["accuracy"] * 2 + ["accuracy"],
+            "method": ["baseline"] * 4 + ["paper"],
+            "baseline": "sgd",
+            "lr": [0.1, 0.2, 0.1, 0.2, 0.1],
+            "published": [1.0, 1.0, 90.0, 80.0, 1.0],
+            "measured": [2.0, 0.5, 91.0, 77.0, 9.0],
+            "deviation": 1.0,
+        }
+    )
+    said = closeness(rows)
+    assert "a factor of 2.00 (geometric mean) (sgd 0.1: +100 %, sgd 0.2: -50 %)" in said
+    assert "2.0 points off on average (sgd 0.1: +1.0, sgd 0.2: -3.0)" in said
+
+
+@pytest.mark.parametrize(
+    ("printed", "measured", "reach"),
+    [
+        (0.5, 0.6, 0.6),
+        (0.5, 9.0, 1.5),
+        (2.0, 1.0, 2.0),
+        (math.nan, 0.3, 0.3),
+        (math.nan,) * 2 + (1.0,),
+    ],
+)
+def test_one_large_difference_leaves_colour_for_the_others(
+    printed: float, measured: float, reach: float
+) -> None:
+    cells = pd.DataFrame(
+        {
+            "method": ["paper", "paper", "defaults"],
+            "published": [printed, math.nan, math.nan],
+            "measured": [-measured, 0.1 * measured, 1e3],
+        }
+    )
+    assert _reach(cells) == pytest.approx(reach)
+
+
 def test_estimates_rest_on_stored_seconds(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "store.sqlite")
     table6(request(tmp_path, settings=tiny("table6", tmp_path)))
@@ -279,8 +339,10 @@ def test_estimates_rest_on_stored_seconds(tmp_path: Path) -> None:
 
 
 def test_files_of_the_package_are_found_where_it_is_installed() -> None:
-    for name in ("table3", "table5", "table6", "table7", "table8", "table9", "table10", "fig4"):
-        assert packaged(name).startswith("# SPDX-License-Identifier: MIT")
+    for name in registry.RESULTS:
+        text = packaged(name)
+        assert text.startswith("# SPDX-License-Identifier: MIT")
+        assert f"ddpnopt reproduce {name} --settings my.toml" in text
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -16,7 +16,15 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ddpnopt.experiments.reproduce.outcome import Outcome, ordered, show_number
-from ddpnopt.experiments.reproduce.statistics import NOT_RUN, OPPOSITE, SAME, SIGNIFICANT, count
+from ddpnopt.experiments.reproduce.statistics import (
+    NEITHER,
+    NOT_RUN,
+    OPPOSITE,
+    SAME,
+    SIGNIFICANT,
+    Count,
+    count,
+)
 
 State = Literal["complete", "incomplete", "not run", "failed"]
 #: A vector figure above this size, in bytes, is drawn as pixels instead.
@@ -166,6 +174,15 @@ def measured_cells(rows: pd.DataFrame) -> int:
     return int(rows["measured"].notna().sum()) if "measured" in rows else 0
 
 
+def _judged(rows: pd.DataFrame) -> Count:
+    """Count the verdicts of the cells that are printed; other columns have their own counts."""
+    if not {"published", "verdict"} <= set(rows):
+        return count([])
+    printed = rows.loc[rows["published"].notna(), "verdict"].dropna().astype(str)
+    judged = [v for v in printed if v.startswith((SAME, OPPOSITE, NEITHER))]
+    return count([*judged, *(v for v in printed if v == NOT_RUN)] if judged else [])
+
+
 def section(outcome: Outcome) -> Section:
     """Turn an outcome into a section.
 
@@ -179,8 +196,7 @@ def section(outcome: Outcome) -> Section:
     state: State = "complete" if 0 < measured == total else "incomplete"
     if not measured:
         state = "not run"
-    verdicts = [v for v in outcome.rows.get("verdict", ()) if isinstance(v, str) and v]
-    counted = count([v for v in verdicts if SAME in v or OPPOSITE in v or v == NOT_RUN])
+    counted = _judged(outcome.rows)
     views: Sequence[tuple[str, pd.DataFrame]] = [(v.caption, v.frame) for v in outcome.views]
     everything = ordered(outcome.rows, outcome.quick)
     picture = data_uri(outcome.figure()) if outcome.figure is not None and measured else ""

@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from ddpnopt.curvature import CURVATURES
 from ddpnopt.experiments.names import lookup
-from ddpnopt.experiments.optimizers import OPTIMIZERS, OptionValue, build_optimizer
+from ddpnopt.experiments.optimizers import OPTIMIZERS, OptionValue
 from ddpnopt.experiments.records import RunConfig
+from ddpnopt.experiments.reproduce.mistakes import Misplaced
 from ddpnopt.experiments.reproduce.outcome import Request
 from ddpnopt.experiments.reproduce.schema import (
     ArchitectureName,
@@ -28,6 +28,8 @@ from ddpnopt.experiments.reproduce.schema import (
     SettingsError,
     Several,
     Strict,
+    distinct_names,
+    takes,
 )
 
 CurvatureName = Annotated[str, AfterValidator(lambda n: lookup(CURVATURES, n, "curvature") and n)]
@@ -114,10 +116,10 @@ class Block(Strict):
 
     @model_validator(mode="after")
     def _options_exist(self) -> Block:
-        with torch.random.fork_rng(devices=[]):
-            model = torch.nn.Linear(2, 2)
-        for name, options in (self.baseline_run, self.defaults, self.paper(self.eps_vxx[0])):
-            build_optimizer(name, model, self.lr[0], options)
+        for name, options in (self.baseline_run, self.defaults):
+            takes(name, self.lr[0], options, *(["options"] if self.options else []))
+        name, options = self.paper(self.eps_vxx[0])
+        takes(name, self.lr[0], options, *(["paper_options"] if self.paper_options else []))
         return self
 
     @property
@@ -174,7 +176,12 @@ class AblationSettings(Strict):
 
     @model_validator(mode="after")
     def _separate_seeds(self) -> AblationSettings:
-        self.seeds_of(self.runs.seeds, self.runs.choosing_seeds)
+        try:
+            self.seeds_of(self.runs.seeds, self.runs.choosing_seeds)
+        except SettingsError as error:
+            raise Misplaced(str(error), "runs", "first_choosing_seed") from error
+        # Thresholds and rows are told apart by the baseline.
+        distinct_names("block", [b.baseline for b in self.block], "baseline")
         return self
 
     def seeds_of(self, seeds: int, choosing: int) -> tuple[range, range]:
@@ -188,8 +195,8 @@ class AblationSettings(Strict):
         chosen = range(first, first + choosing)
         if set(own) & set(chosen):
             raise SettingsError(
-                f"runs: choosing seeds {first} to {chosen[-1]} overlap with the table's seeds "
-                f"{own[0]} to {own[-1]}; move first_choosing_seed"
+                f"the choosing seeds {first} to {chosen[-1]} overlap with the table's seeds "
+                f"{own[0]} to {own[-1]}; allowed is first_choosing_seed = {own[-1] + 1} or more"
             )
         return own, chosen
 
@@ -213,7 +220,7 @@ class CurvesBlock(Block):
         ):
             if not any(math.isclose(value, v) for v in values):
                 listed = ", ".join(f"{v:g}" for v in values)
-                raise ValueError(f"{name} = {value:g}: allowed is one of {listed}")
+                raise Misplaced(f"{value:g} is not in the list: allowed is one of {listed}", name)
         return self
 
 

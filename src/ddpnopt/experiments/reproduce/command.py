@@ -137,10 +137,14 @@ def _run(chosen: Sequence[str], request: Request) -> None:
                 soft_wrap=True,
             )
             raise typer.Exit(130) from None
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:
+            expected = isinstance(error, ValueError | RuntimeError | OSError)
+            if not expected and len(chosen) == 1:
+                raise
             # The other results must not wait for this one.
+            said = str(error) if expected else f"{type(error).__name__}: {error}"
             messages.print(f"[red]{name}:[/] ", end="")
-            messages.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            messages.print(said, markup=False, highlight=False, soft_wrap=True)
             failed.append(name)
     if len(chosen) > 1:
         minutes = (time.monotonic() - start) / 60

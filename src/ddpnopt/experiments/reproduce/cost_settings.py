@@ -7,13 +7,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ddpnopt.experiments.reproduce.mistakes import Misplaced
 from ddpnopt.experiments.reproduce.schema import (
     Count,
+    Name,
     OptimizerName,
     Options,
     Positive,
     Several,
     Strict,
+    distinct_names,
+    takes,
 )
 from ddpnopt.experiments.reproduce.step_cost import Task
 
@@ -36,11 +40,16 @@ class Method(Strict):
         period: Steps between two decompositions (KFAC, EKFAC): timed together.
     """
 
-    name: str
+    name: Name
     optimizer: OptimizerName
     lr: Positive = 0.01
     options: Options = {}
     period: Annotated[int, Field(ge=1, le=1000)] = 1
+
+    @model_validator(mode="after")
+    def _options_exist(self) -> Self:
+        takes(self.optimizer, self.lr, self.options, "options")
+        return self
 
     def task(self, batch: int, width: int, depth: int, inputs: int | None = None) -> Task:
         """A step at a size."""
@@ -70,8 +79,8 @@ class Sizes(Strict):
         for axis in AXES:
             values: tuple[int, ...] = getattr(self, axis)
             if len(values) < 2 or list(values) != sorted(values):
-                raise ValueError(
-                    f"{axis} = {list(values)}: an exponent needs two sizes or more, in rising order"
+                raise Misplaced(
+                    f"{list(values)}: allowed are two sizes or more, in rising order", axis
                 )
         return self
 
@@ -149,11 +158,12 @@ class Table4(Strict):
 
     @model_validator(mode="after")
     def _names_known(self) -> Self:
-        for method in self.method:
+        distinct_names("method", [method.name for method in self.method])
+        for number, method in enumerate(self.method):
             if method.published is not None and method.published not in self.published:
-                raise ValueError(
-                    f"published = {method.published!r} of method {method.name!r}: known are "
-                    f"{', '.join(self.published)}"
+                raise Misplaced(
+                    f"unknown name {method.published!r}; known: {', '.join(self.published)}",
+                    *("method", number, "published"),
                 )
         return self
 
@@ -201,6 +211,9 @@ class Figure3(Strict):
     @model_validator(mode="after")
     def _baseline_known(self) -> Self:
         names = [method.name for method in self.method]
+        distinct_names("method", names)
         if self.baseline not in names:
-            raise ValueError(f"baseline = {self.baseline!r}: known are {', '.join(names)}")
+            raise Misplaced(
+                f"unknown method {self.baseline!r}; known: {', '.join(names)}", "baseline"
+            )
         return self

@@ -158,7 +158,8 @@ def _views(heat: pd.DataFrame, blocks: Sequence[CurvesBlock]) -> tuple[View, ...
             own = heat[(heat["baseline"] == block.baseline) & (heat["lr"] == lr)]
             shows: list[tuple[str, Callable[[Any], str]]] = [
                 ("published", lambda r: _signed(r.published)),
-                ("measured", lambda r: _signed(r.measured)),
+                ("measured", lambda r: _signed(r.measured) + _spread(r.sd)),
+                ("worst seed", lambda r: _signed(r.worst)),
                 ("interval", lambda r: _ends(r.low, r.high)),
                 ("verdict", lambda r: str(r.verdict)),
             ]
@@ -172,6 +173,10 @@ def _views(heat: pd.DataFrame, blocks: Sequence[CurvesBlock]) -> tuple[View, ...
 
 def _signed(number: float) -> str:
     return EMPTY if math.isnan(number) else f"{number:+.4f}"
+
+
+def _spread(sd: float) -> str:
+    return "" if math.isnan(sd) else f" ± {sd:.4f}"
 
 
 def _ends(low: float, high: float) -> str:
@@ -202,11 +207,7 @@ def draw(
     grid = figure.subplots(3, len(blocks), squeeze=False)
     for column, block in enumerate(blocks):
         own = heat[heat["baseline"] == block.baseline]
-        # The scale is that of the paper's algorithm: the defaults' differences can be many times as
-        # large and would leave no colour for the rest.
-        shown = own.loc[own["method"] == PAPER, ["published", "measured"]].to_numpy(dtype=float)
-        finite = np.abs(shown[np.isfinite(shown)])
-        largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+        largest = _reach(own)
         for line, what in enumerate(("published", "measured")):
             image = _heat(grid[line][column], own, block, what, largest)
         bar = figure.colorbar(
@@ -220,6 +221,23 @@ def draw(
         "seeds; a dot: the interval contains 0)"
     )
     return figure
+
+
+def _reach(own: pd.DataFrame) -> float:
+    """End of a block's colour scale: cells beyond it, which have their number, share its colour."""
+    # The paper's algorithm alone, and few times what is printed: one large difference would leave
+    # no colour for the rest.
+    paper = own[own["method"] == PAPER]
+    ends = [
+        float(np.abs(finite).max()) if (finite := values[np.isfinite(values)]).size else 0.0
+        for values in (paper[name].to_numpy(dtype=float) for name in ("published", "measured"))
+    ]
+    printed, measured = ends
+    return min(measured, _MOST_COLOUR * printed) if 0.0 < printed < measured else max(ends) or 1.0
+
+
+#: Colours reach to so many times the largest printed difference.
+_MOST_COLOUR = 3.0
 
 
 def _heat(axis: Axes, own: pd.DataFrame, block: CurvesBlock, what: str, largest: float) -> Any:
@@ -287,7 +305,8 @@ def _curves(axis: Axes, curves: pd.DataFrame, block: CurvesBlock, measured: Meas
         )
     axis.set(xlabel="epoch", ylabel="training loss (nats)")
     axis.set_ylim(bottom=0.0)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.set_xlim(0.5, measured.sizes.epochs + 0.5)
     axis.set_title(f"{block.label} at rate {block.curve_lr:g}: mean and one standard deviation")
     axis.grid(alpha=0.25)
     if axis.has_data():

@@ -30,6 +30,19 @@ class Mistake:
     message: str
 
 
+class Misplaced(ValueError):
+    """A value that is possible by itself, but not beside the others of its table.
+
+    Args:
+        message: What is wrong and what is allowed.
+        path: Keys and indices that lead to it from the model whose validator raises this.
+    """
+
+    def __init__(self, message: str, *path: str | int) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 def describe(model: type[BaseModel], errors: Sequence[ErrorDetails]) -> list[Mistake]:
     """Put validation errors into words.
 
@@ -43,6 +56,9 @@ def describe(model: type[BaseModel], errors: Sequence[ErrorDetails]) -> list[Mis
     found: dict[tuple[str | int, ...], Mistake] = {}
     for error in errors:
         path = _in_file(model, error["loc"])
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, Misplaced):
+            path = (*path, *cause.path)
         found.setdefault(path, Mistake(path, _message(model, path, error)))
     return list(found.values())
 
@@ -59,12 +75,18 @@ def _in_file(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[str | 
     return path
 
 
-def _bare(kind: Any) -> Any:
-    while get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
+def _given(kind: Any) -> Any:
+    """A type without the None of `X | None`, its metadata kept."""
     if get_origin(kind) in (Union, UnionType):
         members = [m for m in get_args(kind) if m is not type(None)]
-        return _bare(members[0]) if len(members) == 1 else kind
+        return members[0] if len(members) == 1 else kind
+    return kind
+
+
+def _bare(kind: Any) -> Any:
+    kind = _given(kind)
+    while get_origin(kind) is Annotated:
+        kind = _given(get_args(kind)[0])
     return kind
 
 
@@ -120,7 +142,8 @@ def _bounds(kind: Any) -> str:
                 elif isinstance(known, Lt):
                     high = f"less than {known.lt}"
                 elif isinstance(known, MinLen):
-                    low = f"a list of {known.min_length} or more"
+                    is_text = _bare(inner) is str
+                    low = "not empty" if is_text else f"a list of {known.min_length} or more"
         kind = inner
     return " and ".join(part for part in (low, high) if part)
 
@@ -135,7 +158,9 @@ def _allowed(kind: Any) -> str:
     if get_origin(bare) in (Union, UnionType):
         return " or ".join(_TYPES[t] for t in get_args(bare) if t in _TYPES)
     if get_origin(bare) in (tuple, list):
-        return _bounds(kind) or "a list"
+        members = get_args(bare)
+        fixed = get_origin(bare) is tuple and Ellipsis not in members
+        return f"a list of {len(members)}" if fixed else _bounds(kind) or "a list"
     if get_origin(bare) is dict or (isinstance(bare, type) and issubclass(bare, BaseModel)):
         return "a table of keys"
     name = _TYPES.get(bare, "")
@@ -152,8 +177,10 @@ def _name(path: tuple[str | int, ...]) -> str:
 
 def _message(model: type[BaseModel], path: tuple[str | int, ...], error: ErrorDetails) -> str:
     kind, name = error["type"], _name(path)
+    owner = _type_at(model, path[:-1])
+    if kind == "missing" and get_origin(owner) is tuple:
+        return f"{_name(path[:-1])} is too short: allowed is {_allowed(owner)}"
     if kind in ("extra_forbidden", "missing"):
-        owner = _type_at(model, path[:-1])
         known = list(owner.model_fields) if owner is not None else []
         where = f" in {_name(path[:-1])}" if path[:-1] else ""
         if kind == "missing":

@@ -128,6 +128,7 @@ def rerun(request: Request, name: str) -> str:
     ):
         if value is not None:
             parts.append(f"{option} {shlex.quote(str(value))}")
+    parts += ["--download"] if request.download else []
     parts += ["--quick"] if request.quick else []
     parts.append(f"--out {shlex.quote(str(request.out))}")
     return " ".join(parts)

@@ -80,7 +80,7 @@ def fig7(request: Request) -> Outcome:
 
 def _reproduce(request: Request, name: str, title: str) -> Outcome:
     settings = schema.load(Policies, name, request.settings)
-    looks = [_look(request, settings, problem) for problem in settings.problem]
+    looks = [look_at(request, settings, problem) for problem in settings.problem]
     rows = pd.DataFrame([row for look in looks for row in _rows(look)])
     found = [look for look in looks if look.payload is not None]
     missing = [f"**Missing: {look.problem.dataset}.** {look.missing}" for look in looks]
@@ -99,9 +99,19 @@ def _reproduce(request: Request, name: str, title: str) -> Outcome:
     )
 
 
-def _look(request: Request, settings: Policies, problem: Problem) -> Look:
+def look_at(request: Request, settings: Policies, problem: Problem) -> Look:
+    """Make the pictures of a data set, or take them from the store.
+
+    Args:
+        request: What the user asked for; without `run` nothing is made.
+        settings: The figure's file.
+        problem: One of its data sets.
+
+    Returns:
+        The pictures, or why there are none.
+    """
     quick = settings.quick
-    epochs = quick.epochs if request.quick else request.epochs or problem.epochs
+    epochs = request.epochs or (quick.epochs if request.quick else problem.epochs)
     train_samples = quick.train_samples if request.quick else problem.train_samples
     samples = quick.samples if request.quick else settings.samples
     setting = {

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import model_validator
 
+from ddpnopt.experiments.models import wants_images
+from ddpnopt.experiments.reproduce.mistakes import Misplaced
 from ddpnopt.experiments.reproduce.schema import (
+    ArchitectureName,
     Count,
     DatasetName,
     OptimizerName,
@@ -17,6 +20,7 @@ from ddpnopt.experiments.reproduce.schema import (
     Seed,
     Several,
     Strict,
+    takes,
 )
 
 
@@ -64,12 +68,12 @@ class Policies(Strict):
         problem: The data sets; those whose files are not there are left out, visibly.
     """
 
-    architecture: str
+    architecture: ArchitectureName
     scale: ScaleName
     optimizer: OptimizerName
     lr: Positive
     options: Options = {}
-    value: Annotated[str, Field(pattern="^(low_rank|gauss_newton)$")] = "low_rank"
+    value: Literal["low_rank", "gauss_newton"] = "low_rank"
     step: Positive
     seed: Seed = 0
     samples: Count
@@ -77,3 +81,18 @@ class Policies(Strict):
     triplets: Count
     quick: QuickPolicies = QuickPolicies()
     problem: Several[Problem]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        takes(self.optimizer, self.lr, self.options, "options")
+        if not wants_images(self.architecture):
+            raise Misplaced(
+                f"{self.architecture!r} has no convolutions: allowed is cnn-..., conv4-..., "
+                "resnet-...",
+                "architecture",
+            )
+        if self.vectors > self.triplets:
+            raise Misplaced(
+                f"{self.vectors}: allowed is at most triplets = {self.triplets}", "vectors"
+            )
+        return self

@@ -6,6 +6,7 @@ Whatever is wrong with a file is said with the file, the line, the key and what 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -19,9 +20,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ddpnopt.experiments.data import DATASETS
 from ddpnopt.experiments.models import INITIALISATIONS, build_model
 from ddpnopt.experiments.names import lookup
-from ddpnopt.experiments.optimizers import OPTIMIZERS, OptionValue
+from ddpnopt.experiments.optimizers import OPTIMIZERS, OptionValue, build_optimizer
 from ddpnopt.experiments.reproduce.locate import line_of, lines_of
-from ddpnopt.experiments.reproduce.mistakes import describe
+from ddpnopt.experiments.reproduce.mistakes import Misplaced, describe
 from ddpnopt.experiments.scaling import SCALES
 
 
@@ -52,13 +53,54 @@ def _initialisation(name: str) -> str:
 
 
 def _architecture(name: str) -> str:
+    for size in map(int, re.findall(r"\d+", name)):
+        if not 1 <= size <= _LARGEST:
+            raise ValueError(f"size {size} in {name!r}: allowed is 1 to {_LARGEST}")
     # On images of 8 x 8, which every kind of network takes; whether it takes the table's data is
-    # checked before the first training.
-    with torch.random.fork_rng(devices=[]):
+    # checked before the first training. Without memory: a typo may be a network of terabytes.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         build_model(name, (1, 8, 8), 10)
     return name
 
 
+def takes(optimizer: str, lr: float, options: Options, *where: str | int) -> None:
+    """Check that an optimizer takes options.
+
+    Args:
+        optimizer: Registry name.
+        lr: Learning rate.
+        options: Its options.
+        where: Keys that lead to the options from the model that asks.
+
+    Raises:
+        Misplaced: It does not.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = torch.nn.Linear(2, 2)
+    try:
+        build_optimizer(optimizer, model, lr, options)
+    except (ValueError, TypeError) as error:
+        raise Misplaced(str(error), *(where if options else ())) from error
+
+
+def distinct_names(kind: str, names: Sequence[str], key: str = "name") -> None:
+    """Check that the tables of an array are told apart by their names.
+
+    Args:
+        kind: Key of the array.
+        names: Their names.
+        key: Key of the names.
+
+    Raises:
+        Misplaced: Two have the same.
+    """
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise Misplaced(f"{name!r} is the name of another {kind}, too", kind, number, key)
+
+
+#: Largest width, depth or number of channels.
+_LARGEST = 10_000
 #: A TOML array as a tuple without repeats, one element at least.
 Several = Annotated[tuple[Item, ...], Field(strict=False, min_length=1), AfterValidator(_distinct)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -69,6 +111,7 @@ DatasetName = Annotated[str, AfterValidator(lambda n: lookup(DATASETS, n, "data 
 OptimizerName = Annotated[str, AfterValidator(lambda n: lookup(OPTIMIZERS, n, "optimizer") and n)]
 InitialisationName = Annotated[str, AfterValidator(_initialisation)]
 ScaleName = Annotated[str, AfterValidator(lambda n: lookup(SCALES, n, "scale") and n)]
+Name = Annotated[str, Field(min_length=1)]
 Options = dict[str, OptionValue]
 
 

@@ -285,7 +285,7 @@ def _setting(settings: Table3Settings, cells: Sequence[_Cell]) -> str:
             )
         lines.append(
             f'- {net.name}: `{net.architecture}`, initialisation "{net.initialisation}", inputs '
-            f'scaled "{net.scale}", batch {net.batch}, {base.epochs} epochs, {samples} training '
+            f'scaled "{net.scale}", batch {net.batch}, epochs: {base.epochs}, {samples} training '
             f"samples, seeds {span(cell.seeds)}; {choosing}"
         )
     return "\n".join(reversed(lines))

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from ddpnopt.experiments.models import wants_images
-from ddpnopt.experiments.optimizers import OptionValue, build_optimizer
+from ddpnopt.experiments.optimizers import OptionValue
 from ddpnopt.experiments.reproduce.ablation_settings import Contender, Network
+from ddpnopt.experiments.reproduce.mistakes import Misplaced
 from ddpnopt.experiments.reproduce.schema import (
     Count,
+    Name,
     OptimizerName,
     Options,
     Positive,
     Seed,
     SettingsError,
     Strict,
+    distinct_names,
+    takes,
 )
 
 
@@ -46,7 +49,7 @@ class Method(Strict):
         not_on: Problems that it is not run on, with the reason.
     """
 
-    label: Annotated[str, Field(min_length=1)]
+    label: Name
     optimizer: OptimizerName
     options: Options = {}
     dense: Options = {}
@@ -57,13 +60,27 @@ class Method(Strict):
 
     @model_validator(mode="after")
     def _options_exist(self) -> Method:
-        with torch.random.fork_rng(devices=[]):
-            model = torch.nn.Linear(2, 2)
-        for candidate in (*self.candidates, *(self.short or ())):
-            for architecture in ("mlp", "cnn"):
-                name, options = self.contender(architecture, candidate)
-                build_optimizer(name, model, candidate.lr, options)
+        for key in ("candidates", "short"):
+            listed: tuple[Candidate, ...] = getattr(self, key) or ()
+            for number, candidate in enumerate(listed):
+                for own in (self.dense, self.conv):
+                    self._check(candidate.lr, own, candidate.options, key, number)
         return self
+
+    def _check(self, lr: float, own: Options, last: Options, key: str, number: int) -> None:
+        """Refuse options at the place that brings in the one that does not exist."""
+        try:
+            takes(self.optimizer, lr, {**self.options, **own, **last})
+        except Misplaced:
+            takes(self.optimizer, lr, self.options, "options")
+            takes(
+                self.optimizer,
+                lr,
+                {**self.options, **own},
+                "dense" if own is self.dense else "conv",
+            )
+            takes(self.optimizer, lr, {**self.options, **own, **last}, key, number, "options")
+            raise
 
     def contender(self, architecture: str, candidate: Candidate) -> Contender:
         """The optimizer and its options on a network."""
@@ -88,7 +105,7 @@ class Problem(Network):
         candidates: Which of the methods' lists is tried.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     seeds: Count
     choosing_seeds: Count = 1
     choosing_epochs: Count | None = None
@@ -130,19 +147,20 @@ class Table3Settings(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Table3Settings:
         names = [p.name for p in self.problem]
-        labels = [m.label for m in self.method]
-        for kind, listed in (("problem", names), ("method", labels)):
-            if len(set(listed)) < len(listed):
-                raise SettingsError(f"two {kind}s have the same name")
-        for method in self.method:
-            unknown = sorted(set(method.not_on) - set(names))
-            if unknown:
-                raise SettingsError(
-                    f"method {method.label!r}: not_on names {unknown[0]!r}; known problems: "
-                    f"{', '.join(names)}"
-                )
+        distinct_names("problem", names)
+        distinct_names("method", [m.label for m in self.method], "label")
+        for number, method in enumerate(self.method):
+            for name in method.not_on:
+                if name not in names:
+                    raise Misplaced(
+                        f"no problem has this name; known: {', '.join(map(repr, names))}",
+                        *("method", number, "not_on", name),
+                    )
         for problem in self.problem:
-            self.seeds_of(problem, problem.seeds)
+            try:
+                self.seeds_of(problem, problem.seeds)
+            except SettingsError as error:
+                raise Misplaced(str(error), "first_choosing_seed") from error
         return self
 
     def seeds_of(self, problem: Problem, seeds: int) -> tuple[range, range]:
@@ -155,7 +173,7 @@ class Table3Settings(Strict):
         chosen = range(self.first_choosing_seed, self.first_choosing_seed + problem.choosing_seeds)
         if set(own) & set(chosen):
             raise SettingsError(
-                f"{problem.name}: choosing seeds {chosen[0]} to {chosen[-1]} overlap with the "
-                f"table's seeds {own[0]} to {own[-1]}; move first_choosing_seed"
+                f"{problem.name}: choosing seeds {chosen[0]} to {chosen[-1]} overlap with its "
+                f"{own[0]} to {own[-1]}; allowed is first_choosing_seed = {own[-1] + 1} or more"
             )
         return own, chosen

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ddpnopt.experiments.optimizers import OPTIMIZERS
 from ddpnopt.experiments.plots import COLOURS
@@ -30,6 +30,7 @@ from ddpnopt.experiments.reproduce.schema import (
     Several,
     Strict,
     load,
+    takes,
 )
 from ddpnopt.experiments.summary import by_rate, rate_range
 from ddpnopt.experiments.sweep import frame
@@ -55,6 +56,11 @@ class Search(Strict):
     optimizer: OptimizerName
     lr: Several[Positive]
     options: Options = {}
+
+    @model_validator(mode="after")
+    def _options_exist(self) -> Self:
+        takes(self.optimizer, self.lr[0], self.options, "options")
+        return self
 
     @property
     def label(self) -> str:

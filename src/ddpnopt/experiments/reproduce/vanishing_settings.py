@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 
-from ddpnopt.experiments.optimizers import build_optimizer
 from ddpnopt.experiments.records import RunConfig
 from ddpnopt.experiments.reproduce.ablation_settings import Network
+from ddpnopt.experiments.reproduce.mistakes import Misplaced
 from ddpnopt.experiments.reproduce.outcome import Request
 from ddpnopt.experiments.reproduce.schema import (
     Count,
+    Name,
     OptimizerName,
     Options,
     Positive,
@@ -22,6 +22,8 @@ from ddpnopt.experiments.reproduce.schema import (
     SettingsError,
     Several,
     Strict,
+    distinct_names,
+    takes,
 )
 
 Claim = Literal["escapes", "stays"]
@@ -59,7 +61,7 @@ class Method(Strict):
         ours: A variant of DDPNOpt; its update norm is compared with the largest baseline's.
     """
 
-    name: str
+    name: Name
     optimizer: OptimizerName
     options: Options = {}
     lr: Several[Positive]
@@ -68,8 +70,7 @@ class Method(Strict):
 
     @model_validator(mode="after")
     def _options_exist(self) -> Self:
-        with torch.random.fork_rng(devices=[]):
-            build_optimizer(self.optimizer, torch.nn.Linear(2, 2), self.lr[0], self.options)
+        takes(self.optimizer, self.lr[0], self.options, "options")
         return self
 
 
@@ -102,10 +103,14 @@ class Vanishing(Strict):
         own = range(r.first_seed, r.first_seed + r.seeds)
         choosing = range(r.first_choosing_seed, r.first_choosing_seed + r.choosing_seeds)
         if set(own) & set(choosing):
-            raise ValueError(
-                f"runs: choosing seeds {choosing[0]} to {choosing[-1]} overlap with the figure's "
-                f"{own[0]} to {own[-1]}; move first_choosing_seed"
+            raise Misplaced(
+                f"the choosing seeds {choosing[0]} to {choosing[-1]} overlap with the figure's "
+                f"{own[0]} to {own[-1]}; allowed is first_choosing_seed = {own[-1] + 1} or more",
+                *("runs", "first_choosing_seed"),
             )
+        distinct_names("method", [method.name for method in self.method])
+        if self.update_ratio is not None and self.update_ratio[0] > self.update_ratio[1]:
+            raise Misplaced("the lower end comes first", "update_ratio")
         return self
 
     def config(

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: MIT
+"""The networks and the optimizers that the benchmark compares.
+
+Every optimizer is one row of `VARIANTS`; every network one row of `NETS` or `LARGE`. Data are
+random: the cost of a step does not depend on what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ddpnopt
+from ddpnopt.curvature import EKFAC, KFAC
+from ddpnopt.experiments.bench import peers
+
+CLASSES = 10
+#: The ratios are to this one.
+BASELINE = "SGD"
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network of the benchmark.
+
+    Attributes:
+        title: How the tables name it.
+        build: Makes the freshly initialised module.
+        input_shape: Shape of one sample.
+        batch: Samples in a step.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+    batch: int
+
+    def data(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """One batch: inputs (batch, *input_shape), standard normal, and labels (batch,)."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(self.batch, *self.input_shape, generator=generator)
+        y = torch.randint(CLASSES, (self.batch,), generator=generator)
+        return x.to(device), y.to(device)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer of the benchmark, with what else belongs to its training step.
+
+    Attributes:
+        make: Makes the optimizer for a module.
+        clip: Maximal gradient norm for `clip_grad_norm_` before the step; None: not called.
+        nets: Numbers of the nets on which it is affordable and meaningful.
+        period: Steps between two refreshes of its curvature: what is timed or counted covers
+            whole periods.
+        package: Module that it needs beside ddpnopt's own; None: nothing.
+    """
+
+    make: Callable[[nn.Module], torch.optim.Optimizer]
+    clip: float | None = None
+    nets: tuple[int, ...] = (1, 2, 3)
+    period: int = 1
+    package: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be made here."""
+        return self.package is None or find_spec(self.package) is not None
+
+
+def dense_net(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
+    """Dense layers of the given widths with an activation between every two of them."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(n_in, n_out), activation()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+def conv_net() -> nn.Sequential:
+    """Four 3x3 convolutions of 32 channels, pooling by 2 and by 4, dense 512-64-10."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(4),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, CLASSES),
+    )
+
+
+NETS: Mapping[int, Net] = {
+    1: Net(
+        "64-32x4-10 Tanh",
+        lambda: dense_net((64, 32, 32, 32, 32, CLASSES), nn.Tanh),
+        (64,),
+        batch=32,
+    ),
+    2: Net(
+        "784-512x4-10 ReLU",
+        lambda: dense_net((784, 512, 512, 512, 512, CLASSES), nn.ReLU),
+        (784,),
+        batch=128,
+    ),
+    3: Net("4 conv 32 + 512-64-10 ReLU", conv_net, (3, 32, 32), batch=128),
+}
+
+#: Nets whose memory is measured, each in a process of its own.
+LARGE: Mapping[str, Net] = {
+    "dense": Net(
+        "4096x6-10 ReLU, 100.7 M parameters",
+        lambda: dense_net((*(4096,) * 7, CLASSES), nn.ReLU),
+        (4096,),
+        batch=64,
+    ),
+    "chain": Net(
+        "50 layers of 256, ReLU",
+        lambda: dense_net((*(256,) * 50, CLASSES), nn.ReLU),
+        (256,),
+        batch=128,
+    ),
+}
+#: The same, of a size that takes a second.
+SMALL: Mapping[str, Net] = {
+    "dense": Net(
+        "512x6-10 ReLU (quick)", lambda: dense_net((*(512,) * 7, CLASSES), nn.ReLU), (512,), 8
+    ),
+    "chain": Net(
+        "50 layers of 32, ReLU (quick)",
+        lambda: dense_net((*(32,) * 50, CLASSES), nn.ReLU),
+        (32,),
+        16,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Torch:
+    """Factory of one of torch's optimizers."""
+
+    kind: Callable[..., torch.optim.Optimizer]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
+        return self.kind(model.parameters(), **{"lr": 1e-3, **self.options})
+
+
+@dataclass(frozen=True)
+class _DDP:
+    """Factory of a `DDPNOpt`."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
+        return ddpnopt.DDPNOpt(model, **{"lr": 0.05, **self.options})
+
+
+@dataclass(frozen=True)
+class _Own:
+    """Factory of another optimizer of the library."""
+
+    kind: Callable[..., torch.optim.Optimizer]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
+        return self.kind(model, **self.options)
+
+
+def _ddp(nets: tuple[int, ...] = (1, 2, 3), period: int = 1, **options: Any) -> Variant:
+    return Variant(_DDP(options), nets=nets, period=period)
+
+
+_SGD, _OPEN = torch.optim.SGD, "open_loop"
+
+VARIANTS: Mapping[str, Variant] = {
+    BASELINE: Variant(_Torch(_SGD, {"lr": 0.05})),
+    "SGD + clip": Variant(_Torch(_SGD, {"lr": 0.05}), clip=1.0),
+    "SGD momentum": Variant(_Torch(_SGD, {"lr": 0.05, "momentum": 0.9})),
+    "Adam": Variant(_Torch(torch.optim.Adam)),
+    "AdamW": Variant(_Torch(torch.optim.AdamW)),
+    "RMSprop": Variant(_Torch(torch.optim.RMSprop)),
+    "DDPNOpt off": _ddp(feedback=False),
+    "DDPNOpt closed loop": _ddp(),
+    "DDPNOpt closed, no weight grads": _ddp(weight_gradients=False),
+    "DDPNOpt open loop": _ddp(feedback=_OPEN),
+    "DDPNOpt open, no weight grads": _ddp(feedback=_OPEN, weight_gradients=False),
+    "DDPNOpt closed, gram sketch": _ddp((3,), gram="sketch"),
+    "DDPNOpt open, gram sketch": _ddp((3,), feedback=_OPEN, gram="sketch"),
+    "DDPNOpt RMSprop closed loop": _ddp(lr=1e-3, curvature="rmsprop"),
+    "DDPNOpt RMSprop open loop": _ddp(lr=1e-3, curvature="rmsprop", feedback=_OPEN),
+    "DDPNOpt AdamW closed loop": _ddp(lr=1e-3, curvature="adamw"),
+    "DDPNOpt KFAC closed, every 10": _ddp(period=10, curvature=KFAC(update_every=10)),
+    "DDPNOpt EKFAC closed, every 10": _ddp(period=10, curvature=EKFAC(update_every=10)),
+    "DDPNOpt low_rank": _ddp(value="low_rank"),
+    "DDPNOpt gauss_newton": _ddp(value="gauss_newton"),
+    "DDPNOpt PAPER": _ddp(value=ddpnopt.PAPER),
+    "DDPNOpt dense": _ddp((1,), value="dense"),
+    "DDPNOpt second order": _ddp((1,), value={"name": "dense", "dynamics": "second_order"}),
+    "KFAC, every 10": Variant(_Own(ddpnopt.KFAC), period=10),
+    "EKFAC, every 10": Variant(_Own(ddpnopt.EKFAC), period=10),
+    "SGD-VGR": Variant(_Own(ddpnopt.SGDVGR)),
+    "E-MSA": Variant(_Own(ddpnopt.EMSA), nets=(1,)),
+    "vanilla DDP": Variant(_Own(ddpnopt.VanillaDDP), nets=(1,)),
+    "SOAP, every 10": Variant(peers.soap, period=10, package="pytorch_optimizer"),
+    "Shampoo, every 10": Variant(peers.shampoo, period=10, package="pytorch_optimizer"),
+    "SINGD dense, every step": Variant(peers.singd, package="singd"),
+    "SINGD dense, every 10": Variant(peers.singd_every_10, period=10, package="singd"),
+}
+
+
+def chosen(patterns: list[str], net: int) -> dict[str, Variant]:
+    """The optimizers to measure on a net, the baseline first; also those not installed.
+
+    Args:
+        patterns: Names or shell patterns ("DDPNOpt*"), case ignored; empty: all.
+        net: Number of the net.
+
+    Raises:
+        ValueError: A pattern fits no optimizer; the message lists them.
+    """
+    wanted = [p.casefold() for p in patterns]
+    for pattern, lower in zip(patterns, wanted, strict=True):
+        if not any(fnmatch(name.casefold(), lower) for name in VARIANTS):
+            known = ", ".join(VARIANTS)
+            raise ValueError(f"--only {pattern!r}: no optimizer of that name; known: {known}")
+    return {
+        name: variant
+        for name, variant in VARIANTS.items()
+        if name == BASELINE
+        or (
+            net in variant.nets
+            and (not wanted or any(fnmatch(name.casefold(), pattern) for pattern in wanted))
+        )
+    }
