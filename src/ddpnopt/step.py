@@ -16,6 +16,7 @@ from torch import nn
 
 from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
+from ddpnopt.directions import reweighted_length, sampled_direction
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.parameters import named_parameters
@@ -219,7 +220,8 @@ class Step:
         1^T Gram 1 the first time.
         """
         self._weights[layer.name] = weight
-        known = self._known_length(layer)
+        known: float | Tensor | None = self._known_length(layer)
+        known = layer.plain_length() if known is None else known
         if known is not None:
             return Coupling(known)
         gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
@@ -264,6 +266,16 @@ class Step:
             for n, p in layer.params.items()
             if not self._is_held(n, p) and p.grad is not None
         }
+        joint = self.joints.get(layer.name)
+        joined = self.borrowed.joined(layer) if joint is not None else ()
+        if joint is not None and len(joined) == len(layer.params):
+            P = self.borrowed.joint_gain(layer, joint, 1.0)
+            direction = sampled_direction(layer, P, known, vectors, scale)
+            if direction is not None:
+                if len(known) < len(joined):
+                    self._remember_coupling(layer, reweighted_length(layer, vectors))
+                self.borrowed.joint_move(layer, direction, joint)
+                return
         if len(known) == len(layer.params):
             d = layer.onto(known, vectors, scale)
         else:
@@ -272,10 +284,8 @@ class Step:
         if bend is not None and dx is not None:
             bent = layer.bent(bend, dx)
             d = {n: g.add(bent[n], alpha=scale) if n in bent else g for n, g in d.items()}
-        joined: tuple[str, ...] = ()
-        if layer.name in self.joints:
-            joined = self.borrowed.joined(layer)
-            self.borrowed.joint_step(layer, d, self.joints[layer.name])
+        if joint is not None:
+            self.borrowed.joint_step(layer, d, joint)
         for name, p in layer.params.items():
             if name not in joined:
                 plain = self.plain_gradient(name, p)
@@ -289,23 +299,22 @@ class Step:
         scale = self.settings.correction_scale
         joint = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
         total = layer.weighted(joint)
-        self._remember_coupling(layer, total)
+        used = {n: g for n, g in total.items() if n in layer.params}
+        self._remember_coupling(layer, layer.length(used))
         d = {n: total[n] if scale == 1.0 else total[n] * scale for n in layer.params}
         if "bias" in known:
             biases = [layer.rule.bias_gradient(layer.module, v) for v in vectors]
             d["bias"] = known["bias"].add(torch.stack(biases).sum(0), alpha=scale)
         return d
 
-    def _remember_coupling(self, layer: Layer, total: dict[str, Tensor]) -> None:
+    def _remember_coupling(self, layer: Layer, length: Tensor) -> None:
         """rho of this step, as seen from the re-weighted samples, for the next."""
         weight = self._weights.get(layer.name)
         coefficient = layer.policy.coefficient if layer.policy is not None else None
         if weight is None or coefficient is None:
             return
-        used = {n: g for n, g in total.items() if n in layer.params}
-        (ratio,) = mean_field(
-            [Coupling(layer.length(used))], (weight * coefficient.square())[None]
-        ).tolist()
+        own = (weight * coefficient.square())[None]
+        (ratio,) = mean_field([Coupling(length)], own).tolist()
         before = self.running.get(layer.name, ratio)
         self.running[layer.name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
 
