@@ -291,7 +291,10 @@ class Layer:
                 assert isinstance(self.rule, MatrixRule)
                 parts.append(P.square(self.rule.joined(self.module, gradients, P.bias)))
             else:
-                parts.append((gradients[name].square() * P).sum())
+                g = gradients[name]
+                scaled = (g * P).flatten() if isinstance(P, Tensor) else None
+                flat = g.flatten()
+                parts.append(flat.dot(flat) * P if scaled is None else flat.dot(scaled))
         return torch.stack(parts).sum()
 
     def plain_length(self) -> Tensor | None:

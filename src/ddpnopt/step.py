@@ -83,6 +83,7 @@ class Step:
     reports: list[LayerReport] = field(default_factory=list)
     _plain: dict[Tensor, Tensor] = field(default_factory=dict)
     _weights: dict[str, Tensor] = field(default_factory=dict)
+    _ratios: dict[str, Tensor] = field(default_factory=dict)
 
     def build(self) -> None:
         """Gather each active layer's executions over all passes.
@@ -314,9 +315,16 @@ class Step:
         if weight is None or coefficient is None:
             return
         own = (weight * coefficient.square())[None]
-        (ratio,) = mean_field([Coupling(length)], own).tolist()
-        before = self.running.get(layer.name, ratio)
-        self.running[layer.name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
+        self._ratios[layer.name] = mean_field([Coupling(length)], own)[0]
+
+    def settle(self) -> None:
+        """Keep this step's rho for the next ones; one synchronisation for all layers."""
+        if not self._ratios:
+            return
+        ratios = torch.stack([one.cpu() for one in self._ratios.values()]).tolist()
+        for name, ratio in zip(self._ratios, ratios, strict=True):
+            before = self.running.get(name, ratio)
+            self.running[name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
 
     def _report(self, layer: Layer, vectors: Blocks, dx: Blocks | None) -> None:
         policy = layer.policy

@@ -285,7 +285,19 @@ def rule_for(module: nn.Module) -> LayerRule | None:
 
 def reason_against(module: nn.Module, given: Sequence[object], outputs: int = 1) -> str:
     """Why a module called with these arguments has no rule; empty if it has one."""
+    return rule_of_call(module, given, outputs)[1]
+
+
+def rule_of_call(
+    module: nn.Module, given: Sequence[object], outputs: int = 1
+) -> tuple[LayerRule | None, str]:
+    """The rule of a module called with these arguments; or None, and why it has none."""
     rule = registered(module) or FALLBACK
+    reason = _refusal(rule, module, given, outputs)
+    return (None, reason) if reason else (rule, "")
+
+
+def _refusal(rule: LayerRule, module: nn.Module, given: Sequence[object], outputs: int) -> str:
     kind = type(module).__name__
     if reason := rule.refusal(module):
         return reason
