@@ -17,7 +17,7 @@ from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule
 from ddpnopt.layers.base import Kept
 from ddpnopt.layers.coordinates import Coordinates
-from ddpnopt.linearise import cast_state, per_sample, unit_columns
+from ddpnopt.linearise import cast_state, per_sample
 from ddpnopt.matrices import Matrices
 from ddpnopt.parameters import parameters
 from ddpnopt.positions import Gain, Kronecker, weight_gram
@@ -47,6 +47,7 @@ class Layer:
         strength: The factor on S that suits the curvature.
         kept: The samples' own gradients by pass, where the Gram products formed them.
         coordinates: By pass, under a Kronecker-factored curvature, where that saves work.
+        besides: What p.grad holds besides the plain gradient, once compared.
         segments: Its time steps of each pass cut at its layers, for second-order dynamics.
     """
 
@@ -66,6 +67,7 @@ class Layer:
     keep_gain: bool = True
     kept: dict[Stage, Kept] = field(default_factory=dict)
     coordinates: dict[Stage, Coordinates] = field(default_factory=dict)
+    besides: tuple[Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         """All products are made in the layer's own dtype, whatever autocast recorded.
@@ -162,7 +164,7 @@ class Layer:
         """D, the Gram matrix of all unit vectors of h-space."""
         return torch.cat(
             [
-                self.rule.gram(self.module, self.x(s), unit_columns(self.G(s), n), self.gain, n)
+                self.rule.curvature(self.module, self.x(s), self.G(s), self.gain, n)
                 for s, n in self.pairs()
             ]
         )
@@ -291,19 +293,10 @@ class Layer:
                 assert isinstance(self.rule, MatrixRule)
                 parts.append(P.square(self.rule.joined(self.module, gradients, P.bias)))
             else:
-                g = gradients[name]
-                scaled = (g * P).flatten() if isinstance(P, Tensor) else None
-                flat = g.flatten()
-                parts.append(flat.dot(flat) * P if scaled is None else flat.dot(scaled))
+                g = gradients[name].to(self.dtype).flatten()
+                scaled = g * P.to(self.dtype).flatten() if isinstance(P, Tensor) else None
+                parts.append(g.dot(g) * P if scaled is None else g.dot(scaled))
         return torch.stack(parts).sum()
-
-    def plain_length(self) -> Tensor | None:
-        """gbar^T P gbar of the plain gradient, from its coordinates; None where they lack."""
-        P = self.gain.get("weight")
-        if len(self.gain) > 1 or len(self.blocks) > 1 or not isinstance(P, Kronecker):
-            return None
-        found = self.coordinates.get(self.blocks[0])
-        return None if found is None else found.length(P)
 
     def x(self, stage: Stage) -> Tensor:
         """A pass's state."""

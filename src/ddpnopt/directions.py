@@ -13,7 +13,7 @@ import torch
 
 from ddpnopt.bellman import Layer
 from ddpnopt.layers import MatrixRule
-from ddpnopt.layers.coordinates import unlike
+from ddpnopt.layers.coordinates import Coordinates, unlike
 from ddpnopt.positions import Kronecker
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
@@ -21,6 +21,42 @@ from ddpnopt.weighted import Weighted
 
 #: Of |p.grad|: less is the rounding of another order of summation.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5}
+
+
+def coordinates_of(layer: Layer) -> Coordinates | None:
+    """The layer's coordinates, if it ran in one pass and they were kept."""
+    return layer.coordinates.get(layer.blocks[0]) if len(layer.blocks) == 1 else None
+
+
+def besides(layer: Layer, known: Mapping[str, Tensor], scale: float) -> Tensor | None:
+    """What p.grad of the layer's matrix holds besides the plain gradient; None for nothing.
+
+    Args:
+        layer: The layer, its coordinates kept; remembers the answer.
+        known: p.grad of the matrix's parameters; those it is not computed for are left out.
+        scale: r.
+    """
+    if layer.besides is not None:
+        return layer.besides[0]
+    found = coordinates_of(layer)
+    assert found is not None and isinstance(layer.rule, MatrixRule)
+    rest = None
+    if known:
+        plain = found.plain() * scale
+        bias = found.U.shape[-1] > found.free
+        parts = {**layer.rule.parted(layer.module, plain, bias), **known}
+        D = layer.rule.joined(layer.module, parts, bias).to(plain.dtype)
+        rest = unlike(D, plain, ROUNDING.get(D.dtype, 1e-5))
+    layer.besides = (rest,)
+    return rest
+
+
+def sampled_length(layer: Layer, known: Mapping[str, Tensor], scale: float) -> Tensor | None:
+    """gbar^T P gbar from the samples' coordinates; None where p.grad is something else."""
+    P, found = layer.gain.get("weight"), coordinates_of(layer)
+    if found is None or len(layer.gain) > 1 or not isinstance(P, Kronecker):
+        return None
+    return found.length(P) if besides(layer, known, scale) is None else None
 
 
 def sampled_direction(
@@ -31,31 +67,23 @@ def sampled_direction(
     Args:
         layer: The layer, one pass.
         P: M^-1.
-        known: p.grad of the matrix's parameters; those it is not computed for are left out.
+        known: As for `besides`.
         vectors: The policy's (coefficient - 1) g.
         scale: r.
 
     Returns:
         (g, o, i), in the matrix's own layout.
     """
-    (stage, *others) = layer.blocks
-    found = layer.coordinates.get(stage)
-    if others or found is None or not isinstance(vectors, Weighted):
+    found = coordinates_of(layer)
+    if found is None or not isinstance(vectors, Weighted):
         return None
     direction = found.direction(P, (1 + vectors.a) * scale)
-    if known:
-        assert isinstance(layer.rule, MatrixRule)
-        plain = found.plain() * scale
-        parts = {**layer.rule.parted(layer.module, plain, P.bias), **known}
-        D = layer.rule.joined(layer.module, parts, P.bias).to(plain.dtype)
-        rest = unlike(D, plain, ROUNDING.get(D.dtype, 1e-5))
-        if rest is not None:
-            direction = direction + P(rest)
-    return direction
+    rest = besides(layer, known, scale)
+    return direction if rest is None else direction + P(rest)
 
 
 def reweighted_length(layer: Layer, vectors: Blocks) -> Tensor:
     """d^T P d of the re-weighted samples' sum, from their coordinates."""
-    P = layer.gain["weight"]
-    assert isinstance(P, Kronecker) and isinstance(vectors, Weighted)
-    return layer.coordinates[layer.blocks[0]].length(P, 1 + vectors.a)
+    P, found = layer.gain["weight"], coordinates_of(layer)
+    assert isinstance(P, Kronecker) and isinstance(vectors, Weighted) and found is not None
+    return found.length(P, 1 + vectors.a)

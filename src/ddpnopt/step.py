@@ -16,7 +16,7 @@ from torch import nn
 
 from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
-from ddpnopt.directions import reweighted_length, sampled_direction
+from ddpnopt.directions import reweighted_length, sampled_direction, sampled_length
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.parameters import named_parameters
@@ -221,11 +221,15 @@ class Step:
         1^T Gram 1 the first time.
         """
         self._weights[layer.name] = weight
-        known: float | Tensor | None = self._known_length(layer)
-        known = layer.plain_length() if known is None else known
+        known = self._known_length(layer)
         if known is not None:
             return Coupling(known)
         gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
+        own = {n: g for n, g in gradients.items() if g is not None}
+        if layer.coordinates and len(own) == len(gradients):
+            sampled = sampled_length(layer, own, self.settings.correction_scale)
+            if sampled is not None:
+                return Coupling(sampled)
         if any(g is None for g in gradients.values()):
             if layer.name in self.running:
                 return Coupling(rho=self.running[layer.name])

@@ -206,6 +206,23 @@ class LayerRule:
                 total = total + torch.einsum("rbi,sbi->brs", weighted, G)
         return total
 
+    def curvature(
+        self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
+    ) -> Tensor:
+        """D = g_u^T P g_u per sample, the Gram matrix of all unit vectors of h-space.
+
+        Args:
+            module: The layer.
+            x: Its state.
+            V: A vector in h-space, for its shape.
+            gain: As in `gram`.
+            samples: Number of samples B in dimension 0.
+
+        Returns:
+            (B, H, H).
+        """
+        return self.gram(module, x, unit_columns(V, samples), gain, samples)
+
     def kept_gram(
         self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
     ) -> tuple[Tensor, Kept] | None:
@@ -224,6 +241,13 @@ class LayerRule:
         """The bias's part of `gradient`: the sum over all axes but the features'."""
         axis = self.feature_axis % V.dim()
         return V.sum([d for d in range(V.dim()) if d != axis])
+
+
+def unit_columns(like: Tensor, samples: int) -> Tensor:
+    """Unit vectors of a sample's elements, the same for all samples: (X, *shape)."""
+    elements = like.numel() // samples
+    unit = torch.eye(elements, dtype=like.dtype, device=like.device)
+    return unit[:, None].expand(-1, samples, -1).reshape(elements, *like.shape)
 
 
 def _parameters(module: nn.Module, x: Tensor) -> dict[str, Tensor]:

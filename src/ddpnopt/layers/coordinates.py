@@ -25,12 +25,14 @@ class Coordinates:
         V: (b, g, t, o) gradients at each position.
         inputs: U in the coordinates of the gain.
         outputs: V in them.
+        free: Inputs without the constant.
     """
 
     U: Float[Tensor, "b g t i"]
     V: Float[Tensor, "b g t o"]
     inputs: Float[Tensor, "b g t j"]
     outputs: Float[Tensor, "b g t p"]
+    free: int
 
     @staticmethod
     def of(
@@ -38,9 +40,10 @@ class Coordinates:
     ) -> Coordinates:
         """The coordinates of a gain, whose own U has no constant yet."""
         inputs, outputs = gain.transform(U, V[None])
+        free = U.shape[-1]
         if gain.bias:
             U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
-        return Coordinates(U, V, inputs, outputs[0])
+        return Coordinates(U, V, inputs, outputs[0], free)
 
     @staticmethod
     def pays(U: Float[Tensor, "b g t i"], V: Float[Tensor, "b g t o"]) -> bool:
