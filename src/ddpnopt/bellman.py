@@ -7,9 +7,8 @@ What it needs of the linearised dynamics has been kept by `linearise`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import overload
 
 import torch
 from torch import nn
@@ -17,39 +16,15 @@ from torch import nn
 from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule
 from ddpnopt.layers.base import Kept
-from ddpnopt.linearise import cast_state, per_sample, unit_columns
+from ddpnopt.layers.coordinates import Coordinates
+from ddpnopt.linearise import cast_state, per_sample
 from ddpnopt.matrices import Matrices
 from ddpnopt.parameters import parameters
-from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.positions import Gain, Kronecker, weight_gram
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks, Coupling, Policy, Recursion
-
-
-class Weighted(Sequence[Tensor]):
-    """The h-space vectors a g, one for each pass; formed only where they are looked at."""
-
-    def __init__(self, layer: Layer, a: Tensor) -> None:
-        self.layer, self.a = layer, a
-
-    def __len__(self) -> int:
-        """Number of passes."""
-        return len(self.layer.blocks)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        """The vectors of some passes."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        layer = self.layer
-        G = layer.G(layer.blocks[index])
-        a = torch.split(self.a, layer.counts)[index].to(G.dtype)
-        return (G.reshape(len(a), -1) * a[:, None]).reshape(G.shape)
+from ddpnopt.weighted import Weighted
 
 
 @dataclass(eq=False)
@@ -71,6 +46,8 @@ class Layer:
         sketch: Generator of sketched Gram matrices; None for exact ones.
         strength: The factor on S that suits the curvature.
         kept: The samples' own gradients by pass, where the Gram products formed them.
+        coordinates: By pass, under a Kronecker-factored curvature, where that saves work.
+        besides: What p.grad holds besides the plain gradient, once compared.
         segments: Its time steps of each pass cut at its layers, for second-order dynamics.
     """
 
@@ -89,6 +66,8 @@ class Layer:
     policy: Policy | None = None
     keep_gain: bool = True
     kept: dict[Stage, Kept] = field(default_factory=dict)
+    coordinates: dict[Stage, Coordinates] = field(default_factory=dict)
+    besides: tuple[Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         """All products are made in the layer's own dtype, whatever autocast recorded.
@@ -112,11 +91,22 @@ class Layer:
 
     def _gram(self, stage: Stage, samples: int) -> Tensor:
         columns = self.columns(stage)
+        P = self.gain.get("weight")
+        if isinstance(P, Kronecker) and len(columns) == 1 and isinstance(self.rule, MatrixRule):
+            U = self.rule.inputs(self.module, self.x(stage), samples)
+            V = self.rule.outputs(self.module, columns, samples)[0]
+            if Coordinates.pays(U, V):
+                found = self.coordinates[stage] = Coordinates.of(U, V, P)
+                part = weight_gram(found.inputs, found.outputs[None], P.scale)
+                rest = {name: one for name, one in self.gain.items() if name != "weight"}
+                if not rest:
+                    return part
+                return part + self.rule.gram(self.module, self.x(stage), columns, rest, samples)
         if self.sketch is None and len(columns) == 1:
-            found = self.rule.kept_gram(self.module, self.x(stage), columns, self.gain, samples)
-            if found is not None:
-                self.kept[stage] = found[1]
-                return found[0]
+            kept = self.rule.kept_gram(self.module, self.x(stage), columns, self.gain, samples)
+            if kept is not None:
+                self.kept[stage] = kept[1]
+                return kept[0]
         return self.rule.gram(self.module, self.x(stage), columns, self.gain, samples, self.sketch)
 
     def h_gram(self) -> Tensor:
@@ -143,8 +133,8 @@ class Layer:
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
         """a g + Z b."""
-        if b is None and a is not None and self.kept:
-            return Weighted(self, a)
+        if b is None and a is not None and (self.kept or self.coordinates):
+            return Weighted([self.G(s) for s in self.blocks], a, self.counts)
         out = []
         at = 0
         for stage, samples in zip(self.blocks, self.counts, strict=True):
@@ -174,7 +164,7 @@ class Layer:
         """D, the Gram matrix of all unit vectors of h-space."""
         return torch.cat(
             [
-                self.rule.gram(self.module, self.x(s), unit_columns(self.G(s), n), self.gain, n)
+                self.rule.curvature(self.module, self.x(s), self.G(s), self.gain, n)
                 for s, n in self.pairs()
             ]
         )
@@ -303,7 +293,9 @@ class Layer:
                 assert isinstance(self.rule, MatrixRule)
                 parts.append(P.square(self.rule.joined(self.module, gradients, P.bias)))
             else:
-                parts.append((gradients[name].square() * P).sum())
+                g = gradients[name].to(self.dtype).flatten()
+                scaled = g * P.to(self.dtype).flatten() if isinstance(P, Tensor) else None
+                parts.append(g.dot(g) * P if scaled is None else g.dot(scaled))
         return torch.stack(parts).sum()
 
     def x(self, stage: Stage) -> Tensor:

@@ -271,7 +271,22 @@ class Borrowed:
         names = self.joined(layer)
         decayed = {name: self.decayed(layer.params[name], d[name]) for name in names}
         D = layer.rule.joined(layer.module, decayed, "bias" in names)
-        direction = self.joint_gain(layer, joint, 1.0)(D)
+        self._move(layer, self.joint_gain(layer, joint, 1.0)(D), joint)
+
+    def joint_move(self, layer: Layer, direction: Tensor, joint: Mapping[str, Any]) -> None:
+        """u <- u - eta M^-1 d, M^-1 (d - weight decay) given, as the layer's matrix."""
+        assert isinstance(layer.rule, MatrixRule)
+        names = self.joined(layer)
+        if any(self.hyper[layer.params[name]].weight_decay for name in names):
+            zero = {name: torch.zeros_like(layer.params[name]) for name in names}
+            decay = {name: self.decayed(layer.params[name], zero[name]) for name in names}
+            D = layer.rule.joined(layer.module, decay, "bias" in names)
+            direction = direction + self.joint_gain(layer, joint, 1.0)(D)
+        self._move(layer, direction, joint)
+
+    def _move(self, layer: Layer, direction: Tensor, joint: Mapping[str, Any]) -> None:
+        assert isinstance(layer.rule, MatrixRule)
+        names = self.joined(layer)
         for name, step in layer.rule.parted(layer.module, direction, "bias" in names).items():
             p = layer.params[name]
             hyper = self.hyper[p]

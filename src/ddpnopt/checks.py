@@ -138,7 +138,11 @@ def check_gradients(
     """
     stepped = [p for p in borrowed.hyper if p.requires_grad]
     sizes = gradient_norms(stepped)
-    if held or not all(map(math.isfinite, sizes.values())):
+    finite = all(map(math.isfinite, sizes.values()))
+    if held and finite:
+        seen = [s.G for t in trajectories for s in t.stages if s.G is not None and s.G.numel()]
+        finite = not seen or bool(norms(seen).isfinite().all())
+    if not finite:
         place = first_nonfinite(trajectories, names)
         if place:
             raise NonFiniteError(

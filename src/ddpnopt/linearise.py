@@ -14,10 +14,19 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.layers.base import unit_columns
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.terminal import Cost
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import ValueFunction
+
+#: Nodes of the graph that apply one function to every entry of their one input.
+ELEMENTWISE = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Tanh Relu Sigmoid Softplus Gelu Silu Elu LeakyRelu Hardtanh Mish Hardswish LogSigmoid"
+    ).split()
+)
 
 
 def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: ValueFunction) -> None:
@@ -82,12 +91,32 @@ def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: 
     else:
         columns = unit_columns(upper.stage.x, samples)
     for one in links:
-        (J,) = _vjp(upper, columns, [one.h])
-        one.stage.fresh_Z["J"] = per_sample(_batched(one.stage, J), samples)
+        slope = _slope(upper, one)
+        if slope is not None:
+            one.stage.fresh_Z["J"] = torch.diag_embed(slope.reshape(samples, -1))
+        else:
+            (J,) = _vjp(upper, columns, [one.h])
+            one.stage.fresh_Z["J"] = per_sample(_batched(one.stage, J), samples)
         upper = one
         if not any(upper.x):
             break
         columns = unit_columns(upper.stage.x, samples)
+
+
+def _slope(upper: Link, lower: Link) -> Tensor | None:
+    """The derivative of a segment that is one elementwise function; None for others.
+
+    Its Jacobian is diagonal: one gradient gives it, where a general one takes a column a unit.
+    """
+    edge, h = upper.x[0] if len(upper.x) == 1 else None, lower.h
+    if edge is None or h is None or upper.stage.plain or upper.stage.unbatched:
+        return None
+    before = edge.node.next_functions
+    if edge.node.name() not in ELEMENTWISE or not before or before[0][0] != h.node:
+        return None
+    ones = torch.ones_like(upper.stage.x)
+    (slope,) = torch.autograd.grad((edge,), (h,), (ones,), retain_graph=True)
+    return slope
 
 
 def _vjp(link: Link, columns: Tensor, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -165,13 +194,6 @@ def second_derivative(h: Tensor, end: Tensor, V: Tensor, samples: int) -> Tensor
 def cast_state(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A state in another dtype; indices stay what they are."""
     return x if x.dtype == dtype or not x.is_floating_point() else x.to(dtype)
-
-
-def unit_columns(like: Tensor, samples: int) -> Tensor:
-    """Unit vectors of a sample's elements, the same for all samples: (X, *shape)."""
-    elements = like.numel() // samples
-    unit = torch.eye(elements, dtype=like.dtype, device=like.device)
-    return unit[:, None].expand(-1, samples, -1).reshape(elements, *like.shape)
 
 
 def per_sample(columns: Tensor, samples: int) -> Tensor:

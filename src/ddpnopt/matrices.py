@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ddpnopt.layers import MatrixRule
-from ddpnopt.linearise import second_derivative, unit_columns
+from ddpnopt.layers.base import unit_columns
+from ddpnopt.linearise import second_derivative
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks

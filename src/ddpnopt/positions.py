@@ -15,6 +15,17 @@ import torch
 from ddpnopt.typing import Float, Tensor
 
 
+def transformed(U: Tensor, T: Tensor) -> Tensor:
+    """T u for each u along the last axis of (.., g, t, i), T (g, j, i).
+
+    One product over all samples and positions: a broadcast one would read T for every sample.
+    """
+    T = T.to(U.dtype)
+    if T.shape[0] == 1:
+        return torch.nn.functional.linear(U, T[0])
+    return torch.einsum("...gti,gji->...gtj", U, T)
+
+
 @dataclass(frozen=True, eq=False)
 class Kronecker:
     """A gain P = T^T diag(scale) T with T = T_G (x) T_A on a layer's matrix.
@@ -40,8 +51,7 @@ class Kronecker:
         """Inputs and outputs in coordinates in which P is the number or the diagonal `scale`."""
         if self.bias:
             U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
-        T_A, T_G = self.T_A.to(U.dtype), self.T_G.to(V.dtype)
-        return U @ T_A.mT, V @ T_G.mT
+        return transformed(U, self.T_A), transformed(V, self.T_G)
 
     def coordinates(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
         """A weight gradient in those coordinates."""

@@ -29,9 +29,10 @@ def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory])
     recurse(recorder, step, trajectories)
     if all(t.call is not None for t in trajectories):
         rollout(recorder, trajectories, step.layers, step.apply)
-        return
-    for layer in step.layers.values():  # open loop
-        step.apply(layer, None)
+    else:  # open loop
+        for layer in step.layers.values():
+            step.apply(layer, None)
+    step.settle()
 
 
 def recurse(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:

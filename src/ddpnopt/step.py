@@ -16,6 +16,7 @@ from torch import nn
 
 from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
+from ddpnopt.directions import reweighted_length, sampled_direction, sampled_length
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.parameters import named_parameters
@@ -82,6 +83,7 @@ class Step:
     reports: list[LayerReport] = field(default_factory=list)
     _plain: dict[Tensor, Tensor] = field(default_factory=dict)
     _weights: dict[str, Tensor] = field(default_factory=dict)
+    _ratios: dict[str, Tensor] = field(default_factory=dict)
 
     def build(self) -> None:
         """Gather each active layer's executions over all passes.
@@ -223,6 +225,11 @@ class Step:
         if known is not None:
             return Coupling(known)
         gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
+        own = {n: g for n, g in gradients.items() if g is not None}
+        if layer.coordinates and len(own) == len(gradients):
+            sampled = sampled_length(layer, own, self.settings.correction_scale)
+            if sampled is not None:
+                return Coupling(sampled)
         if any(g is None for g in gradients.values()):
             if layer.name in self.running:
                 return Coupling(rho=self.running[layer.name])
@@ -264,6 +271,16 @@ class Step:
             for n, p in layer.params.items()
             if not self._is_held(n, p) and p.grad is not None
         }
+        joint = self.joints.get(layer.name)
+        joined = self.borrowed.joined(layer) if joint is not None else ()
+        if joint is not None and len(joined) == len(layer.params):
+            P = self.borrowed.joint_gain(layer, joint, 1.0)
+            direction = sampled_direction(layer, P, known, vectors, scale)
+            if direction is not None:
+                if len(known) < len(joined):
+                    self._remember_coupling(layer, reweighted_length(layer, vectors))
+                self.borrowed.joint_move(layer, direction, joint)
+                return
         if len(known) == len(layer.params):
             d = layer.onto(known, vectors, scale)
         else:
@@ -272,10 +289,8 @@ class Step:
         if bend is not None and dx is not None:
             bent = layer.bent(bend, dx)
             d = {n: g.add(bent[n], alpha=scale) if n in bent else g for n, g in d.items()}
-        joined: tuple[str, ...] = ()
-        if layer.name in self.joints:
-            joined = self.borrowed.joined(layer)
-            self.borrowed.joint_step(layer, d, self.joints[layer.name])
+        if joint is not None:
+            self.borrowed.joint_step(layer, d, joint)
         for name, p in layer.params.items():
             if name not in joined:
                 plain = self.plain_gradient(name, p)
@@ -289,25 +304,31 @@ class Step:
         scale = self.settings.correction_scale
         joint = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
         total = layer.weighted(joint)
-        self._remember_coupling(layer, total)
+        used = {n: g for n, g in total.items() if n in layer.params}
+        self._remember_coupling(layer, layer.length(used))
         d = {n: total[n] if scale == 1.0 else total[n] * scale for n in layer.params}
         if "bias" in known:
             biases = [layer.rule.bias_gradient(layer.module, v) for v in vectors]
             d["bias"] = known["bias"].add(torch.stack(biases).sum(0), alpha=scale)
         return d
 
-    def _remember_coupling(self, layer: Layer, total: dict[str, Tensor]) -> None:
+    def _remember_coupling(self, layer: Layer, length: Tensor) -> None:
         """rho of this step, as seen from the re-weighted samples, for the next."""
         weight = self._weights.get(layer.name)
         coefficient = layer.policy.coefficient if layer.policy is not None else None
         if weight is None or coefficient is None:
             return
-        used = {n: g for n, g in total.items() if n in layer.params}
-        (ratio,) = mean_field(
-            [Coupling(layer.length(used))], (weight * coefficient.square())[None]
-        ).tolist()
-        before = self.running.get(layer.name, ratio)
-        self.running[layer.name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
+        own = (weight * coefficient.square())[None]
+        self._ratios[layer.name] = mean_field([Coupling(length)], own)[0]
+
+    def settle(self) -> None:
+        """Keep this step's rho for the next ones; one synchronisation for all layers."""
+        if not self._ratios:
+            return
+        ratios = torch.stack([one.cpu() for one in self._ratios.values()]).tolist()
+        for name, ratio in zip(self._ratios, ratios, strict=True):
+            before = self.running.get(name, ratio)
+            self.running[name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
 
     def _report(self, layer: Layer, vectors: Blocks, dx: Blocks | None) -> None:
         policy = layer.policy

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -116,7 +116,8 @@ class Anatomy:
         Args:
             weight_gradients: Whether the layers' weights are among them.
         """
-        used: list[Tensor] = [p for p in self.model.parameters() if self.trainable(p)]
+        own = {id(p): p for m in self.modules for p in m._parameters.values() if p is not None}
+        used: list[Tensor] = [p for p in own.values() if self.trainable(p)]
         if weight_gradients:
             return used
         held = {id(w) for m in self.layers().values() if (w := held_weight(m)) is not None}
@@ -169,7 +170,7 @@ class Ledger:
     def enter(
         self,
         index: int,
-        module: nn.Module,
+        own: Sequence[nn.Parameter],
         inputs: list[Tensor],
         outputs: list[Tensor],
         boundary: bool,
@@ -182,7 +183,7 @@ class Ledger:
 
         Args:
             index: Number of the stage.
-            module: The layer.
+            own: The layer's parameters.
             inputs: Its input tensors.
             outputs: Its output tensors.
             boundary: The layer can take part in feedback.
@@ -213,7 +214,7 @@ class Ledger:
         if boundary:
             self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
             self._outputs.update({node: index for node in self._latest})
-            self._leaves.update({id(p): index for p in parameters(module)})
+            self._leaves.update({id(p): index for p in own})
 
     def hidden(self, trajectory: Trajectory) -> str:
         """Why layers may have run unseen, or ''."""

@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from ddpnopt.arrivals import Arrivals, gradient_at_boundary, gradient_at_h, gradient_at_x
 from ddpnopt.certify import doubt
 from ddpnopt.inert import Anchor, Hook, probes, probing
-from ddpnopt.layers import FALLBACK, reason_against, rule_for
+from ddpnopt.layers import FALLBACK, reason_against, rule_for, rule_of_call
 from ddpnopt.parameters import parameters
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
@@ -278,21 +278,21 @@ class Recorder:
         assert trajectory is not None
         inputs = [a for a in given if isinstance(a, Tensor)]
         out = tensors[0]
-        against = reason_against(module, given, len(tensors))
-        rule = None if against else rule_for(module)
+        rule, against = rule_of_call(module, given, len(tensors))
         aliases = tuple(t.detach() for t in inputs)
         state = rule.pack(module, aliases) if rule is not None else (*aliases, out.detach())[0]
         unbatched = rule is not None and state.dim() < rule.batched_dim(module)
         rows = out.shape[0] if out.dim() and not unbatched else 1
         versions = tuple(-1 if t.is_inference() else t._version for t in inputs)
         state = state[None] if unbatched else state
-        weights = sum(p._version for p in parameters(module))
+        own = parameters(module)
+        weights = sum([p._version for p in own])
         stage = Stage(
             name, module, rule, state, aliases, versions, rows, unbatched, weights, plain=against
         )
         index = len(trajectory.stages)
-        boundary = rule is not None and self.anatomy.is_layer(module)
-        self._ledger.enter(index, module, inputs, tensors, boundary)
+        boundary = rule is not None and any(map(self.trainable, own))
+        self._ledger.enter(index, own, inputs, tensors, boundary)
         trajectory.stages.append(stage)
         self._last, trajectory.z_version = out, -1 if out.is_inference() else out._version
         if out.requires_grad:

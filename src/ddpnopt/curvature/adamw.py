@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State
+from ddpnopt.curvature.base import Curvature, State, inverse_where, larger
 from ddpnopt.typing import Tensor
 
 
@@ -59,8 +59,7 @@ class AdamW(Curvature):
         that never had a gradient does not move (0, not inf).
         """
         assert moment is not None
-        M = self._denominator(moment, state.get("step", 0) + 1)
-        return torch.where(moment > 0, M.reciprocal(), torch.zeros_like(M))
+        return inverse_where(moment, self._denominator(moment, state.get("step", 0) + 1))
 
     def update(
         self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
@@ -76,10 +75,10 @@ class AdamW(Curvature):
 
     def _denominator(self, moment: Tensor, step: int) -> Tensor:
         correction = float((1 - self.betas[1] ** step) ** 0.5)
-        return (moment.sqrt() / correction).add_(self.eps)
+        return moment.sqrt().div_(correction).add_(self.eps)
 
     def follow(
         self, state: State, gradient: Tensor, d: Tensor, moment: Tensor | None
     ) -> Tensor | None:
         """Feed v with max(g^2, d^2): what shrinks d must not be divided out again by sqrt(v)."""
-        return self.moment(state, torch.where(d.abs() > gradient.abs(), d, gradient), None)
+        return self.moment(state, larger(d, gradient), None)

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+
 from ddpnopt.typing import Tensor
 
 State = Mapping[str, Any]
@@ -78,3 +80,15 @@ def momentum_step(
     buffer = direction.clone() if buffer is None else buffer.mul(momentum).add_(direction)
     p.add_(buffer, alpha=-lr)
     return {"momentum_buffer": buffer}
+
+
+def inverse_where(moment: Tensor, M: Tensor) -> Tensor:
+    """1 / M where the moment is positive, else 0."""
+    inverse = M.reciprocal_()
+    return inverse.masked_fill_(moment <= 0, 0.0)
+
+
+def larger(first: Tensor, second: Tensor) -> Tensor:
+    """The larger absolute value of each entry."""
+    size = first.abs()
+    return torch.maximum(size, second.abs(), out=size)

@@ -18,7 +18,7 @@ import torch
 
 from ddpnopt.curvature.base import Curvature, State, momentum_step
 from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
-from ddpnopt.positions import Kronecker, weight_squares
+from ddpnopt.positions import Kronecker, transformed, weight_squares
 from ddpnopt.typing import Tensor
 
 #: Inputs U (b, g, t, i) and gradients V (b, g, t, o) of one pass.
@@ -190,7 +190,9 @@ class EKFAC(Joint):
     ) -> None:
         """s, the samples' squared gradients in the eigenbasis."""
         T_A, T_G = new["T_A"], new["T_G"]
-        now = _sum([weight_squares(U @ T_A.mT, V @ T_G.mT) for U, V in factors]) / max(samples, 1)
+        now = _sum(
+            [weight_squares(transformed(U, T_A), transformed(V, T_G)) for U, V in factors]
+        ) / max(samples, 1)
         new["scale"] = self._mean(new.get("scale", state.get("scale")), now, new["step"])
 
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State
+from ddpnopt.curvature.base import Curvature, State, inverse_where, larger
 from ddpnopt.typing import Tensor
 
 SECOND_MOMENTS = ("batch", "per_sample")
@@ -66,7 +66,7 @@ class RMSprop(Curvature):
         """
         assert moment is not None
         M = moment.sqrt().add_(self.eps)
-        return torch.where(moment > 0, M.reciprocal(), torch.zeros_like(M))
+        return inverse_where(moment, M)
 
     def update(
         self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
@@ -89,5 +89,4 @@ class RMSprop(Curvature):
         """Feed v with max(g^2, d^2): what shrinks d must not be divided out again by sqrt(v)."""
         if self.second_moment == "per_sample":
             return moment
-        larger = torch.where(d.abs() > gradient.abs(), d, gradient)
-        return self.moment(state, larger, None)
+        return self.moment(state, larger(d, gradient), None)

@@ -10,6 +10,7 @@ from ddpnopt.layers.base import (
     register,
     registered,
     rule_for,
+    rule_of_call,
 )
 from ddpnopt.layers.matrix import MatrixRule
 
@@ -27,4 +28,5 @@ __all__ = [
     "register",
     "registered",
     "rule_for",
+    "rule_of_call",
 ]

@@ -206,6 +206,23 @@ class LayerRule:
                 total = total + torch.einsum("rbi,sbi->brs", weighted, G)
         return total
 
+    def curvature(
+        self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
+    ) -> Tensor:
+        """D = g_u^T P g_u per sample, the Gram matrix of all unit vectors of h-space.
+
+        Args:
+            module: The layer.
+            x: Its state.
+            V: A vector in h-space, for its shape.
+            gain: As in `gram`.
+            samples: Number of samples B in dimension 0.
+
+        Returns:
+            (B, H, H).
+        """
+        return self.gram(module, x, unit_columns(V, samples), gain, samples)
+
     def kept_gram(
         self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
     ) -> tuple[Tensor, Kept] | None:
@@ -224,6 +241,13 @@ class LayerRule:
         """The bias's part of `gradient`: the sum over all axes but the features'."""
         axis = self.feature_axis % V.dim()
         return V.sum([d for d in range(V.dim()) if d != axis])
+
+
+def unit_columns(like: Tensor, samples: int) -> Tensor:
+    """Unit vectors of a sample's elements, the same for all samples: (X, *shape)."""
+    elements = like.numel() // samples
+    unit = torch.eye(elements, dtype=like.dtype, device=like.device)
+    return unit[:, None].expand(-1, samples, -1).reshape(elements, *like.shape)
 
 
 def _parameters(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -285,7 +309,19 @@ def rule_for(module: nn.Module) -> LayerRule | None:
 
 def reason_against(module: nn.Module, given: Sequence[object], outputs: int = 1) -> str:
     """Why a module called with these arguments has no rule; empty if it has one."""
+    return rule_of_call(module, given, outputs)[1]
+
+
+def rule_of_call(
+    module: nn.Module, given: Sequence[object], outputs: int = 1
+) -> tuple[LayerRule | None, str]:
+    """The rule of a module called with these arguments; or None, and why it has none."""
     rule = registered(module) or FALLBACK
+    reason = _refusal(rule, module, given, outputs)
+    return (None, reason) if reason else (rule, "")
+
+
+def _refusal(rule: LayerRule, module: nn.Module, given: Sequence[object], outputs: int) -> str:
     kind = type(module).__name__
     if reason := rule.refusal(module):
         return reason

@@ -11,7 +11,7 @@ from torch import nn
 
 from ddpnopt.layers.base import register
 from ddpnopt.layers.matrix import MatrixRule
-from ddpnopt.positions import Gain
+from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
 
 
@@ -71,6 +71,24 @@ class LinearRule(MatrixRule):
         squares = V[0].square().sum(1).mul_(x.square().sum(1).mul_(P_W).add_(P_b))
         return squares[:, None, None]
 
+    def curvature(
+        self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
+    ) -> Tensor:
+        """At one position: (P_W |x|^2 + P_b) I, diag(P_W x^2 + P_b), or (x^T A^-1 x) G^-1."""
+        P_W, P_b = gain.get("weight", 0.0), gain.get("bias", 0.0)
+        if x.dim() != 2 or x.shape[0] != samples or isinstance(P_b, Kronecker):
+            return super().curvature(module, x, V, gain, samples)
+        if isinstance(P_W, Kronecker):
+            found = _kronecker_curvature(P_W, x)
+        elif isinstance(P_W, Tensor):
+            found = torch.diag_embed(x.square() @ P_W.mT)
+        else:
+            scale = x.square().sum(1).mul_(P_W)
+            found = torch.diag_embed(scale[:, None].expand(-1, V.shape[1]))
+        if "bias" in gain:
+            found.diagonal(dim1=1, dim2=2).add_(P_b)
+        return found
+
     def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
         """x itself."""
         return x.reshape(samples, 1, -1, x.shape[-1])
@@ -86,3 +104,15 @@ class LinearRule(MatrixRule):
     def from_matrix(self, module: nn.Module, W: Tensor) -> Tensor:
         """One group."""
         return W[0]
+
+
+def _kronecker_curvature(P: Kronecker, x: Tensor) -> Tensor:
+    """T_G^T diag_o(sum_j scale_oj (T_A x)_j^2) T_G for each sample."""
+    if P.bias:
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    squares = (x @ P.T_A[0].to(x.dtype).mT).square()
+    T_G = P.T_G[0].to(x.dtype)
+    if isinstance(P.scale, Tensor):
+        rows = squares @ P.scale[0].to(x.dtype).mT
+        return T_G.mT @ (rows[:, :, None] * T_G)
+    return (squares.sum(1) * P.scale)[:, None, None] * (T_G.mT @ T_G)

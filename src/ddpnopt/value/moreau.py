@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -116,15 +117,33 @@ class _Envelope(Recursion):
             s = s * mean_field(self._couplings, squares)[:, None]
         # An overflow to infinity would make q - S l' undefined; any huge S gives the same step.
         S = (s.cumsum_(0) + self.S).clamp_(max=torch.finfo(s.dtype).max ** 0.5)
-        before = [self.S, *S[:-1]]
+        own = S if self.options.own_layer else torch.cat([self.S[None], S[:-1]])
+        feedforward = _Feedforward(self.coefficient, self.line, own)
         for index, policy in enumerate(self._waiting):
-            policy.S = S[index] if self.options.own_layer else before[index]
+            policy.S, policy.feedforward, policy.index = own[index], feedforward, index
         self.S = S[-1]
         self._waiting, self._squares, self._strengths, self._couplings = [], [], [], []
 
 
+@dataclass(eq=False)
+class _Feedforward:
+    """The coefficients of all layers at q = 0, found at once."""
+
+    rule: Rule
+    line: Line
+    S: Tensor
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """(layers, B)."""
+        return self.rule(self.line, self.S, None)
+
+
 class _EnvelopePolicy(Policy):
     """d_t = sum_i w V_t'(q_t) g_u,i, q_t = g_x . dx_t in units of the plain loss."""
+
+    feedforward: _Feedforward
+    index: int
 
     def __init__(self, rule: Rule, line: Line, w: Tensor) -> None:
         self.rule, self.line, self.w = rule, line, w
@@ -132,6 +151,8 @@ class _EnvelopePolicy(Policy):
     def __call__(self, maps: Maps, dx: Blocks | None) -> Blocks:
         """The h-space vectors (coefficient - 1) g."""
         assert self.S is not None, "the recursion has not been closed"
-        q = None if dx is None else maps.project(dx)[:, 0] / self.w
-        self.coefficient = self.rule(self.line, self.S, q)
+        if dx is None:
+            self.coefficient = self.feedforward.coefficients[self.index]
+        else:
+            self.coefficient = self.rule(self.line, self.S, maps.project(dx)[:, 0] / self.w)
         return maps.combine(self.coefficient - 1, None)
