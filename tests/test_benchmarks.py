@@ -125,10 +125,7 @@ def test_memory_and_operations_are_those_of_the_step() -> None:
     weights = 4 * 5578 / MIB
     assert 2 * weights <= sgd.held_mib < 2.05 * weights
     assert 4 * weights <= adam.held_mib < 4.1 * weights
-    # The states of 32 samples are what lives besides.
-    states = 4 * 32 * (4 * 32 + 10) / MIB
-    assert sgd.tensor_mib >= 2 * weights + states / 2
-    assert sgd.steady_mib <= sgd.tensor_mib
+    assert sgd.held_mib < sgd.steady_mib <= sgd.tensor_mib < 3 * weights
     assert sgd.gflop == adam.gflop
     # 2 operations a product; three products a weight and sample, less the first input gradient.
     products = 64 * 32 + 3 * 32 * 32 + 32 * 10
@@ -202,7 +199,7 @@ def test_names_and_patterns() -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--only", "no such"], "DDPNOpt closed loop"),
+        (["--only", "no such"], "RMSprop"),
         (["--nets", "7"], "784-512x4-10"),
         (["--part", "no such"], "growth"),
         (["--device", "no such"], "--device"),

@@ -152,8 +152,9 @@ def _row(problem: Network, search: Search, rates: pd.DataFrame, points: float) -
         "optimizer": search.optimizer,
         "published": "" if printed is None else f"{printed[0]:g} to {printed[1]:g}",
     }
-    if rates.empty:
-        return {**row, "measured": math.nan, "seeds": 0, "verdict": "not run"}
+    if rates.empty or rates["mean"].isna().all():
+        said = "not run" if rates.empty else "not measured: every run crashed"
+        return {**row, "measured": math.nan, "seeds": 0, "verdict": said}
     best = rates.loc[rates["mean"].idxmax()]
     lr = float(best["lr"])
     span = rate_range(rates, float(best["mean"]), points)
@@ -163,7 +164,7 @@ def _row(problem: Network, search: Search, rates: pd.DataFrame, points: float) -
     return {
         **row,
         "measured": lr,
-        "sd": float(best["sd"]),
+        "sd": float(best["sd"]) if best["seeds"] > 1 else math.nan,
         "seeds": int(best["seeds"]),
         "worst": float(best["worst"]),
         "verdict": said,
@@ -177,7 +178,8 @@ def _row(problem: Network, search: Search, rates: pd.DataFrame, points: float) -
 def _view(found: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for row in found.to_dict("records"):
-        ran = row["verdict"] != "not run"
+        ran = not math.isnan(row["measured"])
+        spread = f" ± {row['sd']:.1f}" if ran and not math.isnan(row["sd"]) else ""
         lines.append(
             {
                 "data": str(row["dataset"]).upper(),
@@ -185,7 +187,7 @@ def _view(found: pd.DataFrame) -> pd.DataFrame:
                 "published range": row["published"] or EMPTY,
                 "best rate": f"{row['measured']:g}" if ran else EMPTY,
                 "good rates": f"{row['good_low']:g} to {row['good_high']:g}" if ran else EMPTY,
-                "accuracy there (%)": f"{row['accuracy']:.1f} ± {row['sd']:.1f}" if ran else EMPTY,
+                "accuracy there (%)": f"{row['accuracy']:.1f}{spread}" if ran else EMPTY,
                 "worst seed": f"{row['worst']:.1f}" if ran else EMPTY,
                 "verdict": row["verdict"],
             }
