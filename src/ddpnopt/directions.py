@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""M^-1 d of a layer's matrix under a Kronecker-factored curvature, sample by sample where it pays.
+"""Sums over a layer's samples: d itself, and M^-1 d under a Kronecker-factored curvature.
 
 d = p.grad + r sum_i g_u^T v_i, and p.grad is r sum_i g_u^T g_i unless somebody changed it. So
 M^-1 d is a sum of transformed samples, plus M^-1 of whatever else p.grad holds.
@@ -87,3 +87,12 @@ def reweighted_length(layer: Layer, vectors: Blocks) -> Tensor:
     P, found = layer.gain["weight"], coordinates_of(layer)
     assert isinstance(P, Kronecker) and isinstance(vectors, Weighted) and found is not None
     return found.length(P, 1 + vectors.a)
+
+
+def whole_gradient(layer: Layer, vectors: Blocks) -> dict[str, Tensor]:
+    """sum_i g_u^T (g_i + v_i) by parameter, where no plain gradient is known to add to."""
+    if not layer.kept or not isinstance(vectors, Weighted):
+        whole = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
+        return layer.weighted(whole)
+    zero = {name: torch.zeros_like(p) for name, p in layer.params.items()}
+    return layer.onto(zero, Weighted(vectors.G, 1 + vectors.a, vectors.counts), 1.0)

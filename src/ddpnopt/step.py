@@ -16,7 +16,12 @@ from torch import nn
 
 from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
-from ddpnopt.directions import reweighted_length, sampled_direction, sampled_length
+from ddpnopt.directions import (
+    reweighted_length,
+    sampled_direction,
+    sampled_length,
+    whole_gradient,
+)
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.parameters import named_parameters
@@ -302,12 +307,13 @@ class Step:
     ) -> dict[str, Tensor]:
         """d where p.grad holds the plain gradients of ``known`` alone: those of biases."""
         scale = self.settings.correction_scale
-        joint = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
-        total = layer.weighted(joint)
+        total = whole_gradient(layer, vectors)
         used = {n: g for n, g in total.items() if n in layer.params}
         self._remember_coupling(layer, layer.length(used))
         d = {n: total[n] if scale == 1.0 else total[n] * scale for n in layer.params}
-        if "bias" in known:
+        if "bias" in known and layer.kept:
+            d.update(layer.onto({"bias": known["bias"]}, vectors, scale))
+        elif "bias" in known:
             biases = [layer.rule.bias_gradient(layer.module, v) for v in vectors]
             d["bias"] = known["bias"].add(torch.stack(biases).sum(0), alpha=scale)
         return d
