@@ -229,7 +229,7 @@ def draw(rates: Sequence[tuple[Network, Search, pd.DataFrame]], seeds: int) -> F
         if printed is not None:
             axis.axvspan(*printed, color="#999999", alpha=0.25, linewidth=0, label="paper's range")
         for problem, own_search, own in rates:
-            if own_search.optimizer != search.optimizer or own.empty:
+            if own_search.optimizer != search.optimizer or own.empty or own["mean"].isna().all():
                 continue
             colour = COLOURS[problems.index(problem.dataset)]
             name = problem.dataset.upper()
@@ -237,6 +237,9 @@ def draw(rates: Sequence[tuple[Network, Search, pd.DataFrame]], seeds: int) -> F
             axis.fill_between(
                 own["lr"], own["worst"], own["best"], color=colour, alpha=0.12, linewidth=0
             )
+        # Set by hand: where nothing was measured there is nothing to take them from.
+        ends = [*search.lr, *(printed or ())]
+        axis.set_xlim(0.7 * min(ends), 1.4 * max(ends))
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1.0,), numticks=12))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
