@@ -219,6 +219,9 @@ class Layer:
 
     def weighted(self, vectors: Blocks) -> dict[str, Tensor]:
         """The weight gradient sum_i g_u^T v_i over all passes."""
+        if isinstance(vectors, Weighted) and len(self.kept) == len(self.blocks):
+            zero = {name: torch.zeros_like(p) for name, p in self.params.items()}
+            return self.onto(zero, vectors, 1.0)
         total: dict[str, Tensor] = {}
         for stage, v in zip(self.blocks, vectors, strict=True):
             one = self.rule.gradient(self.module, self.x(stage), v.to(self.dtype))

@@ -91,8 +91,6 @@ def reweighted_length(layer: Layer, vectors: Blocks) -> Tensor:
 
 def whole_gradient(layer: Layer, vectors: Blocks) -> dict[str, Tensor]:
     """sum_i g_u^T (g_i + v_i) by parameter, where no plain gradient is known to add to."""
-    if not layer.kept or not isinstance(vectors, Weighted):
-        whole = [g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)]
-        return layer.weighted(whole)
-    zero = {name: torch.zeros_like(p) for name, p in layer.params.items()}
-    return layer.onto(zero, Weighted(vectors.G, 1 + vectors.a, vectors.counts), 1.0)
+    if isinstance(vectors, Weighted):
+        return layer.weighted(Weighted(vectors.G, 1 + vectors.a, vectors.counts))
+    return layer.weighted([g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)])

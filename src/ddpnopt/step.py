@@ -14,14 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpnopt import directions
 from ddpnopt.bellman import Layer, backward
 from ddpnopt.borrowed import Borrowed
-from ddpnopt.directions import (
-    reweighted_length,
-    sampled_direction,
-    sampled_length,
-    whole_gradient,
-)
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.parameters import named_parameters
@@ -232,7 +227,7 @@ class Step:
         gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
         own = {n: g for n, g in gradients.items() if g is not None}
         if layer.coordinates and len(own) == len(gradients):
-            sampled = sampled_length(layer, own, self.settings.correction_scale)
+            sampled = directions.sampled_length(layer, own, self.settings.correction_scale)
             if sampled is not None:
                 return Coupling(sampled)
         if any(g is None for g in gradients.values()):
@@ -280,10 +275,10 @@ class Step:
         joined = self.borrowed.joined(layer) if joint is not None else ()
         if joint is not None and len(joined) == len(layer.params):
             P = self.borrowed.joint_gain(layer, joint, 1.0)
-            direction = sampled_direction(layer, P, known, vectors, scale)
+            direction = directions.sampled_direction(layer, P, known, vectors, scale)
             if direction is not None:
                 if len(known) < len(joined):
-                    self._remember_coupling(layer, reweighted_length(layer, vectors))
+                    self._remember_coupling(layer, directions.reweighted_length(layer, vectors))
                 self.borrowed.joint_move(layer, direction, joint)
                 return
         if len(known) == len(layer.params):
@@ -307,7 +302,7 @@ class Step:
     ) -> dict[str, Tensor]:
         """d where p.grad holds the plain gradients of ``known`` alone: those of biases."""
         scale = self.settings.correction_scale
-        total = whole_gradient(layer, vectors)
+        total = directions.whole_gradient(layer, vectors)
         used = {n: g for n, g in total.items() if n in layer.params}
         self._remember_coupling(layer, layer.length(used))
         d = {n: total[n] if scale == 1.0 else total[n] * scale for n in layer.params}
