@@ -43,9 +43,8 @@ def besides(layer: Layer, known: Mapping[str, Tensor], scale: float) -> Tensor |
     rest = None
     if known:
         plain = found.plain() * scale
-        bias = found.U.shape[-1] > found.free
-        parts = {**layer.rule.parted(layer.module, plain, bias), **known}
-        D = layer.rule.joined(layer.module, parts, bias).to(plain.dtype)
+        parts = {**layer.rule.parted(layer.module, plain, found.bias), **known}
+        D = layer.rule.joined(layer.module, parts, found.bias).to(plain.dtype)
         rest = unlike(D, plain, ROUNDING.get(D.dtype, 1e-5))
     layer.besides = (rest,)
     return rest

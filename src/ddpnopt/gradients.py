@@ -53,7 +53,7 @@ class Fingerprint:
         parts = [_sample(g) for g in gradients.values()]
         two = norms(parts).tolist()
         one = norms(parts, 1.0).tolist() if len(parts) < MANY else two
-        return {p: pair for p, pair in zip(gradients, zip(two, one, strict=True), strict=True)}
+        return dict(zip(gradients, zip(two, one, strict=True), strict=True))
 
     def take(self, parameters: Iterable[Tensor]) -> None:
         """Note the gradients as backward left them."""

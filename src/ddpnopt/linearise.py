@@ -112,7 +112,7 @@ def _slope(upper: Link, lower: Link) -> Tensor | None:
     if edge is None or h is None or upper.stage.plain or upper.stage.unbatched:
         return None
     before = edge.node.next_functions
-    if edge.node.name() not in ELEMENTWISE or not before or before[0][0] != h.node:
+    if edge.node.name() not in ELEMENTWISE or before[:1] != ((h.node, h.output_nr),):
         return None
     ones = torch.ones_like(upper.stage.x)
     (slope,) = torch.autograd.grad((edge,), (h,), (ones,), retain_graph=True)

@@ -83,9 +83,8 @@ def momentum_step(
 
 
 def inverse_where(moment: Tensor, M: Tensor) -> Tensor:
-    """1 / M where the moment is positive, else 0."""
-    inverse = M.reciprocal_()
-    return inverse.masked_fill_(moment <= 0, 0.0)
+    """1 / M where the moment is positive, else 0; M is overwritten."""
+    return M.reciprocal_().masked_fill_(moment <= 0, 0.0)
 
 
 def larger(first: Tensor, second: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ def _backend() -> type[Any]:
     base: Any = import_module("joblib._dask").DaskDistributedBackend
     killed: Any = import_module("distributed").KilledWorker
 
+    # Its base exists only where Dask is installed, so no type checker can know it.
     class Backend(base):  # type: ignore[misc]
         def submit(self, func: Any, callback: Callable[[Any], None]) -> Any:
             ((_, (config,), _),) = func.items

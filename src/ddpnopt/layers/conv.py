@@ -148,6 +148,7 @@ class ConvRule(ConvolutionRule):
         if samples * conv.weight.numel() > x.numel() + V.numel():
             return None
         total, weight = tap_gram(conv, x, V, P, keep=True)
+        assert weight is not None
         bias = None
         if "bias" in gain:
             bias = V[0].flatten(2).sum(2)

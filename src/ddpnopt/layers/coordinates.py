@@ -25,14 +25,14 @@ class Coordinates:
         V: (b, g, t, o) gradients at each position.
         inputs: U in the coordinates of the gain.
         outputs: V in them.
-        free: Inputs without the constant.
+        bias: The constant is among the inputs.
     """
 
     U: Float[Tensor, "b g t i"]
     V: Float[Tensor, "b g t o"]
     inputs: Float[Tensor, "b g t j"]
     outputs: Float[Tensor, "b g t p"]
-    free: int
+    bias: bool
 
     @staticmethod
     def of(
@@ -40,10 +40,9 @@ class Coordinates:
     ) -> Coordinates:
         """The coordinates of a gain, whose own U has no constant yet."""
         inputs, outputs = gain.transform(U, V[None])
-        free = U.shape[-1]
         if gain.bias:
             U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
-        return Coordinates(U, V, inputs, outputs[0], free)
+        return Coordinates(U, V, inputs, outputs[0], gain.bias)
 
     @staticmethod
     def pays(U: Float[Tensor, "b g t i"], V: Float[Tensor, "b g t o"]) -> bool:

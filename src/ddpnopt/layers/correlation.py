@@ -26,19 +26,19 @@ class Kept:
     """The samples' own gradients of one pass, kept to be summed again with other weights.
 
     Attributes:
-        weight: (taps, B, groups, outputs, inputs) without the kernel's axes; None if fixed.
+        weight: (taps, B, groups, outputs, inputs) without the kernel's axes.
         bias: (B, outputs); None if there is none, or it is fixed.
         shape: The weight's shape.
     """
 
-    weight: Tensor | None
+    weight: Tensor
     bias: Tensor | None
     shape: torch.Size
 
     def onto(self, gradients: Mapping[str, Tensor], a: Tensor, scale: float) -> dict[str, Tensor]:
         """gradients + scale sum_i a_i G_i."""
         found = {}
-        if "weight" in gradients and self.weight is not None:
+        if "weight" in gradients:
             total = (a @ self.weight.flatten(2)).reshape(-1, *self.weight.shape[2:])
             total = total.permute(1, 2, 3, 0).reshape(self.shape)
             found["weight"] = gradients["weight"].add(total, alpha=scale)
@@ -89,7 +89,7 @@ def shifted(conv: _Conv, x: Tensor, places: tuple[int, ...]) -> Iterator[Tensor]
         yield flat[:, :, at : at + length]
 
 
-def widened(conv: _Conv, x: Tensor, V: Tensor) -> Tensor:
+def widened(conv: _Conv, V: Tensor) -> Tensor:
     """Columns (n, k, *places) at the positions of `shifted`: rows as long as the padded input's."""
     places = V.shape[2:]
     if len(places) > 1 and all(s == 1 for s in conv.stride):
@@ -113,7 +113,7 @@ def tap_gradients(conv: _Conv, x: Tensor, V: Tensor) -> Iterator[Tensor]:
     groups = conv.groups
     parts = V.reshape(columns, rows, groups, -1, *V.shape[3:])
     parts = parts.permute(1, 2, 0, 3, *range(4, V.dim() + 1))
-    wide = widened(conv, x, parts.flatten(1, 3))
+    wide = widened(conv, parts.flatten(1, 3))
     outputs = V.shape[2] // groups
     wide = wide.reshape(rows * groups, columns * outputs, -1)
     for seen in shifted(conv, x, V.shape[3:]):

@@ -88,10 +88,11 @@ class Sizes(Strict):
         """Sizes (B, X, L) along one axis; the `most` smallest only, unless None."""
         values: tuple[int, ...] = getattr(self, axis)
         at = AXES.index(axis)
-        return [
-            (*self.base[:at], value, *self.base[at + 1 :])  # type: ignore[misc]
-            for value in values[:most]
-        ]
+        found = []
+        for value in values[:most]:
+            batch, width, depth = (value if i == at else one for i, one in enumerate(self.base))
+            found.append((batch, width, depth))
+        return found
 
 
 class GrowingMethod(Method):

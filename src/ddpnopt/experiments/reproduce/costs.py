@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -307,9 +307,11 @@ def _bar(
     wanted: set[tuple[str, int]],
 ) -> dict[str, object]:
     cost, base = known.get((method, batch)), known.get((settings.baseline, batch))
-    get: Callable[[str], float] = lambda name: (  # noqa: E731
-        math.nan if cost is None or (v := getattr(cost, name)) is None else float(v)
-    )
+
+    def get(name: str) -> float:
+        value = getattr(cost, name, None)
+        return math.nan if value is None else float(value)
+
     left_out = "left out: batch too large" if (method, batch) not in wanted else NOT_MEASURED
     verdict = left_out if cost is None else (cost.refused or "measured")
     ratio = get("step") / base.step if base is not None and base.step else math.nan

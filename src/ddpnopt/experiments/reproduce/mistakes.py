@@ -109,6 +109,7 @@ def _inner(kind: Any, part: str | int) -> Any:
     field: FieldInfo = kind.model_fields[part]
     if not field.metadata:
         return field.annotation
+    # Made of values: type checkers know Annotated in annotations alone.
     return Annotated.__class_getitem__((field.annotation, *field.metadata))  # type: ignore[attr-defined]
 
 
