@@ -5,6 +5,7 @@ from ddpnopt import curvature, value
 from ddpnopt.baselines import EKFAC, EMSA, KFAC, SGDVGR, VanillaDDP
 from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.explain import explain
+from ddpnopt.feedback import Feedback
 from ddpnopt.gains import Gain, feedback_gains
 from ddpnopt.losses import MMCLoss
 from ddpnopt.optimizer import DDPNOpt
@@ -24,6 +25,7 @@ __all__ = [
     "SGDVGR",
     "DDPNOpt",
     "DDPNOptWarning",
+    "Feedback",
     "Gain",
     "LayerReport",
     "MMCLoss",

@@ -3,103 +3,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ddpnopt.bellman import Layer
-from ddpnopt.curvature import CURVATURES, Curvature, Joint
+from ddpnopt.curvature import Joint
 from ddpnopt.curvature.base import momentum_step
 from ddpnopt.errors import NonFiniteError
+from ddpnopt.hyperparameters import Hyper
 from ddpnopt.layers import MatrixRule
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
 
-def curvature_options(curvature: str | Mapping[str, Any] | Curvature) -> dict[str, Any]:
-    """A curvature as the plain values that ``param_groups`` carry.
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One parameter's update, to be made.
 
-    Raises:
-        ValueError: Unknown name; the message lists the names.
+    Attributes:
+        p: The parameter.
+        d: Gradient to step on, without weight decay.
+        moment: M's statistics, where they are known already.
+        fed: What M is fed with where they are not.
+        squares: Sum over samples of the squared gradients, and the number of samples, likewise.
+        plain: The plain gradient, where d is a re-weighted one.
+        follows: M was fed with the plain gradient and is to follow d.
     """
-    if isinstance(curvature, Curvature):
-        if CURVATURES.get(curvature.name) is not type(curvature):
-            raise ValueError(
-                f"curvature {type(curvature).__name__} is not registered: add it to "
-                f"ddpnopt.curvature.CURVATURES under its name {curvature.name!r}"
-            )
-        return {"name": curvature.name, **asdict(curvature)}  # type: ignore[call-overload]
-    if not isinstance(curvature, str | Mapping):
-        raise ValueError(
-            f"curvature={curvature!r}: choose from {', '.join(CURVATURES)}, or give an object"
-        )
-    options = {"name": curvature} if isinstance(curvature, str) else dict(curvature)
-    name = options.pop("name", None)
-    if name not in CURVATURES:
-        raise ValueError(f"curvature={name!r}: choose from {', '.join(CURVATURES)}")
-    return curvature_options(CURVATURES[name](**options))
 
-
-@lru_cache(maxsize=64)
-def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
-    known = dict(options)
-    return CURVATURES[known.pop("name")](**known)
-
-
-def _object(options: Mapping[str, Any]) -> Curvature:
-    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return _curvature(tuple(sorted(hashable.items())))
-
-
-def needs_squares(options: Mapping[str, Any]) -> bool:
-    """Whether a group's curvature is fed with the samples' squared gradients."""
-    return _object(options).statistics == "squares"
-
-
-def own_momentum(options: Mapping[str, Any]) -> bool:
-    """Whether a group's curvature has a momentum of its own."""
-    return not _object(options).heavy_ball
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """One parameter's hyperparameters in this step."""
-
-    lr: float
-    momentum: float
-    weight_decay: float
-    curvature: Curvature
-
-    @property
-    def life(self) -> float:
-        """eta / (1 - momentum): the step's total effect over the momentum's life."""
-        return self.lr / (1 - self.momentum)
-
-
-def hyperparameters(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Hyper]:
-    """By parameter, from the parameter groups as they are now."""
-    return {
-        p: Hyper(
-            float(group["lr"]),
-            float(group["momentum"]),
-            float(group["weight_decay"]),
-            _object(group["curvature"]),
-        )
-        for group in groups
-        for p in group["params"]
-    }
+    p: Tensor
+    d: Tensor
+    moment: Tensor | None = None
+    fed: Tensor | None = None
+    squares: tuple[Tensor, int] | None = None
+    plain: Tensor | None = None
+    follows: bool = False
 
 
 class Borrowed:
     """Updates parameters in place and can take everything back.
 
     Args:
-        groups: The optimizer's parameter groups.
+        hyper: Every parameter's hyperparameters in this step.
         state: The optimizer's state by parameter; written only by `commit`.
         copies: Memory for the weights before the step, kept from step to step: fresh pages cost
             more than the copy.
@@ -107,11 +56,11 @@ class Borrowed:
 
     def __init__(
         self,
-        groups: Iterable[Mapping[str, Any]],
+        hyper: dict[Tensor, Hyper],
         state: Mapping[Tensor, dict[str, Any]],
         copies: dict[int, Tensor] | None = None,
     ) -> None:
-        self.hyper = hyperparameters(groups)
+        self.hyper = hyper
         self._state = state
         self._copies = {} if copies is None else copies
         self._saved: dict[Tensor, Tensor] = {}
@@ -167,20 +116,25 @@ class Borrowed:
         assert not isinstance(P, Kronecker)
         return (g.square() * P).sum() / rescale**2
 
-    def step(self, p: Tensor, d: Tensor, moment: Tensor | None, plain: Tensor | None) -> None:
-        """u <- u - eta M^-1 d.
+    def needs_plain(self, p: Tensor) -> bool:
+        """Whether a re-weighted step of a parameter asks for the plain gradient, too."""
+        return self.hyper[p].curvature.statistics != "none"
 
-        Args:
-            p: The parameter.
-            d: Gradient to step on, without weight decay.
-            moment: M's statistics.
-            plain: The plain gradient where M was fed with it, so that M may follow d.
-        """
+    def apply(self, updates: Sequence[Update]) -> None:
+        """u <- u - eta M^-1 d for the parameters of a layer, or for all outside the feedback."""
+        for update in updates:
+            self.step(update)
+
+    def step(self, update: Update) -> None:
+        """u <- u - eta M^-1 d."""
+        p, moment = update.p, update.moment
         hyper = self.hyper[p]
         state = self.state(p)
-        d = self.decayed(p, d)
-        if plain is not None:
-            moment = hyper.curvature.follow(state, self.decayed(p, plain), d, moment)
+        if moment is None and update.fed is not None:
+            moment = self.moment(p, update.fed, update.squares)
+        d = self.decayed(p, update.d)
+        if update.follows and update.plain is not None:
+            moment = hyper.curvature.follow(state, self.decayed(p, update.plain), d, moment)
         self._save(p)
         if hyper.curvature.decoupled and hyper.weight_decay:
             p.mul_(1 - hyper.lr * hyper.weight_decay)

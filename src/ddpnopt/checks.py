@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import Borrowed, norms, own_momentum
+from ddpnopt.borrowed import Borrowed, norms
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import gradient_norms
+from ddpnopt.hyperparameters import own_momentum
 from ddpnopt.linearise import cast_state
 from ddpnopt.parameters import parameters
 from ddpnopt.stages import Trajectory

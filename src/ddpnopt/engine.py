@@ -16,7 +16,6 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.arrivals import Arrivals
-from ddpnopt.borrowed import Borrowed, needs_squares
 from ddpnopt.checks import (
     check_backward,
     check_gradients,
@@ -30,6 +29,7 @@ from ddpnopt.checks import (
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.front import merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint, added
+from ddpnopt.host import Host
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
 from ddpnopt.notices import (
@@ -62,18 +62,11 @@ class Engine:
     Args:
         model: The network.
         options: The optimizer's choices.
-        groups: Its parameter groups, looked up at each use.
-        state: Its state by parameter, likewise.
+        host: The optimizer itself, seen from here.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        options: Options,
-        groups: Callable[[], list[dict[str, Any]]],
-        state: Callable[[], dict[Tensor, dict[str, Any]]],
-    ) -> None:
-        self.model, self.options, self.groups, self.state = model, options, groups, state
+    def __init__(self, model: nn.Module, options: Options, host: Host) -> None:
+        self.model, self.options, self.host = model, options, host
         self.method: Method = policies
         self.needs_cost = True
         self.diagnose = False
@@ -95,9 +88,8 @@ class Engine:
 
     def attach(self) -> None:
         """Record passes, where feedback or some group's curvature needs them."""
-        squares = any(needs_squares(group["curvature"]) for group in self.groups())
         feedback = self.options.feedback is not False
-        if self.recorder is not None or not (feedback or squares):
+        if self.recorder is not None or not (feedback or self.host.squares()):
             return
         gradient = self.options.value.linearization == "gradient"
         arrivals = Arrivals(
@@ -136,7 +128,7 @@ class Engine:
 
     def parameters(self) -> list[Tensor]:
         """All parameters of the groups."""
-        return [p for group in self.groups() for p in group["params"]]
+        return self.host.parameters()
 
     def names(self) -> dict[Tensor, str]:
         """Paths of the model's parameters."""
@@ -251,7 +243,7 @@ class Engine:
         for p, correction in corrections.items():
             assert p.grad is not None
             p.grad.add_(correction)
-            if step.borrowed.hyper[p].curvature.statistics != "none":
+            if step.borrowed.needs_plain(p):
                 before, extra = self._carried.get(p, (None, None))
                 self._carried[p] = added(before, correction), added(extra, step.extra.get(p))
         self._open_report = report(self.options, step, "open_loop", skipped=self.skipped)
@@ -306,7 +298,7 @@ class Engine:
             self.running = running
             self.sketch.set_state(sketch)
             raise
-        step.borrowed.commit(self.state())
+        self.host.commit(step.borrowed)
         self.rescale = rescale
         if in_feedback and self.in_backward and self._open_report is not None:
             return replace(self._open_report, rescale=rescale)
@@ -331,7 +323,7 @@ class Engine:
             self.diagnose,
             early,
         )
-        borrowed = Borrowed(self.groups(), self.state(), self._copies)
+        borrowed = self.host.borrow(self._copies)
         return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)
 
     def usable(self, trajectories: list[Trajectory]) -> bool:

@@ -3,33 +3,28 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, Self, overload
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import curvature_options
 from ddpnopt.checks import check_group, check_model, refuse_distributed
 from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
-from ddpnopt.errors import NonFiniteError
+from ddpnopt.host import OwnGroups
+from ddpnopt.hyperparameters import curvature_options
 from ddpnopt.options import Options, value_from
 from ddpnopt.recognition import Terminal
-from ddpnopt.report import StepReport
+from ddpnopt.shell import Shell
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 
 FORMAT_VERSION = 1
-COPIED = (
-    "a DDPNOpt can't be copied or pickled, since it belongs to its model's hooks: copy the model, "
-    "make a new DDPNOpt for it, and carry the state over with state_dict"
-)
 
 
-class DDPNOpt(torch.optim.Optimizer):
+class DDPNOpt(Shell):
     """Differential Dynamic Programming Neural Optimizer.
 
     Borrows the curvature M of a known optimizer, runs Bellman's recursion backwards through the
@@ -92,8 +87,6 @@ class DDPNOpt(torch.optim.Optimizer):
         self.options = Options(
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
         )
-        self.last_step: StepReport | None = None
-        self._engine: Engine | None = None
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -101,15 +94,9 @@ class DDPNOpt(torch.optim.Optimizer):
             "curvature": curvature_options(curvature),
         }
         super().__init__(model.parameters() if params is None else params, defaults)
-        owner = weakref.ref(self)  # the engine must not keep a dropped optimizer recording
-        self._engine = self._engine_type(
-            model,
-            self.options,
-            lambda: alive.param_groups if (alive := owner()) is not None else [],
-            lambda: alive.state if (alive := owner()) is not None else {},
-        )
+        self._engine = self._engine_type(model, self.options, OwnGroups(self))
 
-    # Groups and hooks -----------------------------------------------------------------------
+    # Groups ---------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, with their own options.
@@ -129,100 +116,12 @@ class DDPNOpt(torch.optim.Optimizer):
         if self._engine is not None:
             self._engine.attach()
 
-    def detach(self) -> None:
-        """Remove every hook from the model; the optimizer takes plain steps from then on."""
-        self.engine.detach()
-
-    def __enter__(self) -> Self:
-        """As a context manager: detaches at the end of the block."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Detach."""
-        self.detach()
-
-    @property
-    def engine(self) -> Engine:
-        """The machinery behind the step."""
-        assert self._engine is not None
-        return self._engine
-
-    @property
-    def diagnose(self) -> bool:
-        """Report |k| and |K dx| of every layer, at the cost of two weight gradients each."""
-        return self.engine.diagnose
-
-    @diagnose.setter
-    def diagnose(self, on: bool) -> None:
-        self.engine.diagnose = on
-
-    @property
-    def skipped(self) -> int:
-        """Steps skipped because a number was not finite (``nonfinite="skip"``)."""
-        return self.engine.skipped
-
     @property
     def fallbacks(self) -> int:
         """How often a factorisation of KFAC or EKFAC failed and was done another way."""
         return sum(state.get("fallbacks", 0) for state in self.state.values())
 
-    # Step -----------------------------------------------------------------------------------
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step on the recorded passes.
-
-        Args:
-            closure: Standard closure that computes the loss and calls ``backward``.
-
-        Returns:
-            The closure's loss.
-
-        Raises:
-            RuntimeError: No backward pass since the last step.
-            NonFiniteError: A gradient or a new weight is not finite (``nonfinite="raise"``).
-            UnsupportedModelError: The recorded passes can't be handled (named).
-            TerminalError: The terminal cost given contradicts the output.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        refuse_distributed()
-        engine = self.engine
-        engine.refresh()
-        device = next(iter(engine.parameters())).device.type
-        try:
-            with torch.autocast(device, enabled=False):
-                self.last_step = engine.step(closure)
-        except NonFiniteError:
-            if self.options.nonfinite == "raise":
-                raise
-            engine.skipped += 1
-            self.last_step = StepReport(self.options.depth, "none", skipped=engine.skipped)
-        engine.finish()
-        return loss
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        """Refused: the copy's parameters would be no model's."""
-        raise TypeError(COPIED)
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refused likewise."""
-        raise TypeError(COPIED)
-
     # State ----------------------------------------------------------------------------------
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and the recorded passes whose gradients they were."""
-        super().zero_grad(set_to_none)
-        self.engine.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: loads with ``weights_only=True``, resumes to the bit."""

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from ddpnopt.bellman import Layer
+from ddpnopt.borrowed import Update
 from ddpnopt.layers import MatrixRule
 from ddpnopt.positions import Kronecker
 from ddpnopt.step import Step
@@ -65,6 +66,7 @@ def plain_updates(
     for layer in layers:
         done.update(id(layer.params[name]) for name in step.borrowed.joined(layer))
         lengths += _joint_update(step, layer, {} if added else front, rescale, front)
+    updates: list[Update] = []
     records: dict[int, tuple[str, PlainRecord]] = {}
     for record in map(PlainRecord, layers):
         records.update({id(p): (name, record) for name, p in record.layer.params.items()})
@@ -86,13 +88,17 @@ def plain_updates(
             correction = front[p]
             gradient = plain + rescale * correction
         fed = plain if extra is None else plain + rescale * extra
-        moment = step.borrowed.moment(p, fed, squares)
-        follow = step.settings.value.statistics == "plain" and correction is not None
+        moment = None
         if p in front:
+            moment = step.borrowed.moment(p, fed, squares)
             P = step.borrowed.gain(p, moment, rescale)
             assert not isinstance(P, Kronecker)
             lengths.append(((gradient / rescale).square() * P).sum())
-        step.borrowed.step(p, gradient, moment, plain if follow else None)
+        reweighted = correction is not None
+        follows = reweighted and step.settings.value.statistics == "plain"
+        given = plain if reweighted else None
+        updates.append(Update(p, gradient, moment, fed, squares, given, follows))
+    step.borrowed.apply(updates)
     return torch.stack(lengths).sum() if lengths else None
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from ddpnopt import directions
 from ddpnopt.bellman import Layer, backward
-from ddpnopt.borrowed import Borrowed
+from ddpnopt.borrowed import Borrowed, Update
+from ddpnopt.diagnosis import diagnosed
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.parameters import named_parameters
@@ -256,7 +257,7 @@ class Step:
         """d - gbar by parameter, in the units in which backward left p.grad."""
         assert layer.policy is not None
         vectors = layer.policy(layer, dx)
-        self._report(layer, vectors, dx)
+        self.reports.append(diagnosed(layer, vectors, self.settings.diagnose))
         total = layer.weighted(vectors)
         return {p: total[name] for name, p in layer.params.items()}
 
@@ -264,7 +265,7 @@ class Step:
         """u <- u - eta M^-1 d with d = p.grad + r sum_i g_u^T v_i."""
         assert layer.policy is not None
         vectors = layer.policy(layer, dx)
-        self._report(layer, vectors, dx)
+        self.reports.append(diagnosed(layer, vectors, self.settings.diagnose))
         scale = self.settings.correction_scale
         known = {
             n: p.grad
@@ -291,11 +292,19 @@ class Step:
             d = {n: g.add(bent[n], alpha=scale) if n in bent else g for n, g in d.items()}
         if joint is not None:
             self.borrowed.joint_step(layer, d, joint)
-        for name, p in layer.params.items():
-            if name not in joined:
-                plain = self.plain_gradient(name, p)
-                follow = plain if self._follows(p) else None
-                self.borrowed.step(p, d[name], self.moments.get(p), follow)
+        self.borrowed.apply(
+            [
+                Update(
+                    p,
+                    d[name],
+                    self.moments.get(p),
+                    plain=self.plain_gradient(name, p),
+                    follows=self._follows(p),
+                )
+                for name, p in layer.params.items()
+                if name not in joined
+            ]
+        )
 
     def _held_gradients(
         self, layer: Layer, known: Mapping[str, Tensor], vectors: Blocks
@@ -330,21 +339,3 @@ class Step:
         for name, ratio in zip(self._ratios, ratios, strict=True):
             before = self.running.get(name, ratio)
             self.running[name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio
-
-    def _report(self, layer: Layer, vectors: Blocks, dx: Blocks | None) -> None:
-        policy = layer.policy
-        assert policy is not None
-        k = Kdx = None
-        coefficient = policy.coefficient
-        if self.settings.diagnose:
-            forward = policy(layer, None)
-            joint = [g + v for g, v in zip(layer.plain_vectors(), forward, strict=True)]
-            feedback = [v - f for v, f in zip(vectors, forward, strict=True)]
-            k, Kdx = (self._step_norm(layer, part) for part in (joint, feedback))
-            policy.coefficient = coefficient
-        self.reports.append(LayerReport(layer.name, coefficient, policy.S, k, Kdx))
-
-    @staticmethod
-    def _step_norm(layer: Layer, vectors: Blocks) -> Tensor:
-        steps = layer.applied(layer.weighted(vectors))
-        return torch.stack([step.square().sum() for step in steps.values()]).sum().sqrt()

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import curvature_options
+from ddpnopt.borrowed import Update
 from ddpnopt.cuts import Cut, cut
+from ddpnopt.hyperparameters import curvature_options
 from ddpnopt.inert import probing
 from ddpnopt.linearise import cast_state
 from ddpnopt.optimizer import DDPNOpt
@@ -111,7 +112,7 @@ class _Regularised:
             for p in layer.params.values():
                 assert p.grad is not None
                 d = p.grad.add(added[p], alpha=self.strength) if p in added else p.grad
-                step.borrowed.step(p, d, None, None)
+                step.borrowed.step(Update(p, d))
 
 
 def omega_gradient(

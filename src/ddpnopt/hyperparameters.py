@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Hyperparameters: curvatures as the plain values of ``param_groups``, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from ddpnopt.curvature import CURVATURES, Curvature
+from ddpnopt.typing import Tensor
+
+
+def curvature_options(curvature: str | Mapping[str, Any] | Curvature) -> dict[str, Any]:
+    """A curvature as the plain values that ``param_groups`` carry.
+
+    Raises:
+        ValueError: Unknown name; the message lists the names.
+    """
+    if isinstance(curvature, Curvature):
+        if CURVATURES.get(curvature.name) is not type(curvature):
+            raise ValueError(
+                f"curvature {type(curvature).__name__} is not registered: add it to "
+                f"ddpnopt.curvature.CURVATURES under its name {curvature.name!r}"
+            )
+        return {"name": curvature.name, **asdict(curvature)}  # type: ignore[call-overload]
+    if not isinstance(curvature, str | Mapping):
+        raise ValueError(
+            f"curvature={curvature!r}: choose from {', '.join(CURVATURES)}, or give an object"
+        )
+    options = {"name": curvature} if isinstance(curvature, str) else dict(curvature)
+    name = options.pop("name", None)
+    if name not in CURVATURES:
+        raise ValueError(f"curvature={name!r}: choose from {', '.join(CURVATURES)}")
+    return curvature_options(CURVATURES[name](**options))
+
+
+@lru_cache(maxsize=64)
+def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
+    known = dict(options)
+    return CURVATURES[known.pop("name")](**known)
+
+
+def _object(options: Mapping[str, Any]) -> Curvature:
+    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return _curvature(tuple(sorted(hashable.items())))
+
+
+def needs_squares(options: Mapping[str, Any]) -> bool:
+    """Whether a group's curvature is fed with the samples' squared gradients."""
+    return _object(options).statistics == "squares"
+
+
+def own_momentum(options: Mapping[str, Any]) -> bool:
+    """Whether a group's curvature has a momentum of its own."""
+    return not _object(options).heavy_ball
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """One parameter's hyperparameters in this step."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    curvature: Curvature
+
+    @property
+    def life(self) -> float:
+        """eta / (1 - momentum): the step's total effect over the momentum's life."""
+        return self.lr / (1 - self.momentum)
+
+
+def hyperparameters(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Hyper]:
+    """By parameter, from the parameter groups as they are now."""
+    return {
+        p: Hyper(
+            float(group["lr"]),
+            float(group["momentum"]),
+            float(group["weight_decay"]),
+            _object(group["curvature"]),
+        )
+        for group in groups
+        for p in group["params"]
+    }
