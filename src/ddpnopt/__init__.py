@@ -8,6 +8,7 @@ from ddpnopt.explain import explain
 from ddpnopt.feedback import Feedback
 from ddpnopt.gains import Gain, feedback_gains
 from ddpnopt.losses import MMCLoss
+from ddpnopt.open_loop import OpenLoop, open_loop
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.report import LayerReport, StepReport
 from ddpnopt.terminal import MMC, MSE
@@ -30,6 +31,7 @@ __all__ = [
     "LayerReport",
     "MMCLoss",
     "NonFiniteError",
+    "OpenLoop",
     "StepReport",
     "TerminalError",
     "UnsupportedModelError",
@@ -38,5 +40,6 @@ __all__ = [
     "curvature",
     "explain",
     "feedback_gains",
+    "open_loop",
     "value",
 ]

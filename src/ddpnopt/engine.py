@@ -71,16 +71,16 @@ class Engine:
         self.needs_cost = True
         self.diagnose = False
         self.skipped = 0
-        self._copies: dict[int, Tensor] = {}
+        self.copies: dict[int, Tensor] = {}
         self.rescale = 1.0
         self.running: dict[str, float] = {}
         self.sketch = torch.Generator().manual_seed(0)
         self.recogniser = Recogniser(options.terminal)
-        self._carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
+        self.carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
         self._base: dict[Tensor, Tensor] = {}
-        self._open_report: StepReport | None = None
+        self.open_report: StepReport | None = None
         self.notices = Notices()
-        self._fingerprint, self._consumed = Fingerprint(), Consumed()
+        self.fingerprint, self._consumed = Fingerprint(), Consumed()
         self._members: set[int] = set()
         self.recorder: Recorder | None = None
         self.refresh()
@@ -119,8 +119,8 @@ class Engine:
     def refresh(self) -> None:
         """Parameters are looked up anew for each pass and step: FSDP and others swap them."""
         self._members = {id(p) for p in self.parameters()}
-        if len(self._copies) > len(self._members):
-            self._copies.clear()
+        if len(self.copies) > len(self._members):
+            self.copies.clear()
 
     def trainable(self, p: Tensor) -> bool:
         """Whether a parameter is the optimizer's and not frozen."""
@@ -147,7 +147,7 @@ class Engine:
 
     def forget(self) -> None:
         """The gradients are cleared: so are the passes they came from."""
-        self._carried = {}
+        self.carried = {}
         self.forget_passes()
 
     def forget_passes(self) -> None:
@@ -214,7 +214,7 @@ class Engine:
         if self.in_backward:
             self._base = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
             if not any(bool(g.any()) for g in self._base.values()):
-                self._base, self._carried = {}, {}
+                self._base, self.carried = {}, {}
 
     @torch.no_grad()
     def _backward_ended(self, trajectories: list[Trajectory]) -> None:
@@ -228,7 +228,7 @@ class Engine:
             except (NonFiniteError, UnsupportedModelError) as error:  # p.grad is still plain
                 trajectories[0].error = error
         self._base = {}
-        self._fingerprint.take(self.parameters())
+        self.fingerprint.take(self.parameters())
 
     def _open_loop(self, trajectories: list[Trajectory]) -> None:
         step = self.new_step(trajectories, self.rescale, 1.0)
@@ -244,9 +244,9 @@ class Engine:
             assert p.grad is not None
             p.grad.add_(correction)
             if step.borrowed.needs_plain(p):
-                before, extra = self._carried.get(p, (None, None))
-                self._carried[p] = added(before, correction), added(extra, step.extra.get(p))
-        self._open_report = report(self.options, step, "open_loop", skipped=self.skipped)
+                before, extra = self.carried.get(p, (None, None))
+                self.carried[p] = added(before, correction), added(extra, step.extra.get(p))
+        self.open_report = report(self.options, step, "open_loop", skipped=self.skipped)
 
     # Step -----------------------------------------------------------------------------------
 
@@ -254,8 +254,8 @@ class Engine:
         """After a step, whether taken or skipped."""
         self.forget_passes()
         self._consumed.mark(self.parameters())
-        self._fingerprint.clear()
-        self._carried, self._open_report = {}, None
+        self.fingerprint.clear()
+        self.carried, self.open_report = {}, None
 
     def step(self, closure: Callable[[], float] | None = None) -> StepReport:
         """Take one step, ``closure`` called; raises before anything is changed, or puts it back."""
@@ -264,7 +264,7 @@ class Engine:
         fresh = self._consumed.fresh(parameters) or not parameters
         recording = self.recorder if self.options.feedback is not False else None
         check_backward(fresh, trajectories, recording)
-        rescale = self._fingerprint.rescaling()
+        rescale = self.fingerprint.rescaling()
         step = self.new_step(trajectories, rescale, rescale)
         step.closure = closure
         held = not self.options.weight_gradients
@@ -283,7 +283,7 @@ class Engine:
             length = plain_updates(
                 step,
                 self.parameters(),
-                self._carried,
+                self.carried,
                 merged(fronts),
                 rescale,
                 added=self.in_backward,
@@ -300,8 +300,8 @@ class Engine:
             raise
         self.host.commit(step.borrowed)
         self.rescale = rescale
-        if in_feedback and self.in_backward and self._open_report is not None:
-            return replace(self._open_report, rescale=rescale)
+        if in_feedback and self.in_backward and self.open_report is not None:
+            return replace(self.open_report, rescale=rescale)
         active = in_feedback and (step.layers or fronts or self.in_backward)
         depth = self.options.depth if active else "off"
         return report(self.options, step, depth, rescale, self.skipped)
@@ -323,7 +323,7 @@ class Engine:
             self.diagnose,
             early,
         )
-        borrowed = self.host.borrow(self._copies)
+        borrowed = self.host.borrow(self.copies)
         return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)
 
     def usable(self, trajectories: list[Trajectory]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -94,7 +94,7 @@ class Feedback(Shell):
 
     # Groups and state: the wrapped optimizers' own ----------------------------------------------
 
-    @property  # type: ignore[override]
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """All groups of the wrapped optimizers, the objects themselves."""
         if len(self._inners) == 1:
@@ -118,7 +118,7 @@ class Feedback(Shell):
         if self._engine is not None and len(self._inners) == 1:
             self._inners[0].optimizer.state = state
 
-    @property  # type: ignore[override]
+    @property
     def defaults(self) -> dict[str, Any]:
         """Defaults of the first wrapped optimizer."""
         return self._inners[0].optimizer.defaults
@@ -160,13 +160,12 @@ class Feedback(Shell):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizers' own under "inner", and what feedback needs to resume."""
-        gains = [[inner.gains.get(p) for p in _parameters(inner)] for inner in self._inners]
         return {
             "inner": [one.state_dict() for one in self.optimizers],
             "ddpnopt": {
                 "version": FORMAT_VERSION,
                 "options": self.options.plain_values(),
-                "gains": [[None if g is None else float(g) for g in some] for some in gains],
+                "gains": [gains_of(inner) for inner in self._inners],
                 **self.engine.state_dict(),
             },
         }
@@ -201,20 +200,41 @@ class Feedback(Shell):
             one.load_state_dict(state)
         if own is not None:
             for inner, gains in zip(self._inners, own["gains"], strict=True):
-                members = zip(_parameters(inner), gains, strict=True)
-                inner.gains = {p: p.new_tensor(g) for p, g in members if g is not None}
+                set_gains(inner, gains)
             self.engine.load_state_dict(own)
         self.engine.refresh()
+
+
+def gains_of(inner: Inner) -> list[float | None]:
+    """The gains that were seen, in the order of the parameters."""
+    found = [inner.gains.get(p) for p in _parameters(inner)]
+    return [None if gain is None else float(gain) for gain in found]
+
+
+def set_gains(inner: Inner, gains: Sequence[float | None]) -> None:
+    """Take them back."""
+    inner.gains.clear()
+    for p, gain in zip(_parameters(inner), gains, strict=True):
+        if gain is not None:
+            inner.gains[p] = p.new_tensor(gain, dtype=torch.float32)
 
 
 def _parameters(inner: Inner) -> list[Tensor]:
     return [p for group in inner.optimizer.param_groups for p in group["params"]]
 
 
-class Guest(Host):
-    """A `Feedback`, held weakly, seen from its engine."""
+class Wrapper(Protocol):
+    """What has inner optimizers."""
 
-    def __init__(self, owner: Feedback) -> None:
+    @property
+    def inners(self) -> tuple[Inner, ...]:
+        """The optimizers with what is known about them."""
+
+
+class Guest(Host):
+    """A `Feedback` or an open loop, held weakly, seen from its engine."""
+
+    def __init__(self, owner: Wrapper) -> None:
         self._owner = weakref.ref(owner)
 
     def _inners(self) -> Sequence[Inner]:

@@ -88,10 +88,10 @@ def check_separable(optimizer: torch.optim.Optimizer) -> None:
 def _trials(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
     """Toy parameters after steps for all at once, and after steps for one after another."""
     try:
-        return tuple(_trial(optimizer, alone, state=True) for alone in (False, True))
+        return _trial(optimizer, False, state=True), _trial(optimizer, True, state=True)
     except Exception:
         # A state with more in it than one number a coordinate can't be made small: begin anew.
-        return tuple(_trial(optimizer, alone, state=False) for alone in (False, True))
+        return _trial(optimizer, False, state=False), _trial(optimizer, True, state=False)
 
 
 def _trial(optimizer: torch.optim.Optimizer, alone: bool, state: bool) -> list[Tensor]:

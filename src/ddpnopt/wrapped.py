@@ -106,13 +106,25 @@ class Wrapped(Borrowed):
         for update in updates:
             self._save(update.p)
             self._before[update.p] = _Saved.of(inner.optimizer.state, update.p)
-        self._make_ready(inner, updates)
-        for update in updates:
-            self.feed(update)
+        self.prepare(inner, updates)
         with stepping_on({u.p: u.d for u in updates}):
             self._count(inner.step([u.p for u in updates]))
+        self.settle(inner, updates)
+
+    def prepare(self, inner: Inner, updates: Sequence[Update]) -> None:
+        """Before an optimizer's step on re-weighted gradients."""
+        if inner.reader.rescales:
+            for update in updates:
+                self._save(update.p)
+        self._make_ready(inner, updates)
         for update in updates:
-            self.rescale(update)
+            self._feed(inner, update)
+
+    def settle(self, inner: Inner, updates: Sequence[Update]) -> None:
+        """After it."""
+        if inner.reader.rescales:
+            for update in updates:
+                self._watch(update)
 
     def _make_ready(self, inner: Inner, updates: Sequence[Update]) -> None:
         """Give parameters a state to feed before their first step: made by a step, and undone."""
@@ -120,10 +132,11 @@ class Wrapped(Borrowed):
         new = [u.p for u in updates if u.follows and reader.moment not in state.get(u.p, {})]
         if not reader.moment or not new:
             return
+        before = {p: p.clone() for p in new}
         with stepping_on({p: torch.zeros_like(p) for p in new}):
             inner.step(new)
         for p in new:
-            p.copy_(self._saved[p])
+            p.copy_(before[p])
             for name, value in state[p].items():
                 start = reader.blank.get(name, 0.0)
                 if isinstance(value, Tensor):
@@ -131,19 +144,17 @@ class Wrapped(Borrowed):
                 elif isinstance(value, int | float):
                     state[p][name] = type(value)(start)
 
-    def feed(self, update: Update) -> None:
+    def _feed(self, inner: Inner, update: Update) -> None:
         """Let the second moment see the plain gradient where that is larger."""
-        p, inner = update.p, self._inner[update.p]
+        p = update.p
         state = inner.optimizer.state.get(p)
         if update.follows and update.plain is not None and state and inner.reader.moment in state:
             plain, d = self.decayed(p, update.plain), self.decayed(p, update.d)
             inner.reader.feed(self._group[p], state, plain, d)
 
-    def rescale(self, update: Update) -> None:
+    def _watch(self, update: Update) -> None:
         """Shorten the update of an optimizer of which nothing is known, and note its gain."""
-        p, inner = update.p, self._inner[update.p]
-        if not inner.reader.rescales:
-            return
+        p = update.p
         d = update.d.flatten().float()
         length = d.dot(d)
         before = self._saved[p]

@@ -57,7 +57,7 @@ def test_plain_gradients_stay_in_closed_loop() -> None:
         opt = DDPNOpt(net, lr=LR, feedback=net is model or "open_loop")
         F.cross_entropy(net(x), y).backward()
         if net is open_model:
-            reported = opt.engine._open_report
+            reported = opt.engine.open_report
             assert reported is not None and reported.front is not None
             c = reported.front.coefficient
     F.cross_entropy(twin(x), y).backward()

@@ -44,7 +44,7 @@ class Reader(ABC):
             gain: What the last update was per gradient, for optimizers that are only watched.
         """
 
-    def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
+    def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:  # noqa: B027
         """Before the optimizer's own step on d: its second moment is to see max(plain^2, d^2).
 
         Args:

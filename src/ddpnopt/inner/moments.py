@@ -46,7 +46,7 @@ class _RAdam(_Adam):
         if length <= 5:
             return torch.ones_like(moment)
         rectified = (length - 4) * (length - 2) * most / ((most - 4) * (most - 2) * length)
-        return super().inverse(state, moment) * rectified**0.5
+        return super().inverse(state, moment).mul_(float(rectified) ** 0.5)
 
 
 class Adam(Reader):
