@@ -27,7 +27,7 @@ from ddpnopt.value import ValueFunction
 from ddpnopt.wrapped import Inner, Wrapped
 
 #: An optimizer, held weakly, its reader, and the gains that were seen.
-_Known = tuple["weakref.ref[torch.optim.Optimizer]", Reader, dict[Tensor, Tensor]]
+_Known = tuple["weakref.ref[torch.optim.Optimizer]", Reader, dict[torch.Tensor, torch.Tensor]]
 #: Optimizers whose gradients are re-weighted already.
 _ACTIVE: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
