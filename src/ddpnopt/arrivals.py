@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from ddpnopt.inert import probes, probing
 from ddpnopt.linearise import pulled
+from ddpnopt.ranks import several
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.typing import Tensor
 
@@ -93,7 +94,7 @@ class Arrivals:
         self._before = [(p, _identity(p)) for p in (*self.expected(), self.token)]
         self.started()
         engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(partial(_ended, weakref.ref(self)))
+        engine.queue_callback(partial(_ended, weakref.ref(self), several()))
 
     def end(self) -> None:
         """The backward pass is over: keep what it brought if it changed any p.grad."""
@@ -192,7 +193,10 @@ def gradient_at_boundary(
         arrivals.at_boundary_state(trajectory, output, gradients[output])
 
 
-def _ended(ref: weakref.ref[Arrivals]) -> None:
+def _ended(ref: weakref.ref[Arrivals], again: bool) -> None:
     arrivals = ref()
-    if arrivals is not None:
+    if again:  # behind the callbacks in which data parallelism finishes its reductions
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(partial(_ended, ref, False))
+    elif arrivals is not None:
         arrivals.end()

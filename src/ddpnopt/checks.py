@@ -16,6 +16,7 @@ from ddpnopt.gradients import gradient_norms
 from ddpnopt.hyperparameters import own_momentum
 from ddpnopt.linearise import cast_state
 from ddpnopt.parameters import parameters
+from ddpnopt.ranks import several
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -56,11 +57,11 @@ def refuse_distributed() -> None:
     Raises:
         UnsupportedModelError: torch.distributed runs with several ranks.
     """
-    d = torch.distributed
-    if d.is_available() and d.is_initialized() and d.get_world_size() > 1:
+    if several():
         raise UnsupportedModelError(
             "torch.distributed is initialised with several ranks: the rollout is not reduced over "
-            "them yet and the replicas would drift apart; train in one process"
+            "them yet and the replicas would drift apart; train in one process, or use "
+            "ddpnopt.open_loop(model, optimizer) with DistributedDataParallel"
         )
 
 

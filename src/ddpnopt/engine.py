@@ -26,6 +26,7 @@ from ddpnopt.checks import (
     usable,
     verify_once,
 )
+from ddpnopt.distributed import reweigh
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.front import merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint, added
@@ -41,6 +42,7 @@ from ddpnopt.notices import (
 )
 from ddpnopt.options import Options
 from ddpnopt.plain import plain_updates
+from ddpnopt.ranks import Ranks, replica, several
 from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
 from ddpnopt.reporting import report
@@ -77,7 +79,8 @@ class Engine:
         self.sketch = torch.Generator().manual_seed(0)
         self.recogniser = Recogniser(options.terminal)
         self.carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
-        self._base: dict[Tensor, Tensor] = {}
+        self.base: dict[Tensor, Tensor] = {}
+        self.ranks: Ranks | None = None
         self.open_report: StepReport | None = None
         self.notices = Notices()
         self.fingerprint, self._consumed = Fingerprint(), Consumed()
@@ -103,7 +106,7 @@ class Engine:
         self.recorder = Recorder(
             self.model,
             weakly(self.trainable),
-            weakly(self.refresh),
+            weakly(self._begin_pass),
             closed_loop=self.options.closed_loop,
             state_gradients=self.options.closed_loop and gradient,
             links=feedback and not gradient,
@@ -121,6 +124,11 @@ class Engine:
         self._members = {id(p) for p in self.parameters()}
         if len(self.copies) > len(self._members):
             self.copies.clear()
+
+    def _begin_pass(self) -> None:
+        self.refresh()
+        found = replica(self.model) if self.in_backward and several() else None
+        self.ranks = None if found is None else Ranks(found)
 
     def trainable(self, p: Tensor) -> bool:
         """Whether a parameter is the optimizer's and not frozen."""
@@ -212,9 +220,9 @@ class Engine:
     def _backward_started(self) -> None:
         """Keep what p.grad holds already, so that this pass's own gradient can be told from it."""
         if self.in_backward:
-            self._base = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
-            if not any(bool(g.any()) for g in self._base.values()):
-                self._base, self.carried = {}, {}
+            self.base = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
+            if not any(bool(g.any()) for g in self.base.values()):
+                self.base, self.carried = {}, {}
 
     @torch.no_grad()
     def _backward_ended(self, trajectories: list[Trajectory]) -> None:
@@ -222,16 +230,19 @@ class Engine:
         if self.options.feedback is not False:
             for trajectory in trajectories:
                 verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
-        if self.in_backward and trajectories and all(usable(t) for t in trajectories):
+        if self.in_backward and trajectories and several():
+            reweigh(self, trajectories, self.ranks)
+        elif self.in_backward and trajectories and all(usable(t) for t in trajectories):
+            step = self.new_step(trajectories, self.rescale, 1.0)
             try:
-                self._open_loop(trajectories)
+                self.write(step, self.corrections(step))
             except (NonFiniteError, UnsupportedModelError) as error:  # p.grad is still plain
                 trajectories[0].error = error
-        self._base = {}
+        self.base = {}
         self.fingerprint.take(self.parameters())
 
-    def _open_loop(self, trajectories: list[Trajectory]) -> None:
-        step = self.new_step(trajectories, self.rescale, 1.0)
+    def corrections(self, step: Step) -> dict[Tensor, Tensor]:
+        """In open loop: d - gbar by parameter, in the units in which backward left p.grad."""
         step.build()
         step.recurse()
         corrections = {
@@ -239,7 +250,11 @@ class Engine:
             for layer in step.layers.values()
             for p, correction in step.corrections(layer, None).items()
         }
-        corrections.update(merged([t.front for t in trajectories if t.front is not None]))
+        corrections.update(merged([t.front for t in step.trajectories if t.front is not None]))
+        return corrections
+
+    def write(self, step: Step, corrections: Mapping[Tensor, Tensor]) -> None:
+        """Make p.grad the re-weighted gradient."""
         for p, correction in corrections.items():
             assert p.grad is not None
             p.grad.add_(correction)
@@ -324,7 +339,7 @@ class Engine:
             early,
         )
         borrowed = self.host.borrow(self.copies)
-        return Step(trajectories, borrowed, settings, self.trainable, self.running, self._base)
+        return Step(trajectories, borrowed, settings, self.trainable, self.running, self.base)
 
     def usable(self, trajectories: list[Trajectory]) -> bool:
         """Whether all passes take part in feedback; raises where they must not be ignored."""

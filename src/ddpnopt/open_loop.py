@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ddpnopt.borrowed import Update
-from ddpnopt.checks import check_gradients, check_model, refuse_distributed
+from ddpnopt.checks import check_gradients, check_model
+from ddpnopt.distributed import check_shards
 from ddpnopt.engine import Engine
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.feedback import Guest, gains_of, set_gains
@@ -59,7 +60,8 @@ def open_loop(
     Raises:
         TypeError: Not an optimizer.
         ValueError: A parameter is not the model's, or belongs to two optimizers.
-        UnsupportedModelError: The model or the optimizer can't be handled (named).
+        UnsupportedModelError: The model or the optimizer can't be handled (named). With several
+            ranks of torch.distributed the model has to run in a DistributedDataParallel.
 
     Examples:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -80,7 +82,7 @@ class OpenLoop:
         gram: str,
     ) -> None:
         check_model(model)
-        refuse_distributed()
+        check_shards(model)
         given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         check_optimizer(given, model)
         for one in given:

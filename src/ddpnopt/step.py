@@ -67,6 +67,7 @@ class Step:
         base: Gradients that p.grad held before this backward pass (open loop under accumulation).
         closure: The closure that the step was called with.
         norms: |p.grad| of parameters whose p.grad is the plain gradient, where it is known.
+        pool: Sums a vector over several ranks.
     """
 
     trajectories: Sequence[Trajectory]
@@ -77,6 +78,7 @@ class Step:
     base: Mapping[Tensor, Tensor] = field(default_factory=dict)
     closure: Callable[[], float] | None = None
     norms: Mapping[Tensor, float] = field(default_factory=dict)
+    pool: Callable[[Tensor], Tensor] | None = None
     layers: dict[str, Layer] = field(default_factory=dict)
     moments: dict[Tensor, Tensor | None] = field(default_factory=dict)
     joints: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -147,6 +149,7 @@ class Step:
             return
         cost = concatenated([t.cost for t in self.trajectories if t.cost is not None])
         recursion = self.settings.value.start(cost)
+        recursion.pool = self.pool
         backward(self.layers, recursion, self.feed, self.settings.value.statistics)
 
     # Statistics -----------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Looking up registry names, with the list of names in the error."""
+"""Registry names and options of the command line: what they stand for, and helpful errors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Entry = TypeVar("Entry")
 
@@ -29,3 +30,29 @@ def lookup(registry: Mapping[str, Entry], name: str, kind: str) -> Entry:
     close = get_close_matches(name, registry, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(sorted(registry))}.{hint}")
+
+
+def call(target: Callable[..., Any], *args: Any, options: Mapping[str, Any]) -> Any:
+    """Call `target`, turning an unknown option into an error that lists the known ones.
+
+    Raises:
+        ValueError: An option is unknown.
+    """
+    known = [
+        p.name
+        for p in inspect.signature(target).parameters.values()
+        if p.name not in ("self", "params", "model", "lr", "args", "kwargs")
+    ]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        name = getattr(target, "__name__", str(target))
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {', '.join(known)}.")
+    return target(*args, **options)
+
+
+def split(options: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split off the options `prefix.name`; return them without the prefix, and the rest."""
+    own = {
+        k.removeprefix(prefix + "."): v for k, v in options.items() if k.startswith(prefix + ".")
+    }
+    return own, {k: v for k, v in options.items() if not k.startswith(prefix + ".")}

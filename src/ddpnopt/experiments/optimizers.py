@@ -8,7 +8,6 @@ DDPNOpt's value and curvature objects; `grad_clip` (any optimizer) is the thresh
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from torch import nn
 
 import ddpnopt
 from ddpnopt.curvature import CURVATURES
-from ddpnopt.experiments.names import lookup
+from ddpnopt.experiments.names import call, lookup, split
+from ddpnopt.experiments.wrapped_optimizers import INNERS, feedback
 from ddpnopt.value import VALUES
 
 OptionValue = bool | int | float | str | None
@@ -42,24 +42,10 @@ class OptimizerChoice:
     defaults: Mapping[str, OptionValue] = field(default_factory=dict)
 
 
-def _call(target: Callable[..., Any], *args: Any, options: Mapping[str, Any]) -> Any:
-    """Call `target`, turning an unknown option into an error that lists the known ones."""
-    known = [
-        p.name
-        for p in inspect.signature(target).parameters.values()
-        if p.name not in ("self", "params", "model", "lr", "args", "kwargs")
-    ]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        name = getattr(target, "__name__", str(target))
-        raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {', '.join(known)}.")
-    return target(*args, **options)
-
-
 def _torch(kind: Callable[..., torch.optim.Optimizer]) -> Factory:
     def build(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
         # The multi-tensor kernels cost less Python time on small networks.
-        built: torch.optim.Optimizer = _call(
+        built: torch.optim.Optimizer = call(
             kind, model.parameters(), lr, options={"foreach": True, **options}
         )
         return built
@@ -67,19 +53,11 @@ def _torch(kind: Callable[..., torch.optim.Optimizer]) -> Factory:
     return build
 
 
-def _split(options: Options, prefix: str) -> tuple[Options, Options]:
-    """Split off the options `prefix.name`; return them without the prefix, and the rest."""
-    own = {
-        k.removeprefix(prefix + "."): v for k, v in options.items() if k.startswith(prefix + ".")
-    }
-    return own, {k: v for k, v in options.items() if not k.startswith(prefix + ".")}
-
-
 def _own(name: str) -> Factory:
     """An optimizer of this library that takes the model and a rate."""
 
     def build(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
-        built: torch.optim.Optimizer = _call(getattr(ddpnopt, name), model, lr, options=options)
+        built: torch.optim.Optimizer = call(getattr(ddpnopt, name), model, lr, options=options)
         return built
 
     return build
@@ -88,13 +66,13 @@ def _own(name: str) -> Factory:
 def _emsa(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
     # Its learning rate is 1 / rho: short steps are that times the (preconditioned) gradient.
     arguments: dict[str, Any] = {"rho": 1 / lr if lr else math.inf, **options}
-    built: torch.optim.Optimizer = _call(ddpnopt.EMSA, model, options=arguments)
+    built: torch.optim.Optimizer = call(ddpnopt.EMSA, model, options=arguments)
     return built
 
 
 def _ddpnopt(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
-    value_options, rest = _split(options, "value")
-    curvature_options, rest = _split(rest, "curvature")
+    value_options, rest = split(options, "value")
+    curvature_options, rest = split(rest, "curvature")
     arguments: dict[str, Any] = dict(rest)
     value_name = str(arguments.pop("value", "moreau"))
     if value_name == "paper":
@@ -103,10 +81,10 @@ def _ddpnopt(model: nn.Module, lr: float, options: Options) -> torch.optim.Optim
         arguments["value"] = ddpnopt.PAPER
     else:
         value = lookup(VALUES, value_name, "value function")
-        arguments["value"] = _call(value, options=value_options)
+        arguments["value"] = call(value, options=value_options)
     curvature = lookup(CURVATURES, str(arguments.pop("curvature", "identity")), "curvature")
-    arguments["curvature"] = _call(curvature, options=curvature_options)
-    built: torch.optim.Optimizer = _call(ddpnopt.DDPNOpt, model, lr, options=arguments)
+    arguments["curvature"] = call(curvature, options=curvature_options)
+    built: torch.optim.Optimizer = call(ddpnopt.DDPNOpt, model, lr, options=arguments)
     return built
 
 
@@ -129,6 +107,17 @@ def _twins() -> dict[str, OptimizerChoice]:
     return twins
 
 
+def _wrapped() -> dict[str, OptimizerChoice]:
+    """`ddpnopt.Feedback` around torch's optimizers, closed and open loop."""
+    found: dict[str, OptimizerChoice] = {}
+    for name, (label, _) in INNERS.items():
+        build, key = feedback(name), f"feedback-{name}"
+        found[key] = OptimizerChoice(build, f"Feedback({label})")
+        open_loop = {"feedback": "open_loop"}
+        found[f"{key}-open-loop"] = OptimizerChoice(build, f"open loop ({label})", open_loop)
+    return found
+
+
 OPTIMIZERS: dict[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(_torch(torch.optim.SGD), "SGD"),
     "sgd-clip": OptimizerChoice(_torch(torch.optim.SGD), "SGD + clip", {"grad_clip": 1.0}),
@@ -137,6 +126,7 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     "adam": OptimizerChoice(_torch(torch.optim.Adam), "Adam"),
     # The library's own default, so that both sides of a comparison decay alike.
     "adamw": OptimizerChoice(_torch(torch.optim.AdamW), "AdamW", {"weight_decay": 0.0}),
+    "muon": OptimizerChoice(feedback("muon"), "Muon", {"feedback": False}),
     "kfac": OptimizerChoice(_own("KFAC"), "KFAC"),
     "ekfac": OptimizerChoice(_own("EKFAC"), "EKFAC"),
     "sgd-vgr": OptimizerChoice(_own("SGDVGR"), "SGD + VGR"),
@@ -161,6 +151,7 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
         "DDPNOpt momentum open loop", momentum=0.9, feedback="open_loop"
     ),
     **_twins(),
+    **_wrapped(),
     "ddpnopt-gauss-newton": _ddp("DDPNOpt Gauss-Newton", value="gauss_newton"),
     "ddpnopt-low-rank": _ddp("DDPNOpt low rank", value="low_rank"),
     "ddpnopt-dense": _ddp("DDPNOpt dense", value="dense"),

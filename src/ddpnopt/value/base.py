@@ -8,7 +8,7 @@ or curvatures: a `Maps` object gives them the products they need, per sample.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -34,23 +34,31 @@ class Coupling:
     rho: float | None = None
 
 
-def mean_field(couplings: Sequence[Coupling], squares: Tensor) -> Tensor:
+def mean_field(
+    couplings: Sequence[Coupling],
+    squares: Tensor,
+    pool: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """rho = gbar^T P gbar / sum_i w_i s_i of each layer, between 1 and B.
 
     Args:
         couplings: One for each layer.
         squares: (layers, B) w_i s_i.
+        pool: Sums a vector over several ranks, each with samples of its own.
 
     Returns:
         (layers,).
     """
-    alone = squares.sum(1)
+    alone, samples = squares.sum(1), float(squares.shape[1])
+    if pool is not None:
+        pooled = pool(torch.cat([alone, alone.new_tensor([samples])]))
+        alone, samples = pooled[:-1], float(pooled[-1])
     numbers = [c.length if isinstance(c.length, float) else 0.0 for c in couplings]
     length = alone.new_tensor(numbers)
     for index, one in enumerate(couplings):
         if isinstance(one.length, Tensor):
             length[index] = one.length
-    rho = torch.where(alone > 0, length / alone, 1.0).clamp_(1, squares.shape[1])
+    rho = torch.where(alone > 0, length / alone, 1.0).clamp_(1, samples)
     for index, one in enumerate(couplings):
         if one.rho is not None:
             rho[index] = one.rho
@@ -177,6 +185,9 @@ class Policy(ABC):
 
 class Recursion(ABC):
     """The value function at one layer's output, on its way backwards."""
+
+    #: Sums a vector over several ranks that hold the batch together.
+    pool: Callable[[Tensor], Tensor] | None = None
 
     @abstractmethod
     def correction(self, maps: Maps) -> Blocks | None:

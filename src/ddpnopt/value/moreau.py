@@ -114,7 +114,7 @@ class _Envelope(Recursion):
         if any(c != 1.0 for c in self._strengths):
             s = s * s.new_tensor(self._strengths)[:, None]
         if self.options.coupling:
-            s = s * mean_field(self._couplings, squares)[:, None]
+            s = s * mean_field(self._couplings, squares, self.pool)[:, None]
         # An overflow to infinity would make q - S l' undefined; any huge S gives the same step.
         S = (s.cumsum_(0) + self.S).clamp_(max=torch.finfo(s.dtype).max ** 0.5)
         own = S if self.options.own_layer else torch.cat([self.S[None], S[:-1]])
