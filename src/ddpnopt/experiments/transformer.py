@@ -27,7 +27,6 @@ class TransformerBlock(nn.Module):
         """(B, tokens, width) -> the same shape."""
         y = self.before_attention(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
-        x = x + self.attention(y, y, y, need_weights=False)[0]
         out: Tensor = x + self.dense(self.before_dense(x))
         return out
 
