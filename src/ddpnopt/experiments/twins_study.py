@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Twins of borrowed optimizers: `python -m ddpnopt.experiments.twins_study twins|mixing`.
+"""Twins of borrowed optimizers: `python -m ddpnopt.experiments.twins_study twins|mixing|feedback`.
 
 `twins`: RMSprop, AdamW, KFAC and EKFAC on the networks of the defaults study. `mixing`: SGD,
-momentum and AdamW on networks with BatchNorm. Each beside the same optimizer with clipping and
+momentum and AdamW on networks with BatchNorm. `feedback`: `Feedback` around AdamW, momentum and
+Muon. Each beside the same optimizer with clipping and
 beside DDPNOpt's open loop. Runs are kept and not repeated.
 """
 
@@ -35,11 +36,25 @@ class Study:
     Attributes:
         problems: Networks by the names that the command line takes.
         pairs: Borrowed optimizers and twins.
+        page: The page of the documentation that shows it.
     """
 
     problems: dict[str, Problem]
     pairs: tuple[Pair, ...]
+    page: str = "curvatures.md"
 
+
+#: Networks that are no chains.
+JOINED = {
+    "resnet": Problem(
+        RunConfig(architecture="resnet-16x2-gn", batch=32, epochs=8),
+        "Residual net with GroupNorm, 2 blocks of 16 channels, batch 32, 8 epochs",
+    ),
+    "transformer": Problem(
+        RunConfig(architecture="transformer-32x2", batch=32, epochs=8),
+        "Pre-norm transformer, 2 blocks of 32, batch 32, 8 epochs",
+    ),
+}
 
 STUDIES = {
     "twins": Study(
@@ -78,6 +93,20 @@ STUDIES = {
             Pair("adamw", "ddpnopt-adamw", SCALE_FREE_RATES),
         ),
     ),
+    "feedback": Study(
+        {
+            name: Problem(problem.base, problem.heading)
+            for name, problem in defaults_study.PROBLEMS.items()
+            if name != "relu32"
+        }
+        | JOINED,
+        (
+            Pair("adamw", "feedback-adamw", (*SCALE_FREE_RATES, 0.3), clips=(1.0,)),
+            Pair("momentum", "feedback-momentum", (0.01, 0.03, 0.1, 0.3, 1.0), clips=(1.0,)),
+            Pair("muon", "feedback-muon", (0.003, 0.01, 0.03, 0.1, 0.3), clips=(1.0,)),
+        ),
+        page="any_optimizer.md",
+    ),
 }
 
 
@@ -88,12 +117,12 @@ def publish(runs: pd.DataFrame, name: str, text: str, docs: Path) -> list[Path]:
         runs: The study's runs.
         name: The study's name: the page's marks and `assets/<name>_runs.csv`.
         text: The tables.
-        docs: The documentation's folder, with the page `curvatures.md`.
+        docs: The documentation's folder, with the study's page.
 
     Returns:
         The files written.
     """
-    rows, page = docs / "assets" / f"{name}_runs.csv", docs / "curvatures.md"
+    rows, page = docs / "assets" / f"{name}_runs.csv", docs / STUDIES[name].page
     rows.parent.mkdir(parents=True, exist_ok=True)
     runs.drop(columns=["curve", "seconds"]).to_csv(rows, index=False, float_format="%.6g")
     page.write_text(update_page(page.read_text(), text, name))
