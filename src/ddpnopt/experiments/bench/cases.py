@@ -179,16 +179,28 @@ class _Own:
         return self.kind(model, **self.options)
 
 
+@dataclass(frozen=True)
+class _Wrapped:
+    """Factory of a torch optimizer with feedback around it."""
+
+    inner: _Torch
+    feedback: bool | str
+
+    def __call__(self, model: nn.Module) -> torch.optim.Optimizer:
+        return ddpnopt.Feedback(model, self.inner(model), feedback=self.feedback)
+
+
 def _ddp(nets: tuple[int, ...] = (1, 2, 3), period: int = 1, **options: Any) -> Variant:
     return Variant(_DDP(options), nets=nets, period=period)
 
 
 _SGD, _OPEN = torch.optim.SGD, "open_loop"
+_MOMENTUM = _Torch(_SGD, {"lr": 0.05, "momentum": 0.9})
 
 VARIANTS: Mapping[str, Variant] = {
     BASELINE: Variant(_Torch(_SGD, {"lr": 0.05})),
     "SGD + clip": Variant(_Torch(_SGD, {"lr": 0.05}), clip=1.0),
-    "SGD momentum": Variant(_Torch(_SGD, {"lr": 0.05, "momentum": 0.9})),
+    "SGD momentum": Variant(_MOMENTUM),
     "Adam": Variant(_Torch(torch.optim.Adam)),
     "AdamW": Variant(_Torch(torch.optim.AdamW)),
     "RMSprop": Variant(_Torch(torch.optim.RMSprop)),
@@ -202,6 +214,10 @@ VARIANTS: Mapping[str, Variant] = {
     "DDPNOpt RMSprop closed loop": _ddp(lr=1e-3, curvature="rmsprop"),
     "DDPNOpt RMSprop open loop": _ddp(lr=1e-3, curvature="rmsprop", feedback=_OPEN),
     "DDPNOpt AdamW closed loop": _ddp(lr=1e-3, curvature="adamw"),
+    "Feedback(SGD momentum)": Variant(_Wrapped(_MOMENTUM, True)),
+    "Feedback(SGD momentum), open loop": Variant(_Wrapped(_MOMENTUM, _OPEN)),
+    "Feedback(AdamW)": Variant(_Wrapped(_Torch(torch.optim.AdamW), True)),
+    "Feedback(AdamW), open loop": Variant(_Wrapped(_Torch(torch.optim.AdamW), _OPEN)),
     "DDPNOpt KFAC closed, every 10": _ddp(period=10, curvature=KFAC(update_every=10)),
     "DDPNOpt EKFAC closed, every 10": _ddp(period=10, curvature=EKFAC(update_every=10)),
     "DDPNOpt low_rank": _ddp(value="low_rank"),
