@@ -20,6 +20,9 @@ from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
+#: States that hold a running sum or mean of gradients.
+MOMENTA = frozenset({"momentum_buffer", "exp_avg"})
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
@@ -144,6 +147,15 @@ class Borrowed:
         """u <- value, found in another way than by a step on a gradient."""
         self._save(p)
         p.copy_(value)
+
+    def before(self, p: Tensor) -> Tensor:
+        """A parameter that has been updated, as it was before."""
+        return self._saved[p]
+
+    def shorten(self, p: Tensor, gamma: float) -> None:
+        """Multiply what momentum has gathered of a parameter's gradients."""
+        for name in MOMENTA & self._new[p].keys():
+            self._new[p][name] = self._new[p][name] * gamma
 
     def _save(self, p: Tensor) -> None:
         if p in self._saved:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from ddpnopt.checks import usable
-from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
+from ddpnopt.errors import NonFiniteError, UnsupportedModelError
+from ddpnopt.front import corrections
 from ddpnopt.ranks import Ranks, several
 from ddpnopt.recognition import Recogniser
 from ddpnopt.stages import Trajectory
@@ -96,17 +97,17 @@ def reweigh(engine: Engine, trajectories: list[Trajectory], ranks: Ranks | None)
     engine.base = plain
     step = engine.new_step(trajectories, engine.rescale / ranks.size, 1 / ranks.size)
     step.pool, ranks.pooled = ranks.pool, 0
-    failure, corrections = None, {}
+    failure: NonFiniteError | UnsupportedModelError | None = None
+    found: dict[Tensor, Tensor] = {}
     try:
-        corrections = engine.corrections(step)
+        found = corrections(step)
     except (NonFiniteError, UnsupportedModelError) as error:
         failure = error
-        layers = len(trajectories[0].active)
-        if layers and getattr(engine.options.value, "coupling", False) and not ranks.pooled:
-            ranks.pool(
-                torch.zeros(layers + 1, dtype=trajectories[0].cost.w.dtype, device=own[0].device)
-            )
-    reduced, failed = ranks.mean(corrections, own, failure is not None)
+        layers, cost = len(trajectories[0].active), trajectories[0].cost
+        coupled = getattr(engine.options.value, "coupling", False)
+        if layers and coupled and not ranks.pooled and cost is not None:
+            ranks.pool(cost.w.new_zeros(layers + 1))  # the other ranks wait for it
+    reduced, failed = ranks.mean(found, own, failure is not None)
     if failed:
         trajectories[0].error = failure or UnsupportedModelError(
             "another rank could not re-weight its samples; its own error says why"

@@ -28,7 +28,7 @@ from ddpnopt.checks import (
 )
 from ddpnopt.distributed import reweigh
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
-from ddpnopt.front import merged, remember, weigh
+from ddpnopt.front import corrections, merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
@@ -235,27 +235,15 @@ class Engine:
         elif self.in_backward and trajectories and all(usable(t) for t in trajectories):
             step = self.new_step(trajectories, self.rescale, 1.0)
             try:
-                self.write(step, self.corrections(step))
+                self.write(step, corrections(step))
             except (NonFiniteError, UnsupportedModelError) as error:  # p.grad is still plain
                 trajectories[0].error = error
         self.base = {}
         self.fingerprint.take(self.parameters())
 
-    def corrections(self, step: Step) -> dict[Tensor, Tensor]:
-        """In open loop: d - gbar by parameter, in the units in which backward left p.grad."""
-        step.build()
-        step.recurse()
-        corrections = {
-            p: correction
-            for layer in step.layers.values()
-            for p, correction in step.corrections(layer, None).items()
-        }
-        corrections.update(merged([t.front for t in step.trajectories if t.front is not None]))
-        return corrections
-
-    def write(self, step: Step, corrections: Mapping[Tensor, Tensor]) -> None:
+    def write(self, step: Step, found: Mapping[Tensor, Tensor]) -> None:
         """Make p.grad the re-weighted gradient."""
-        for p, correction in corrections.items():
+        for p, correction in found.items():
             assert p.grad is not None
             p.grad.add_(correction)
             if step.borrowed.needs_plain(p):
@@ -320,6 +308,10 @@ class Engine:
         active = in_feedback and (step.layers or fronts or self.in_backward)
         depth = self.options.depth if active else "off"
         return report(self.options, step, depth, rescale, self.skipped)
+
+    def fresh(self, parameters: list[Tensor]) -> bool:
+        """Whether a gradient is new since the last step."""
+        return self._consumed.fresh(parameters)
 
     def new_step(
         self,

@@ -3,27 +3,40 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, overload
 
 import torch
 from torch import nn
 
 from ddpnopt.borrowed import Borrowed
+from ddpnopt.brake import BrakeEngine
 from ddpnopt.checks import check_model, refuse_distributed
 from ddpnopt.engine import Engine
+from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.host import Host
+from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
 from ddpnopt.recognition import Terminal
-from ddpnopt.separable import check_optimizer, check_separable
+from ddpnopt.separable import (
+    MAXIMIZED,
+    check_optimizer,
+    check_separable,
+    check_unweighted,
+    maximizing,
+)
 from ddpnopt.shell import Shell
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
-from ddpnopt.wrapped import Inner, Wrapped
+from ddpnopt.wrapped import Wrapped
 
 FORMAT_VERSION = 1
+#: How a layer's step is bounded, by name.
+MODES: dict[str, type[Engine]] = {"samples": Engine, "brake": BrakeEngine}
 
 
 class Feedback(Shell):
@@ -43,10 +56,12 @@ class Feedback(Shell):
         weight_gradients: False: the layers' plain weight gradients are never computed.
         gram: Gram products of convolutions: "exact", "sketch", "auto" (exact).
         nonfinite: "raise" or "skip" a step whose numbers are not finite; nothing is changed.
+        mode: "samples" re-weights the samples' gradients layer by layer. "brake" leaves them alone
+            and limits how far each layer follows the optimizer's own step (`ddpnopt.brake`).
 
     Raises:
         TypeError: Not an optimizer.
-        ValueError: A parameter is not the model's, or belongs to two optimizers.
+        ValueError: An option is unknown, a parameter is not the model's, or in two optimizers.
         UnsupportedModelError: The model can't be handled, or the optimizer can't step layer by
             layer (named, with the way out).
 
@@ -65,6 +80,7 @@ class Feedback(Shell):
         weight_gradients: bool = True,
         gram: str = "auto",
         nonfinite: str = "raise",
+        mode: str = "samples",
     ) -> None:
         check_model(model)
         refuse_distributed()
@@ -74,13 +90,54 @@ class Feedback(Shell):
         self.options = Options(
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
         )
+        _check_mode(mode, self.options)
+        self.mode = mode
+        check_unweighted(given)
+        if self.options.feedback is not False and maximizing(given):
+            warnings.warn(MAXIMIZED, DDPNOptWarning, stacklevel=2)
+            self.options = replace(self.options, feedback=False)
         if self.options.closed_loop:
             for one in given:
                 check_separable(one)
         self._inners = tuple(Inner.of(one) for one in given)
         # The groups are the optimizers' own; what the base class makes of its own is not used.
         super().__init__([p for one in given for p in one.param_groups[0]["params"]], {})
-        self._engine = Engine(model, self.options, Guest(self))
+        self._engine = MODES[mode](model, self.options, Guest(self))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step on the recorded passes; the wrapped optimizers' step hooks run once.
+
+        Args:
+            closure: Standard closure that computes the loss and calls ``backward``.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            RuntimeError: No backward pass since the last step.
+            NonFiniteError: A gradient or a new weight is not finite (``nonfinite="raise"``).
+            UnsupportedModelError: The recorded passes can't be handled (named).
+            TerminalError: The terminal cost given contradicts the output.
+        """
+        if self.options.feedback is not False and maximizing(self.optimizers):
+            raise UnsupportedModelError(
+                "a parameter group has maximize=True since Feedback was made: wrap the optimizer "
+                "anew, or minimise -loss"
+            )
+        for one in self.optimizers:
+            closure = before_step(one, closure)
+        skipped = self.skipped
+        loss = super().step(closure) if closure is not None else super().step()
+        if self.skipped == skipped:
+            for one in self.optimizers:
+                after_step(one, closure)
+        return loss
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
@@ -146,6 +203,8 @@ class Feedback(Shell):
         inner.add_param_group(param_group)
         try:
             check_optimizer([inner], self.model)
+            if self.options.feedback is not False and maximizing([inner]):
+                raise ValueError("add_param_group: maximize=True has no feedback; minimise -loss")
         except ValueError:
             inner.param_groups[:] = before
             raise
@@ -203,6 +262,43 @@ class Feedback(Shell):
                 set_gains(inner, gains)
             self.engine.load_state_dict(own)
         self.engine.refresh()
+
+
+def before_step(
+    optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None
+) -> Callable[[], float] | None:
+    """Run a wrapped optimizer's own pre-hooks; the closure as they leave it.
+
+    Global hooks see the wrapper itself.
+    """
+    args: tuple[Any, ...] = (optimizer,) if closure is None else (optimizer, closure)
+    kwargs: dict[str, Any] = {}
+    for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+        result = hook(optimizer, args, kwargs)
+        if result is not None:
+            args, kwargs = result
+    found: Callable[[], float] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return found
+
+
+def after_step(optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None) -> None:
+    """Run a wrapped optimizer's own post-hooks; its schedulers learn that it has stepped."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    args: tuple[Any, ...] = (optimizer,) if closure is None else (optimizer, closure)
+    for hook in list(optimizer._optimizer_step_post_hooks.values()):
+        hook(optimizer, args, {})
+
+
+def _check_mode(mode: str, options: Options) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: choose from {', '.join(MODES)}")
+    if mode == "brake" and not options.weight_gradients:
+        raise ValueError("mode='brake' needs the optimizer's own step: use weight_gradients=True")
+    if mode == "brake" and options.value.linearization != "gradient":
+        raise ValueError(
+            f"mode='brake' has a value function of its own, and value={options.value.name!r} needs "
+            "more than it records: leave value out"
+        )
 
 
 def gains_of(inner: Inner) -> list[float | None]:

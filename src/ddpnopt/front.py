@@ -232,3 +232,16 @@ def merged(fronts: Sequence[Front]) -> dict[Tensor, Tensor]:
         for p, d in front.corrections.items():
             total[p] = total[p] + d if p in total else d
     return total
+
+
+def corrections(step: Step) -> dict[Tensor, Tensor]:
+    """In open loop: d - gbar by parameter, in the units in which backward left p.grad."""
+    step.build()
+    step.recurse()
+    found = {
+        p: correction
+        for layer in step.layers.values()
+        for p, correction in step.corrections(layer, None).items()
+    }
+    found.update(merged([t.front for t in step.trajectories if t.front is not None]))
+    return found

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,25 +13,32 @@ import torch
 from torch import nn
 
 from ddpnopt.borrowed import Update
-from ddpnopt.checks import check_gradients, check_model
+from ddpnopt.checks import check_backward, check_gradients, check_model
 from ddpnopt.distributed import check_shards
 from ddpnopt.engine import Engine
-from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.feedback import Guest, gains_of, set_gains
 from ddpnopt.gradients import dense_gradients
 from ddpnopt.inner import Reader, reader_of
+from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
 from ddpnopt.recognition import Terminal
 from ddpnopt.report import StepReport
-from ddpnopt.separable import check_optimizer
+from ddpnopt.separable import (
+    MAXIMIZED,
+    WEIGHTED,
+    check_optimizer,
+    check_unweighted,
+    maximizing,
+)
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.value import ValueFunction
-from ddpnopt.wrapped import Inner, Wrapped
+from ddpnopt.wrapped import Wrapped
 
+#: The prepared updates, r, and whether p.grad is re-weighted.
+_Pending = tuple[Wrapped, list[Update], float, bool]
 #: An optimizer, held weakly, its reader, and the gains that were seen.
 _Known = tuple["weakref.ref[torch.optim.Optimizer]", Reader, dict[torch.Tensor, torch.Tensor]]
-#: Optimizers whose gradients are re-weighted already.
-_ACTIVE: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def open_loop(
@@ -85,22 +93,21 @@ class OpenLoop:
         check_shards(model)
         given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         check_optimizer(given, model)
-        for one in given:
-            if one in _ACTIVE:
-                raise UnsupportedModelError(
-                    f"open_loop: the gradients of this {type(one).__name__} are re-weighted "
-                    "already; call remove() of the first handle"
-                )
+        check_unweighted(given)
         self.last_step: StepReport | None = None
-        self.options = Options(value_from(value), terminal, "open_loop", True, gram, "raise")
+        depth: bool | str = "open_loop"
+        if maximizing(given):
+            warnings.warn(MAXIMIZED, DDPNOptWarning, stacklevel=3)
+            depth = False
+        self.options = Options(value_from(value), terminal, depth, True, gram, "raise")
         self._known: list[_Known] = [(weakref.ref(one), reader_of(one), {}) for one in given]
         self._stepped: set[int] = set()
         self.engine = Engine(model, self.options, Guest(self))
-        self._pending: dict[int, tuple[Wrapped, list[Update], float, bool]] = {}
+        self._pending: dict[int, _Pending | None] = {}
         # The optimizer holds the handle, through its hooks; the handle holds it weakly.
         self._handles = [one.register_step_pre_hook(self._before) for one in given]
         self._handles += [one.register_step_post_hook(self._after) for one in given]
-        _ACTIVE.update(given)
+        WEIGHTED.update(given)
 
     @property
     def inners(self) -> tuple[Inner, ...]:
@@ -121,7 +128,7 @@ class OpenLoop:
             handle.remove()
         self._handles = []
         for inner in self.inners:
-            _ACTIVE.discard(inner.optimizer)
+            WEIGHTED.discard(inner.optimizer)
 
     def __enter__(self) -> Self:
         """As a context manager: removed at the end of the block."""
@@ -151,21 +158,35 @@ class OpenLoop:
             with torch.enable_grad():
                 loss = closure()
             args, kwargs = (optimizer, lambda: loss), {}
-        self._prepare(self._inner(optimizer))
+        if self.options.feedback is not False and maximizing([optimizer]):
+            raise UnsupportedModelError(
+                "open_loop: a parameter group has maximize=True since; call remove() of the handle"
+            )
+        # GradScaler leaves it to a fused kernel to unscale, or to skip the step.
+        overflow, scale = (getattr(optimizer, k, None) for k in ("found_inf", "grad_scale"))
+        if overflow is not None and float(overflow) > 0:
+            self._pending[id(optimizer)] = None
+        else:
+            self._prepare(self._inner(optimizer), 1.0 if scale is None else 1 / float(scale))
         return args, kwargs
 
-    def _prepare(self, inner: Inner) -> None:
+    def _prepare(self, inner: Inner, unscale: float) -> None:
         engine = self.engine
         engine.refresh()
         trajectories = list(engine.recorder.arrivals.completed) if engine.recorder else []
         seen = engine.open_report is not None  # another optimizer has stepped on this pass
+        if not (trajectories or seen or self._stepped) and engine.fresh(
+            [p for p, grad in dense_gradients(engine.parameters()).items() if grad.any()]
+        ):
+            check_backward(True, trajectories, engine.recorder)
         active = engine.usable(trajectories) if trajectories else seen
-        rescale = engine.fingerprint.rescaling()
+        rescale = engine.fingerprint.rescaling() * unscale
         wrapped = Wrapped([inner], engine.copies)
         check_gradients(wrapped, trajectories, engine.names, held=False)
         plain_statistics = self.options.value.statistics == "plain"
         updates = []
-        for p, grad in dense_gradients(wrapped.hyper).items():
+        for p, scaled in dense_gradients(wrapped.hyper).items():
+            grad = scaled if unscale == 1.0 else scaled * unscale
             correction, _ = engine.carried.pop(p, (None, None))
             if correction is not None:
                 plain = grad - rescale * correction
@@ -179,14 +200,19 @@ class OpenLoop:
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The step has been taken."""
         inner, engine = self._inner(optimizer), self.engine
-        wrapped, updates, rescale, active = self._pending.pop(id(optimizer))
-        wrapped.settle(inner, updates)
-        wrapped.commit({})
+        pending = self._pending.pop(id(optimizer))
+        wrapped, updates, rescale, active = pending or (None, [], engine.rescale, False)
+        if wrapped is None:
+            engine.skipped += 1
+        else:
+            wrapped.settle(inner, updates)
+            wrapped.commit({})
         engine.rescale = rescale
         if active and engine.open_report is not None:
             self.last_step = replace(engine.open_report, rescale=rescale)
         else:
-            self.last_step = StepReport("off", engine.recogniser.decision, rescale=rescale)
+            decision, skipped = engine.recogniser.decision, engine.skipped
+            self.last_step = StepReport("off", decision, rescale=rescale, skipped=skipped)
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._known):
             self._stepped.clear()

@@ -24,7 +24,8 @@ def replica(model: nn.Module) -> DistributedDataParallel | None:
     """The DistributedDataParallel that a model is, has inside, or is being run by."""
     inside = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
     # A model that is wrapped later (by a framework) shows its wrapper only while it is called.
-    return next(inside, None) or DistributedDataParallel._get_active_ddp_module()
+    active: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
+    return next(inside, None) or active
 
 
 @dataclass(eq=False)
@@ -83,7 +84,7 @@ class Ranks:
             flag = parts[0].new_full((1,), float(failed))
             flat = self.sum(torch.cat([*(part.reshape(-1) for part in parts), flag]))
             failed = failed or bool(flat[-1] > 0)
-            pieces = (flat[:-1] / self.size).split([p.numel() for p in some])
+            pieces = torch.split(flat[:-1] / self.size, [p.numel() for p in some])
             found.update({p: piece.view_as(p) for p, piece in zip(some, pieces, strict=True)})
         return found, failed
 

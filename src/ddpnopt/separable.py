@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
+import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,14 +17,41 @@ from torch import nn
 
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inner import own_step
+from ddpnopt.narrowed import Counted, Inner, attributes, same
+from ddpnopt.randomness import Randomness
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
-from ddpnopt.wrapped import Inner
 
 #: Steps of a trial: counters and warm-ups of optimizers must have moved.
 STEPS = 6
 #: No toy parameter is larger than this in any dimension.
 TOY = 4
+
+#: Optimizers whose gradients `open_loop` re-weights.
+WEIGHTED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+MAXIMIZED = (
+    "a parameter group has maximize=True, but feedback damps the steps down a loss: all steps are "
+    "the optimizer's own, without feedback. Minimise -loss for feedback"
+)
+
+
+def maximizing(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether any group climbs."""
+    return any(g.get("maximize", False) for one in optimizers for g in one.param_groups)
+
+
+def check_unweighted(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse optimizers whose gradients `open_loop` re-weights already.
+
+    Raises:
+        UnsupportedModelError: The optimizer is named.
+    """
+    for one in optimizers:
+        if one in WEIGHTED:
+            raise UnsupportedModelError(
+                f"the gradients of this {type(one).__name__} are re-weighted by open_loop "
+                "already; call remove() of that handle first"
+            )
 
 
 def check_optimizer(optimizers: Sequence[Any], model: nn.Module) -> None:
@@ -58,13 +89,50 @@ def check_optimizer(optimizers: Sequence[Any], model: nn.Module) -> None:
             if p in owners:
                 raise ValueError(f"optimizer: '{names[p]}' is in {owners[p]} and in {kind}")
             owners[p] = kind
+        _check_closure(one)
+
+
+def _check_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse optimizers that evaluate the loss at weights of their own, found on a toy twin.
+
+    Raises:
+        UnsupportedModelError: The optimizer is named.
+    """
+    kind = type(optimizer).__name__
+    try:
+        twin, toys = _twin(optimizer, state=False)
+    except Exception:  # it can't be copied: nothing is known
+        return
+    before = [p.detach().clone() for p in toys]
+    calls: list[bool] = []
+
+    def closure() -> Tensor:
+        calls.append(all(map(torch.equal, toys, before)))
+        for p in toys:
+            p.grad = torch.full_like(p, 0.1)
+        return torch.ones((), requires_grad=True)
+
+    with _seeded():
+        closure()
+        calls.clear()
+        try:
+            own_step(type(twin))(twin, closure)
+        except Exception:
+            if not calls:  # it is no question of closures
+                return
+    if len(calls) > 1 or not all(calls):
+        raise UnsupportedModelError(
+            f"optimizer: {kind} evaluates the loss again at weights of its own within a step "
+            "(sharpness-aware, line searches), so there is no single pass to feed back on; wrap "
+            "the optimizer that it is built on"
+        )
 
 
 def check_separable(optimizer: torch.optim.Optimizer) -> None:
     """Refuse optimizers whose step for some parameters depends on the others.
 
-    They are tried on toy parameters, all at once and one by one: the results must be equal to the
-    last bit.
+    They are tried on toy parameters, all at once and one by one, last first: weights, states,
+    groups and counters must be equal to the last bit.
 
     Raises:
         UnsupportedModelError: The optimizer is named, with the way out.
@@ -78,15 +146,16 @@ def check_separable(optimizer: torch.optim.Optimizer) -> None:
             f"{kind} can't step for some of its parameters alone ({type(error).__name__}: "
             f"{error}); {way_out}"
         ) from error
-    if not all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True)):
+    if not same(whole, parts):
         raise UnsupportedModelError(
             f"{kind} takes its parameters together: its step for one of them depends on the "
-            f"others, so it can't step layer by layer; {way_out}"
+            f"others, on how often it is called, or on random numbers, so it can't step layer by "
+            f"layer; {way_out}"
         )
 
 
-def _trials(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-    """Toy parameters after steps for all at once, and after steps for one after another."""
+def _trials(optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[Any]]:
+    """What is left after steps for all toy parameters at once, and for one after another."""
     try:
         return _trial(optimizer, False, state=True), _trial(optimizer, True, state=True)
     except Exception:
@@ -94,24 +163,39 @@ def _trials(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor
         return _trial(optimizer, False, state=False), _trial(optimizer, True, state=False)
 
 
-def _trial(optimizer: torch.optim.Optimizer, alone: bool, state: bool) -> list[Tensor]:
-    """A few steps of a twin on toy parameters, which are returned."""
+def _trial(optimizer: torch.optim.Optimizer, alone: bool, state: bool) -> list[Any]:
+    """A few steps of a twin on toy parameters: these, its state, groups and counters."""
     twin, toys = _twin(optimizer, state)
     generator = torch.Generator().manual_seed(0)
-    inner = Inner.of(twin)
-    for _ in range(STEPS):
-        for p in toys:
-            noise = torch.randn(p.shape, generator=generator)
-            p.grad = noise.to(p.device, p.dtype)
-        if not alone:
-            own_step(type(twin))(twin)
-            continue
-        counted: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-        for p in toys:
-            counted.update({id(group): (group, seen) for group, seen in inner.step([p])})
-        for group, seen in counted.values():
-            group.update({k: v for k, v in seen.items() if k != "params"})
-    return [p.detach() for p in toys]
+    inner, counted = Inner.of(twin), Counted()
+    with _seeded():
+        for _ in range(STEPS):
+            for p in toys:
+                noise = torch.randn(p.shape, generator=generator)
+                p.grad = noise.to(p.device, p.dtype)
+            if not alone:
+                own_step(type(twin))(twin)
+                continue
+            for p in reversed(toys):
+                counted.add(inner.step([p]))
+            counted.commit()
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in twin.param_groups]
+    states = [dict(twin.state.get(p, {})) for p in toys]
+    return [[p.detach() for p in toys], states, groups, attributes(twin)]
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers of a trial: always the same, and the user's generators stay as they are."""
+    before = Randomness.capture()
+    torch.manual_seed(0)
+    random.seed(0)
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        before.restore()
 
 
 def _twin(

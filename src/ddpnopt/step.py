@@ -206,7 +206,10 @@ class Step:
                 if name in extra:
                     self.extra[p] = extra[name]
                     g = g + scale * extra[name]
-                known = (squares[name] * scale**2, sum(layer.counts)) if name in squares else None
+                if self.settings.rescale != scale:  # the step will see it rescaled
+                    g = g * (self.settings.rescale / scale)
+                r = self.settings.rescale
+                known = (squares[name] * r**2, sum(layer.counts)) if name in squares else None
                 moment = self.borrowed.moment(p, g, known)
             if not self._follows(p):
                 self.moments[p] = moment

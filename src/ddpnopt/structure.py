@@ -279,7 +279,8 @@ class Ledger:
         """Mark the stages in front of ``start`` as mixed, and find B from the others.
 
         B is the number of rows of the output, or of an active stage of which the output's are a
-        multiple (positions folded into the batch).
+        multiple (positions folded into the batch). Of layers that begin a branch (embeddings of
+        tokens and of positions, which all samples may share) those with most rows count.
         """
         assert trajectory.z is not None
         for stage in trajectory.stages[:start]:
@@ -288,7 +289,10 @@ class Ledger:
         if last == 0:
             for stage in trajectory.stages:
                 stage.plain = stage.plain or "the batch is empty"
-        rows = [s.rows for s in trajectory.stages if not s.plain and s.rows and last % s.rows == 0]
+        pairs = list(zip(trajectory.stages, self.states, strict=True))
+        widest = max((s.rows for s, state in pairs if state is None), default=0)
+        own = [s.rows for s, state in pairs if not s.plain and (state or s.rows == widest)]
+        rows = [n for n in own if n and last % n == 0]
         samples = trajectory.samples = min([last, *rows])
         for stage in trajectory.stages:
             if not stage.plain and (stage.rows % samples or stage.x.shape[0] % samples):

@@ -6,61 +6,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ddpnopt.borrowed import Borrowed, Update
-from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.inner import Reader, own_step, reader_of
+from ddpnopt.borrowed import MOMENTA, Borrowed, Update
+from ddpnopt.narrowed import Counted, Group, Inner, attributes, copied, holds
 from ddpnopt.typing import Tensor
-
-Group = dict[str, Any]
-
-
-@dataclass(eq=False)
-class Inner:
-    """One wrapped optimizer.
-
-    Attributes:
-        optimizer: It.
-        reader: What is known about it.
-        gains: By parameter: what its last update was per gradient, where that is all there is.
-    """
-
-    optimizer: torch.optim.Optimizer
-    reader: Reader
-    gains: dict[Tensor, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> Inner:
-        """With the reader of its type."""
-        return cls(optimizer, reader_of(optimizer))
-
-    def group_of(self) -> dict[Tensor, Group]:
-        """Its groups by parameter."""
-        return {p: group for group in self.optimizer.param_groups for p in group["params"]}
-
-    def step(self, parameters: Sequence[Tensor]) -> list[tuple[Group, Group]]:
-        """Its own step for some of its parameters alone; hooks are not run.
-
-        Returns:
-            Each group with the copy of it that the step has seen, and may have counted in.
-        """
-        members: dict[int, list[Tensor]] = {}
-        groups = self.group_of()
-        for p in parameters:
-            members.setdefault(id(groups[p]), []).append(p)
-        whole = self.optimizer.param_groups
-        used = [(g, {**g, "params": members[id(g)]}) for g in whole if id(g) in members]
-        self.optimizer.param_groups = [narrow for _, narrow in used]
-        try:
-            with torch.no_grad():
-                own_step(type(self.optimizer))(self.optimizer)
-        finally:
-            self.optimizer.param_groups = whole
-        return used
 
 
 class Wrapped(Borrowed):
@@ -83,8 +36,10 @@ class Wrapped(Borrowed):
         states = {p: s for i in inners for p, s in i.optimizer.state.items() if s}
         super().__init__(hyper, states, copies)
         self._before: dict[Tensor, _Saved] = {}
-        self._counted: dict[int, tuple[Group, Group]] = {}
+        self._counted = Counted()
+        self._attributes: dict[int, tuple[torch.optim.Optimizer, Group]] = {}
         self._gains: dict[Tensor, Tensor] = {}
+        self._given: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
 
     def needs_plain(self, p: Tensor) -> bool:
         """To feed the second moment, or to shorten the update from outside."""
@@ -103,12 +58,15 @@ class Wrapped(Borrowed):
         self.apply([update])
 
     def _apply(self, inner: Inner, updates: Sequence[Update]) -> None:
+        optimizer = inner.optimizer
+        if id(optimizer) not in self._attributes:
+            self._attributes[id(optimizer)] = optimizer, attributes(optimizer)
         for update in updates:
             self._save(update.p)
-            self._before[update.p] = _Saved.of(inner.optimizer.state, update.p)
+            self._before[update.p] = _Saved.of(optimizer.state, update.p)
         self.prepare(inner, updates)
         with stepping_on({u.p: u.d for u in updates}):
-            self._count(inner.step([u.p for u in updates]))
+            self._counted.add(inner.step([u.p for u in updates]))
         self.settle(inner, updates)
 
     def prepare(self, inner: Inner, updates: Sequence[Update]) -> None:
@@ -116,6 +74,9 @@ class Wrapped(Borrowed):
         if inner.reader.rescales:
             for update in updates:
                 self._save(update.p)
+                if not update.d.is_sparse:
+                    # Copied: many optimizers change the gradient in place.
+                    self._given[update.p] = update.d.clone(), shortening(update)
         self._make_ready(inner, updates)
         for update in updates:
             self._feed(inner, update)
@@ -124,7 +85,8 @@ class Wrapped(Borrowed):
         """After it."""
         if inner.reader.rescales:
             for update in updates:
-                self._watch(update)
+                if update.p in self._given:
+                    self._watch(update)
 
     def _make_ready(self, inner: Inner, updates: Sequence[Update]) -> None:
         """Give parameters a state to feed before their first step: made by a step, and undone."""
@@ -155,42 +117,33 @@ class Wrapped(Borrowed):
     def _watch(self, update: Update) -> None:
         """Shorten the update of an optimizer of which nothing is known, and note its gain."""
         p = update.p
-        d = update.d.flatten().float()
+        given, r = self._given.pop(p)
+        d = given.flatten().float()
         length = d.dot(d)
         before = self._saved[p]
-        moved = (before - p).flatten().float()
-        gain = torch.where(length > 0, d.dot(moved) / length, length)
+        gain = torch.where(length > 0, d.dot((before - p).flatten().float()) / length, length)
         # Uphill, or not at all: no curvature is met on the way.
         self._gains[p] = gain.clamp_(min=0.0)
-        if update.plain is None or update.plain is update.d:
-            return
-        plain = update.plain.flatten().float()
-        whole = plain.dot(plain)
-        r = torch.where(whole > 0, d.dot(plain) / whole, torch.ones_like(whole)).clamp_(0.0, 1.0)
-        shorter = torch.lerp(before, p, r.to(p.dtype))
-        p.copy_(torch.where(r == 1.0, p, shorter))
+        if r is not None:
+            p.copy_(torch.where(r == 1.0, p, torch.lerp(before, p, r.to(p.dtype))))
 
-    def _count(self, used: Sequence[tuple[Group, Group]]) -> None:
-        """What a step has written to its groups must be the same for every layer."""
-        for group, seen in used:
-            changed = {k: v for k, v in seen.items() if k != "params" and not _same(v, group[k])}
-            known = self._counted.get(id(group))
-            if known is None:
-                self._counted[id(group)] = group, changed
-            elif known[1].keys() != changed.keys() or any(
-                not _same(v, known[1][k]) for k, v in changed.items()
-            ):
-                raise UnsupportedModelError(
-                    "the wrapped optimizer takes its parameters together (its groups' "
-                    f"{', '.join({**known[1], **changed})} differ from layer to layer), so it "
-                    "can't step layer by layer; use feedback='open_loop'"
-                )
+    def shorten(self, p: Tensor, gamma: float) -> None:
+        """Multiply what momentum has gathered of a parameter's gradients."""
+        state = self._inner[p].optimizer.state.get(p, {})
+        for name in MOMENTA & state.keys():
+            if state[name] is not None:
+                state[name].mul_(gamma)
 
     def rollback(self) -> None:
         """Restore parameters and states."""
         super().rollback()
         for saved in self._before.values():
             saved.restore()
+        for optimizer, values in self._attributes.values():
+            own = vars(optimizer)
+            for new in attributes(optimizer).keys() - values.keys():
+                del own[new]
+            own.update({k: copied(v) for k, v in values.items() if not holds(own, k, v)})
 
     def restart(self) -> None:
         """Take all updates back, to be made again another way."""
@@ -212,8 +165,7 @@ class Wrapped(Borrowed):
 
     def commit(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Counters and gains; the states have been written by their optimizers."""
-        for group, changed in self._counted.values():
-            group.update(changed)
+        self._counted.commit()
         for p, gain in self._gains.items():
             self._inner[p].gains[p] = gain
 
@@ -265,10 +217,12 @@ def stepping_on(gradients: Mapping[Tensor, Tensor]) -> Iterator[None]:
             p.grad = grad
 
 
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        both = isinstance(a, Tensor) and isinstance(b, Tensor)
-        return both and a.shape == b.shape and bool(torch.equal(a, b))
-    return bool(a == b)
+def shortening(update: Update) -> Tensor | None:
+    """r = <d, gbar> / |gbar|^2 between 0 and 1, exactly 1 where d is gbar; None if it must be."""
+    if update.plain is None or update.plain is update.d:
+        return None
+    d, plain = update.d.flatten().float(), update.plain.flatten().float()
+    whole = plain.dot(plain)
+    # Equal vectors may have unequal products: sums depend on where in memory they begin.
+    full = (d == plain).all() | (whole == 0)
+    return torch.where(full, torch.ones_like(whole), d.dot(plain) / whole).clamp_(0.0, 1.0)

@@ -29,7 +29,8 @@ class _Adam(AdamWCurvature):
         largest = state.get("max_exp_avg_sq") if self.amsgrad else None
         if largest is not None and moment is not None:
             moment = torch.maximum(moment, largest)
-        return super().inverse(state, moment)
+        # A number: torch counts in float32, in which 1 - beta2^t is not exact.
+        return super().inverse({**state, "step": float(state.get("step", 0))}, moment)
 
 
 @dataclass(frozen=True)
