@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -82,24 +82,37 @@ def plain_updates(
         squares = None
         if known is not None and step.borrowed.hyper[p].curvature.statistics == "squares":
             squares = known.squares[name] * rescale**2, sum(known.layer.counts)
-        correction, extra = carried.get(p, (None, None))
-        plain = gradient if correction is None else gradient - rescale * correction
-        if p in front and not added:
-            correction = front[p]
-            gradient = plain + rescale * correction
-        fed = plain if extra is None else plain + rescale * extra
-        moment = None
+        update = _update(step, p, gradient, carried, {} if added else front, rescale)
         if p in front:
-            moment = step.borrowed.moment(p, fed, squares)
+            assert update.fed is not None
+            moment = step.borrowed.moment(p, update.fed, squares)
             P = step.borrowed.gain(p, moment, rescale)
             assert not isinstance(P, Kronecker)
-            lengths.append(((gradient / rescale).square() * P).sum())
-        reweighted = correction is not None
-        follows = reweighted and step.settings.value.statistics == "plain"
-        given = plain if reweighted else None
-        updates.append(Update(p, gradient, moment, fed, squares, given, follows))
+            lengths.append(((update.d / rescale).square() * P).sum())
+            update = replace(update, moment=moment)
+        updates.append(replace(update, squares=squares))
     step.borrowed.apply(updates)
     return torch.stack(lengths).sum() if lengths else None
+
+
+def _update(
+    step: Step,
+    p: Tensor,
+    gradient: Tensor,
+    carried: Carried,
+    to_add: Mapping[Tensor, Tensor],
+    rescale: float,
+) -> Update:
+    """One parameter's update, with its re-weighted gradient."""
+    correction, extra = carried.get(p, (None, None))
+    plain = gradient if correction is None else gradient - rescale * correction
+    if p in to_add:
+        correction = to_add[p]
+        gradient = plain + rescale * correction
+    fed = plain if extra is None else plain + rescale * extra
+    reweighted = correction is not None
+    follows = reweighted and step.settings.value.statistics == "plain"
+    return Update(p, gradient, fed=fed, plain=plain if reweighted else None, follows=follows)
 
 
 def _joint_update(
