@@ -115,6 +115,11 @@ def _wrapped() -> dict[str, OptimizerChoice]:
         found[key] = OptimizerChoice(build, f"Feedback({label})")
         open_loop = {"feedback": "open_loop"}
         found[f"{key}-open-loop"] = OptimizerChoice(build, f"open loop ({label})", open_loop)
+        brake = {"mode": "brake"}
+        found[f"{key}-brake"] = OptimizerChoice(build, f"brake ({label})", brake)
+        found[f"{key}-brake-open-loop"] = OptimizerChoice(
+            build, f"brake, open loop ({label})", brake | open_loop
+        )
     return found
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Twins of borrowed optimizers: `python -m ddpnopt.experiments.twins_study twins|mixing|feedback`.
+"""Twins of borrowed optimizers: `python -m ddpnopt.experiments.twins_study twins|mixing|feedback|brake`.
 
 `twins`: RMSprop, AdamW, KFAC and EKFAC on the networks of the defaults study. `mixing`: SGD,
 momentum and AdamW on networks with BatchNorm. `feedback`: `Feedback` around AdamW, momentum and
-Muon. Each beside the same optimizer with clipping and
+Muon; `brake`: the same with `mode="brake"`. Each beside the same optimizer with clipping and
 beside DDPNOpt's open loop. Runs are kept and not repeated.
 """
 
@@ -104,6 +104,18 @@ STUDIES = {
             Pair("adamw", "feedback-adamw", (*SCALE_FREE_RATES, 0.3), clips=(1.0,)),
             Pair("momentum", "feedback-momentum", (0.01, 0.03, 0.1, 0.3, 1.0), clips=(1.0,)),
             Pair("muon", "feedback-muon", (0.003, 0.01, 0.03, 0.1, 0.3), clips=(1.0,)),
+        ),
+        page="any_optimizer.md",
+    ),
+    "brake": Study(
+        {
+            name: Problem(problem.base, problem.heading)
+            for name, problem in defaults_study.PROBLEMS.items()
+            if name in ("tanh", "cnn")
+        },
+        (
+            Pair("adamw", "feedback-adamw-brake", (0.003, 0.01, 0.03, 0.1), clips=(1.0,)),
+            Pair("momentum", "feedback-momentum-brake", (0.01, 0.03, 0.1, 0.3), clips=(1.0,)),
         ),
         page="any_optimizer.md",
     ),

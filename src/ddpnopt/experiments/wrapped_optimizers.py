@@ -57,8 +57,8 @@ def feedback(name: str) -> Callable[[nn.Module, float, dict[str, Any]], torch.op
         name: A name in `INNERS`.
 
     Returns:
-        Factory (model, lr, options); `feedback`, `value` and `value.<option>` are the wrapper's,
-        all other options the inner optimizer's.
+        Factory (model, lr, options); `feedback`, `mode`, `value` and `value.<option>` are the
+        wrapper's, all other options the inner optimizer's.
     """
     return partial(_feedback, INNERS[name][1])
 
@@ -67,7 +67,7 @@ def _feedback(
     inner: Inner, model: nn.Module, lr: float, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     value_options, rest = split(options, "value")
-    own = {key: rest.pop(key) for key in ("feedback",) if key in rest}
+    own = {key: rest.pop(key) for key in ("feedback", "mode") if key in rest}
     value = lookup(VALUES, str(rest.pop("value", "moreau")), "value function")
     own["value"] = call(value, options=value_options)
     return ddpnopt.Feedback(model, inner(model, lr, rest), **own)
