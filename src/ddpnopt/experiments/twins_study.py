@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Twins of borrowed optimizers: `python -m ddpnopt.experiments.twins_study twins|mixing|feedback|brake`.
+"""Twins of borrowed optimizers: `python -m ddpnopt.experiments.twins_study NAME`.
 
 `twins`: RMSprop, AdamW, KFAC and EKFAC on the networks of the defaults study. `mixing`: SGD,
 momentum and AdamW on networks with BatchNorm. `feedback`: `Feedback` around AdamW, momentum and

@@ -67,7 +67,7 @@ def _feedback(
     inner: Inner, model: nn.Module, lr: float, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     value_options, rest = split(options, "value")
-    own = {key: rest.pop(key) for key in ("feedback", "mode") if key in rest}
+    own: dict[str, Any] = {key: rest.pop(key) for key in ("feedback", "mode") if key in rest}
     value = lookup(VALUES, str(rest.pop("value", "moreau")), "value function")
     own["value"] = call(value, options=value_options)
     return ddpnopt.Feedback(model, inner(model, lr, rest), **own)
