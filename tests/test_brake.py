@@ -142,6 +142,46 @@ def test_progress_is_what_the_step_alone_takes_from_the_losses() -> None:
         torch.testing.assert_close(-brake.D / len(y), derivative)
 
 
+def test_hooks_of_the_user_do_not_enter_a_layers_progress() -> None:
+    """A hook that shifts a layer's output leaves D the derivative along the layer's own step."""
+    x, y = data()
+    model = net()
+    model[3].register_forward_hook(lambda module, args, out: out + 5.0)
+    opt = Feedback(model, torch.optim.SGD(model.parameters(), lr=0.1), mode="brake")
+    nn.functional.cross_entropy(model(x), y).backward()
+    expected = sum(
+        0.1 * float(p.grad.square().sum()) for p in model[3].parameters() if p.grad is not None
+    )
+    seen: list[float] = []
+    back = Brake.back
+
+    def watched(self: Brake) -> Value:
+        seen.append(float(self.D.sum() / len(y)))
+        return back(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Brake, "back", watched)
+        opt.step()
+    assert any(value == pytest.approx(expected, rel=1e-9) for value in seen)
+
+
+def test_sparse_momentum_steps_as_torchs() -> None:
+    ends = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(20, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
+        opt: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        if wrapped:
+            opt = Feedback(model, opt, feedback=False)
+        for _ in range(3):
+            opt.zero_grad()
+            out = model(torch.arange(12).reshape(4, 3))
+            nn.functional.cross_entropy(out, torch.tensor([0, 1, 2, 0])).backward()
+            opt.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_bad_modes_are_refused() -> None:
     model = net()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)

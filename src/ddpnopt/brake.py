@@ -149,18 +149,31 @@ def brake(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) ->
             apply(layer, None)
 
 
+class _Bare(nn.Module):
+    """A module's own function, without the user's hooks around it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """As the module's."""
+        found: Tensor = self.module.forward(*inputs)
+        return found
+
+
 def _progress(layer: Layer, borrowed: Borrowed, after: dict[Tensor, Tensor]) -> Tensor:
     """-g_u,i . Delta of every sample, (B,): by what the step alone changes in the output."""
-    linear = isinstance(layer.rule, MatrixRule)
+    linear, bare = isinstance(layer.rule, MatrixRule), _Bare(layer.module)
     moved: dict[str, Tensor] = {}
     for name, p in layer.module.named_parameters():
         start: Tensor = torch.zeros_like(p) if linear else p.detach()
-        moved[name] = start + (after[p] - borrowed.before(p)) if p in after else start
+        moved[f"module.{name}"] = start + (after[p] - borrowed.before(p)) if p in after else start
     parts = []
     for stage, samples in layer.pairs():
-        shift = torch.func.functional_call(layer.module, moved, stage.inputs)
+        shift = torch.func.functional_call(bare, moved, stage.inputs)
         if not linear:
-            shift = shift - layer.module(*stage.inputs)
+            shift = shift - bare(*stage.inputs)
         G = layer.G(stage).reshape(samples, -1)
         parts.append(-(G * shift.reshape(samples, -1).to(G.dtype)).sum(1))
     return torch.cat(parts)

@@ -234,8 +234,9 @@ def check_states(trajectories: Sequence[Trajectory], closed_loop: bool) -> None:
             if closed_loop and own != stage.weights:
                 raise UnsupportedModelError(
                     f"the weights of '{stage.name}' were changed between the forward pass and the "
-                    "step (sharpness-aware or manual updates), so the pass can't be compared with "
-                    "a second one; use feedback='open_loop'"
+                    "step (sharpness-aware or manual updates, or an earlier step on this pass that "
+                    "failed), so the pass can't be compared with a second one; use "
+                    "feedback='open_loop', or run the pass again"
                 )
 
 

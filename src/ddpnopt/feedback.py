@@ -56,8 +56,8 @@ class Feedback(Shell):
         weight_gradients: False: the layers' plain weight gradients are never computed.
         gram: Gram products of convolutions: "exact", "sketch", "auto" (exact).
         nonfinite: "raise" or "skip" a step whose numbers are not finite; nothing is changed.
-        mode: "samples" re-weights the samples' gradients layer by layer. "brake" leaves them alone
-            and limits how far each layer follows the optimizer's own step (`ddpnopt.brake`).
+        mode: "samples" re-weights the samples' gradients layer by layer. "brake" limits how
+            far each layer follows the optimizer's own step instead (`ddpnopt.brake`).
 
     Raises:
         TypeError: Not an optimizer.

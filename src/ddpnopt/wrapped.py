@@ -151,10 +151,10 @@ class Wrapped(Borrowed):
         self._counted.clear()
 
     def statistics(self) -> dict[Tensor, list[Tensor]]:
-        """The states' tensors of the parameters that have been stepped, where they have grown."""
+        """The states' tensors, shaped as their parameters, of those that have been stepped."""
         return {
             p: [
-                value
+                value.coalesce().values() if value.is_sparse else value
                 for value in self._inner[p].optimizer.state.get(p, {}).values()
                 if isinstance(value, Tensor)
                 and value.is_floating_point()
