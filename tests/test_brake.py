@@ -64,6 +64,11 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.randn(5, 1, 6, 6).double(), torch.tensor([0, 1, 2, 3, 1])
 
 
+def no_curvature(z: Tensor) -> Tensor:
+    """A terminal cost's factor."""
+    return z.new_zeros(*z.shape, 1)
+
+
 @pytest.mark.parametrize("feedback", [True, "open_loop"])
 def test_without_curvature_the_step_is_the_optimizers_own(feedback: bool | str) -> None:
     x, y = data()
@@ -73,8 +78,7 @@ def test_without_curvature_the_step_is_the_optimizers_own(feedback: bool | str) 
         inner = torch.optim.AdamW(model.parameters(), lr=0.01)
         opt: torch.optim.Optimizer = inner
         if braked:
-            flat = lambda z: z.new_zeros(*z.shape, 1)  # noqa: E731
-            opt = Feedback(model, inner, mode="brake", terminal=flat, feedback=feedback)
+            opt = Feedback(model, inner, mode="brake", terminal=no_curvature, feedback=feedback)
         for _ in range(4):
             opt.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()

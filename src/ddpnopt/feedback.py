@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -104,27 +104,8 @@ class Feedback(Shell):
         super().__init__([p for one in given for p in one.param_groups[0]["params"]], {})
         self._engine = MODES[mode](model, self.options, Guest(self))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step on the recorded passes; the wrapped optimizers' step hooks run once.
-
-        Args:
-            closure: Standard closure that computes the loss and calls ``backward``.
-
-        Returns:
-            The closure's loss.
-
-        Raises:
-            RuntimeError: No backward pass since the last step.
-            NonFiniteError: A gradient or a new weight is not finite (``nonfinite="raise"``).
-            UnsupportedModelError: The recorded passes can't be handled (named).
-            TerminalError: The terminal cost given contradicts the output.
-        """
+    def _opening(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
+        """The wrapped optimizers' own pre-hooks, once a step."""
         if self.options.feedback is not False and maximizing(self.optimizers):
             raise UnsupportedModelError(
                 "a parameter group has maximize=True since Feedback was made: wrap the optimizer "
@@ -132,12 +113,12 @@ class Feedback(Shell):
             )
         for one in self.optimizers:
             closure = before_step(one, closure)
-        skipped = self.skipped
-        loss = super().step(closure) if closure is not None else super().step()
-        if self.skipped == skipped:
-            for one in self.optimizers:
-                after_step(one, closure)
-        return loss
+        return closure
+
+    def _closing(self, closure: Callable[[], float] | None) -> None:
+        """Their post-hooks."""
+        for one in self.optimizers:
+            after_step(one, closure)
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:

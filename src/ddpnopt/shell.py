@@ -86,6 +86,7 @@ class Shell(torch.optim.Optimizer):
             UnsupportedModelError: The recorded passes can't be handled (named).
             TerminalError: The terminal cost given contradicts the output.
         """
+        closure = self._opening(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -102,8 +103,18 @@ class Shell(torch.optim.Optimizer):
                 raise
             engine.skipped += 1
             self.last_step = StepReport(self.options.depth, "none", skipped=engine.skipped)
-        engine.finish()
+            engine.finish()
+        else:
+            engine.finish()
+            self._closing(closure)
         return loss
+
+    def _opening(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
+        """Before anything else in a step; the closure to call."""
+        return closure
+
+    def _closing(self, closure: Callable[[], float] | None) -> None:
+        """After a step that was not skipped."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the recorded passes whose gradients they were."""
