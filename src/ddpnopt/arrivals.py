@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
+from ddpnopt.crossing import Crossing
 from ddpnopt.inert import probes, probing
 from ddpnopt.linearise import pulled
 from ddpnopt.ranks import several
@@ -60,7 +61,7 @@ class Arrivals:
         last = stage is trajectory.stages[-1]
         if stage.rule is None and not last:
             return
-        G = G.detach()[None] if stage.unbatched else G.detach()
+        G = stage.arranged(G.detach())
         stage.fresh_G = G if stage.fresh_G is None else stage.fresh_G + G
         if trajectory not in self._during:
             self._during.append(trajectory)
@@ -73,8 +74,15 @@ class Arrivals:
 
     def at_x(self, stage: Stage, G: Tensor) -> None:
         """A gradient has arrived at a stage's state."""
-        G = G.detach()[None] if stage.unbatched else G.detach()
+        G = stage.arranged(G.detach())
         stage.fresh_g_x = G if stage.fresh_g_x is None else stage.fresh_g_x + G
+
+    def at_crossing(self, one: Crossing, G: Tensor) -> None:
+        """A gradient has arrived at one use of a tensor."""
+        if one.wanted:
+            self._begin()
+            G = G.detach()
+            one.fresh_g = G if one.fresh_g is None else one.fresh_g + G
 
     def at_boundary_state(self, trajectory: Trajectory, output: int, G: Tensor) -> None:
         """A gradient has arrived at the state in front of which samples are weighted once."""
@@ -131,12 +139,16 @@ class Arrivals:
             for name, columns in stage.fresh_Z.items():
                 setattr(stage, name, columns)
             stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
+        for one in trajectory.crossings:
+            one.keep(self.adds_up)
 
     def _discard(self) -> None:
         for trajectory in self._during:
             trajectory.pending = trajectory.fresh_front = None
             for stage in trajectory.stages:
                 stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
+            for one in trajectory.crossings:
+                one.fresh_g = one.fresh_Z = None
         self._during = []
 
     def drop(self) -> None:
@@ -182,6 +194,13 @@ def gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, G: Tensor) -> None:
     arrivals = ref()
     if arrivals is not None and counts():
         arrivals.at_x(stage, G)
+
+
+def gradient_at_crossing(ref: weakref.ref[Arrivals], one: Crossing, G: Tensor) -> None:
+    """Hook of one use of a tensor that crosses a cut."""
+    arrivals = ref()
+    if arrivals is not None and counts():
+        arrivals.at_crossing(one, G)
 
 
 def gradient_at_boundary(

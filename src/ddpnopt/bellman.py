@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ddpnopt.crossing import Predicted
 from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule
 from ddpnopt.layers.base import Kept
@@ -118,6 +119,8 @@ class Layer:
 
     def project(self, dx: Blocks) -> Tensor:
         """Z_x . dx, or g_x . dx."""
+        if isinstance(dx, Predicted):
+            return torch.cat(list(dx.q)).to(self.dtype)
         parts = []
         for stage, change, samples in zip(self.blocks, dx, self.counts, strict=True):
             change = cast_state(change, self.dtype).reshape(samples, -1)
@@ -242,6 +245,21 @@ class Layer:
             return self.rule.onto(self.module, x, v, gradients, scale)
         total = self.weighted(vectors)
         return {name: g.add(total[name], alpha=scale) for name, g in gradients.items()}
+
+    def predicted(self, stage: Stage, samples: int, change: Mapping[str, Tensor]) -> Tensor:
+        """What a change of the parameters does in one execution, g_u . du; (B, r) with a factor.
+
+        Args:
+            stage: An execution that still comes.
+            samples: B.
+            change: By parameter.
+        """
+        columns = stage.Z_h if self.factor else None
+        if columns is None:
+            assert stage.G is not None
+            columns = stage.G[None]
+        moved = {name: du.to(self.dtype) for name, du in change.items()}
+        return self.rule.along(self.module, self.x(stage), columns.to(self.dtype), moved, samples)
 
     def squares(self, vectors: Blocks) -> dict[str, Tensor]:
         """Sum over samples of the squared per-sample gradients of given h-space vectors."""

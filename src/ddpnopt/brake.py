@@ -174,6 +174,7 @@ def _progress(layer: Layer, borrowed: Borrowed, after: dict[Tensor, Tensor]) -> 
         shift = torch.func.functional_call(bare, moved, stage.inputs)
         if not linear:
             shift = shift - bare(*stage.inputs)
+        shift = stage.arranged(shift)
         G = layer.G(stage).reshape(samples, -1)
         parts.append(-(G * shift.reshape(samples, -1).to(G.dtype)).sum(1))
     return torch.cat(parts)

@@ -223,7 +223,12 @@ def check_states(trajectories: Sequence[Trajectory], closed_loop: bool) -> None:
         UnsupportedModelError: The layer is named.
     """
     for trajectory in trajectories:
-        for stage in trajectory.active:
+        if not all(one.intact() for one in trajectory.crossings):
+            raise UnsupportedModelError(
+                "a tensor that is used in several places of the model was modified in place in "
+                "between; modify a copy, or use feedback='open_loop'"
+            )
+        for stage in trajectory.executions:
             now = tuple(-1 if t.is_inference() else t._version for t in stage.inputs)
             if now != stage.versions:
                 raise UnsupportedModelError(

@@ -19,10 +19,11 @@ from torch import nn
 
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import Hook, probing
-from ddpnopt.layers import rule_for
+from ddpnopt.layers import ordered, rule_for, tensors_of
 from ddpnopt.replay import Replay, preserved
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
+from ddpnopt.watch import Quiet, quiet
 
 Handle = torch.utils.hooks.RemovableHandle
 #: Modules without memory or randomness: each a fixed function of the one tensor it is given.
@@ -34,14 +35,23 @@ PURE = frozenset(
 
 
 def hook_replays(
-    modules: Mapping[str, nn.Module], reach: Callable[[str, Tensor], None]
+    modules: Mapping[str, nn.Module],
+    reach: Callable[[str, Tensor], None],
+    watch: Callable[[], Quiet | None] = lambda: None,
 ) -> list[Handle]:
-    """Call ``reach(name, x)`` with the state before each of the modules computes."""
+    """Call ``reach(name, x)`` with the state before each of the modules computes.
+
+    Args:
+        modules: The layers by name.
+        reach: What to call; ``watch()`` does not see what it does.
+        watch: Sees the calls of the replay that is running.
+    """
 
     def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        rule = rule_for(module)
-        reach(name, rule.pack(module, inputs) if rule is not None else inputs[0])
+        with quiet(watch()):
+            inputs = tensors_of(ordered(module, args, kwargs))
+            rule = rule_for(module)
+            reach(name, rule.pack(module, inputs) if rule is not None else inputs[0])
 
     return [
         module.register_forward_pre_hook(partial(before, name), with_kwargs=True)

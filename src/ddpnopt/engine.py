@@ -58,6 +58,7 @@ class Engine:
 
     Attributes:
         method: How a step moves the layers in feedback.
+        graphs: The method needs no chain of layers.
         needs_cost: The method uses the terminal cost: a step whose loss is not recognised is the
             borrowed optimizer's, and the front is weighted by it.
 
@@ -66,6 +67,8 @@ class Engine:
         options: The optimizer's choices.
         host: The optimizer itself, seen from here.
     """
+
+    graphs = True
 
     def __init__(self, model: nn.Module, options: Options, host: Host) -> None:
         self.model, self.options, self.host = model, options, host
@@ -111,6 +114,7 @@ class Engine:
             state_gradients=self.options.closed_loop and gradient,
             links=feedback and not gradient,
             weight_gradients=self.options.weight_gradients or not feedback,
+            graphs=self.graphs and self.options.value.graphs,
             arrivals=arrivals,
         )
 

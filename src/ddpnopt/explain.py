@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpnopt.checks import check_model
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probing
+from ddpnopt.layers import tensors_of
+from ddpnopt.ledger import FROZEN
 from ddpnopt.linearise import cast_state
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.replay import preserved
 from ddpnopt.stages import Stage, Trajectory
-from ddpnopt.structure import FROZEN
-from ddpnopt.trajectory import tensors_of
 from ddpnopt.typing import Tensor
 
 HEADINGS = ("layer", "type", "rule", "treatment", "parameters", "extra MFLOP", "extra KiB", "why")

@@ -23,6 +23,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.bellman import backward
+from ddpnopt.crossing import total
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.linearise import per_sample
 from ddpnopt.stages import Front, Stage, Trajectory
@@ -151,8 +152,7 @@ def weigh(
     rows = (G[None] if stage.unbatched else G).to(torch.promote_types(G.dtype, torch.float32))
     Z = None
     if value.linearization == "factor":
-        known = at < len(trajectory.stages)
-        Z = (stage.fresh_Z["Z_x"] if known else cost.factor(value.rank)).to(rows.dtype)
+        Z = _columns(trajectory, cost.factor(value.rank)).to(rows.dtype)
     K = _gain(step, edge, G, rows, inside)
     front = Boundary(rows, Z, trajectory.samples, K, step.borrowed.strength(inside))
     policy = recursion.back(front, bottom=True)
@@ -165,6 +165,20 @@ def weigh(
     if coefficient is None:
         coefficient = (both[0] / both[1].clamp(min=torch.finfo(both.dtype).tiny)).sqrt()
     return Front(corrections, both[0].sum(), coefficient, policy.S)
+
+
+def _columns(trajectory: Trajectory, at_output: Tensor) -> Tensor:
+    """The terminal factor's columns at the boundary."""
+    if trajectory.boundary == len(trajectory.stages):
+        return at_output
+    stage = trajectory.stages[trajectory.boundary]
+    if not trajectory.calls:
+        return stage.fresh_Z["Z_x"]
+    uses = (one.fresh_Z for one in trajectory.crossings if one.at(stage.time))
+    found = total(Z for Z in uses if Z is not None)
+    return (
+        torch.zeros_like(stage.x).expand(len(at_output), *stage.x.shape) if found is None else found
+    )
 
 
 @contextmanager

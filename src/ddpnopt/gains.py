@@ -208,6 +208,11 @@ def feedback_gains(opt: DDPNOpt, sample: int = 0) -> dict[str, Gain]:
             "loss.backward() and before opt.step()"
         )
     trajectory = passes[0]
+    if trajectory.calls:
+        raise UnsupportedModelError(
+            "feedback_gains: gains belong to the state of a chain of layers, and this model has "
+            "branches, or layers that are used more than once"
+        )
     if not 0 <= sample < trajectory.samples:
         raise ValueError(f"sample={sample}: the batch has {trajectory.samples} samples")
     if not engine.usable(passes):

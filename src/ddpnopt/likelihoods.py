@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ddpnopt.objectives import logistic_objective, softmax_objective
+from ddpnopt.rows import chunks, working
 from ddpnopt.terminal import Cost
 from ddpnopt.typing import Tensor
 
@@ -15,8 +18,56 @@ SMALLEST = 1e-15
 HARD_EPS, INFORMATIVE = 1e-6, 1e-3
 
 
-def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples: int) -> Cost:
-    """Cross-entropy of softmax, with any target distribution.
+class Lines(NamedTuple):
+    """Numbers (N,) of each row's line model, for g = G / size of the row.
+
+    Attributes:
+        size: max |G|, 0 where the row has no gradient.
+        square: |g|^2.
+        variance: sum p (g - gbar)^2 with gbar = sum p g.
+        reach: max g - gbar.
+    """
+
+    size: Tensor
+    square: Tensor
+    variance: Tensor
+    reach: Tensor
+
+
+def row_lines(p: Tensor, G: Tensor) -> Lines:
+    """Of rows (n, C) of probabilities and gradients."""
+    low, high = G.amin(-1), G.amax(-1)  # aminmax is far slower
+    size = torch.maximum(-low, high)
+    scale = torch.where(size > 0, size, 1.0)[:, None]
+    g = G / scale
+    gbar = (p * g).sum(-1, keepdim=True)
+    square = torch.linalg.vector_norm(g, dim=-1).square()
+    reach = (high[:, None] / scale - gbar)[:, 0]
+    return Lines(size, square, g.sub_(gbar).square_().mul_(p).sum(-1), reach)
+
+
+def all_lines(z: Tensor, G: Tensor, axis: int) -> Lines:
+    """Of all rows of the logits z and their gradient, chunk by chunk."""
+    found = []
+    for _, (rows, g) in chunks(axis, z, G):
+        p = torch.softmax(rows, -1, dtype=working(z))
+        found.append(torch.stack(row_lines(p, g.to(p.dtype))))
+    return Lines(*torch.cat(found, 1).unbind())
+
+
+def softmax_cost(
+    name: str,
+    z: Tensor,
+    G: Tensor,
+    w: Tensor,
+    axis: int,
+    samples: int,
+    lines: Lines | None = None,
+) -> Cost:
+    """Cross-entropy of softmax, with any target distribution, a sum over a sample's rows.
+
+    The slope along a sample's gradient is the sum of its rows' slopes along theirs: so are its
+    bound, Lambda |g|^2 = sum_t Lambda_t |g_t|^2, and its derivative, kappa |g|^4.
 
     Args:
         name: Name to report.
@@ -25,25 +76,27 @@ def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples:
         w: Factor of each row's plain cross-entropy, (N, positions); 0 where a row is ignored.
         axis: Class axis.
         samples: B.
+        lines: The rows' numbers, if they are known.
     """
-    classes = z.shape[axis]
-    rows = z.movedim(axis, -1).reshape(samples, -1, classes)
-    gradient = G.movedim(axis, -1).reshape(samples, -1, classes).to(rows.dtype)
-    p = torch.softmax(rows, -1)
-    w_rows = w.reshape(samples, -1).to(rows.dtype)
+    lines = all_lines(z, G, axis) if lines is None else lines
+    size, square, variance, reach = (one.reshape(samples, -1) for one in lines)
+    w_rows = w.reshape(samples, -1).to(size.dtype)
     w_sample = _sample_weight(w_rows)
     omega = w_rows / w_sample[:, None]
-    g, size = _normalised(gradient / w_sample[:, None, None])
-    gbar = (p * g).sum(-1, keepdim=True)
-    square = g.square().sum((1, 2))
-    variance = (omega[..., None] * p * (g - gbar).square()).sum((1, 2))
-    reach = (omega * (g.amax(-1) - gbar[..., 0])).sum(1)
-    kappa = variance / (square.square() * size.square())
-    excess = reach / (square * size)
+    largest = size.amax(1)
+    share = size / torch.where(largest > 0, largest, 1.0)[:, None]
+    size = (largest / w_sample).clamp(min=SMALLEST)
+    # A sample without a gradient: whatever its coefficient, which only has to stay finite.
+    square = (square * share.square()).sum(1).clamp(min=1)  # one entry has size 1
+    kappa = (omega * variance * share.square()).sum(1) / (square.square() * size.square())
+    excess = (omega * reach * share).sum(1) / (square * size)
 
     def factor(rank: int | None) -> Tensor:
-        S = softmax_factor(p, gradient, rank) * w_rows.sqrt()[None, ..., None]
-        S = _spread_positions(S).reshape(-1, *z.movedim(axis, -1).shape)
+        scores = z.movedim(axis, -1)
+        rows = G.movedim(axis, -1).reshape(samples, -1, z.shape[axis])
+        p = torch.softmax(scores.reshape(rows.shape), -1, dtype=working(z))
+        S = softmax_factor(p, rows.to(p.dtype), rank) * w_rows.sqrt()[None, ..., None]
+        S = _spread_positions(S).reshape(-1, *scores.shape)
         return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
 
     def value(new: Tensor) -> Tensor:
@@ -52,7 +105,9 @@ def softmax_cost(name: str, z: Tensor, G: Tensor, w: Tensor, axis: int, samples:
     return Cost(name, w_sample, kappa, excess.clamp(min=0), factor, value)
 
 
-def hard_label_cost(name: str, z: Tensor, G: Tensor, w: float) -> Cost | None:
+def hard_label_cost(
+    name: str, z: Tensor, G: Tensor, w: float, axis: int = -1, samples: int | None = None
+) -> Cost | None:
     """`softmax_cost` of G = w (p - e_y) with one w for all rows, if that is what G is.
 
     What earlier passes have shown is confirmed at little cost; whatever differs, even by a rescaled
@@ -60,9 +115,11 @@ def hard_label_cost(name: str, z: Tensor, G: Tensor, w: float) -> Cost | None:
 
     Args:
         name: Name to report.
-        z: Logits (B, C).
+        z: Logits, (N, ..) with the classes along ``axis``.
         G: Their gradient.
         w: The factor that all rows are expected to have.
+        axis: Class axis.
+        samples: B; None: N.
 
     Returns:
         The cost; None if some row is not of this form, or too confident to tell.
@@ -70,25 +127,31 @@ def hard_label_cost(name: str, z: Tensor, G: Tensor, w: float) -> Cost | None:
     eps = torch.finfo(G.dtype).eps
     if eps > HARD_EPS:
         return None
-    gradient = G.to(z.dtype)
-    p = torch.softmax(z, -1)
+    samples = len(z) if samples is None else samples
+    rows, gradient = z, G
+    if z.dim() > 2:
+        rows, gradient = (one.movedim(axis, -1).reshape(-1, z.shape[axis]) for one in (z, G))
+    p = torch.softmax(rows, -1, dtype=working(z))
+    gradient = gradient.to(p.dtype)
     target = torch.sub(p, gradient, alpha=1 / w)
     size = gradient.abs().amax(-1)
     wrong = (target.amax(-1) - 1).abs_().add_(target.abs_().sum(-1).sub_(1).abs_())
     worst, largest = torch.stack([(wrong * (size > 0)).amax(), size.amax()]).tolist()
     if not (worst <= 64 * eps and largest >= INFORMATIVE * w):
         return None
-    g = gradient / size.clamp(min=torch.finfo(z.dtype).tiny)[:, None]
-    size = (size / w).clamp_(min=SMALLEST)
+    g = gradient / size.clamp(min=torch.finfo(p.dtype).tiny)[:, None]
     gbar = (p * g).sum(-1, keepdim=True)
     reach = g.amax(-1).sub_(gbar[:, 0])
-    area = g.square().sum(-1).clamp_(min=1).mul_(size)  # one entry has size 1
+    square = g.square().sum(-1).clamp_(min=1)  # one entry has size 1
     variance = (g - gbar).square_().mul_(p).sum(-1)
+    used = (size > 0).to(p.dtype).mul_(w)
+    if len(rows) > samples:
+        return softmax_cost(name, z, G, used, axis, samples, Lines(size, square, variance, reach))
+    area = square.mul_((size / w).clamp_(min=SMALLEST))
     weight = torch.full_like(size, w)
 
     def exact() -> Cost:
-        used = torch.where(gradient.abs().amax(-1) > 0, weight, 0.0)
-        return softmax_cost(name, z, G, used, -1, len(z))
+        return softmax_cost(name, z, G, used, axis, samples)
 
     def value(new: Tensor) -> Tensor:
         known = exact().value

@@ -50,6 +50,9 @@ def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: Valu
             last.fresh_Z["Z_h"] = columns
         else:
             last.fresh_Z["J"] = per_sample(columns, samples)
+    if trajectory.calls and factor:
+        _pull_to_crossings(link, columns)
+        return
     if not any(link.x):
         return
     if factor:
@@ -75,12 +78,38 @@ def _pull_columns(link: Link, links: list[Link], Z_x: Tensor) -> None:
     edges = [one.h for one in links] + [one.x[0] for one in single]
     found = iter(_vjp(link, Z_x, edges))
     for one in links:
-        one.stage.fresh_Z["Z_h"] = _batched(one.stage, next(found))
+        one.stage.fresh_Z["Z_h"] = one.stage.arranged(next(found), 1)
     for one in single:
-        one.stage.fresh_Z["Z_x"] = _batched(one.stage, next(found))
+        one.stage.fresh_Z["Z_x"] = one.stage.arranged(next(found), 1)
     for one in inner:
         if len(one.x) > 1:  # one input may depend on another: not what autograd has there
             one.stage.fresh_Z["Z_x"] = pulled(one.stage, one.stage.fresh_Z["Z_h"])
+
+
+def _pull_to_crossings(link: Link, columns: Tensor) -> None:
+    """One batched back-propagation of all columns from the output to every stage and crossing."""
+    # The running node itself: a hook that held its own node could never be collected.
+    output = GradientEdge(torch._C._current_autograd_node(), link.number)
+    links, at = [], link.before
+    taps = [pair for pair in link.taps if pair[0].wanted]
+    while at is not None:
+        if not at.stage.plain and at.h is not None:
+            links.append(at)
+        taps += [pair for pair in at.taps if pair[0].wanted]
+        at = at.before
+    targets: list[Any] = [*(one.h for one in links), *(edge for _, edge in taps)]
+    if not targets:
+        return
+    seed = columns[:, 0] if link.stage.unbatched else columns
+    found = torch.autograd.grad(
+        (output,), targets, (seed.contiguous(),), retain_graph=True, is_grads_batched=True,
+        allow_unused=True,
+    )  # fmt: skip
+    for one, Z in zip(links, found, strict=False):
+        if Z is not None:
+            one.stage.fresh_Z["Z_h"] = one.stage.arranged(Z, 1)
+    for (crossing, _), Z in zip(taps, found[len(links) :], strict=True):
+        crossing.fresh_Z = Z
 
 
 def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: int) -> None:
@@ -96,7 +125,7 @@ def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: 
             one.stage.fresh_Z["J"] = torch.diag_embed(slope.reshape(samples, -1))
         else:
             (J,) = _vjp(upper, columns, [one.h])
-            one.stage.fresh_Z["J"] = per_sample(_batched(one.stage, J), samples)
+            one.stage.fresh_Z["J"] = per_sample(one.stage.arranged(J, 1), samples)
         upper = one
         if not any(upper.x):
             break
@@ -160,10 +189,6 @@ def pulled(stage: Stage, columns: Tensor) -> Tensor:
     dtype = next(stage.module.parameters()).dtype  # autocast may run x in a narrower one
     x = cast_state(stage.x, dtype)
     return cast_state(stage.rule.pull(stage.module, x, columns.to(dtype)), stage.x.dtype)
-
-
-def _batched(stage: Stage, columns: Tensor) -> Tensor:
-    return columns[:, None] if stage.unbatched else columns
 
 
 def second_derivative(h: Tensor, end: Tensor, V: Tensor, samples: int) -> Tensor:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ddpnopt.errors import DDPNOptWarning
+from ddpnopt.ledger import FROZEN, mixes
 from ddpnopt.stages import Trajectory
-from ddpnopt.structure import FROZEN, mixes
 from ddpnopt.typing import Tensor
 
 NOT_RECOGNISED = (

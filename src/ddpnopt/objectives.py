@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from ddpnopt.rows import chunks, working
 from ddpnopt.typing import Tensor
 
 #: The loss of a pass at a new output of the recorded one's shape, in the loss's own units.
@@ -26,15 +27,19 @@ def softmax_objective(z: Tensor, G: Tensor, w: Tensor, axis: int) -> Objective:
         w: Factor of each row, of the rows' number.
         axis: Class axis.
     """
+    weight = w.reshape(-1, 1).to(working(z))
 
-    def rows(one: Tensor) -> Tensor:
-        return one.movedim(axis, -1).reshape(-1, z.shape[axis])
+    def value(new: Tensor) -> Tensor:
+        total = weight.new_zeros(())
+        for part, (old, g, scores) in chunks(axis, z, G, new):
+            used = weight[part] > 0
+            share = torch.where(used, g.to(weight) / torch.where(used, weight[part], 1), 0)
+            targets = torch.softmax(old, -1, dtype=weight.dtype) - share
+            log_p = scores.log_softmax(-1, dtype=weight.dtype)
+            total = total - (weight[part] * targets * log_p).sum()
+        return total
 
-    weight = w.reshape(-1, 1).to(z.dtype)
-    used = weight > 0
-    share = torch.where(used, rows(G).to(z.dtype) / torch.where(used, weight, 1), 0)
-    targets = torch.softmax(rows(z), -1) - share
-    return lambda new: -(weight * targets * rows(new.to(z.dtype)).log_softmax(-1)).sum()
+    return value
 
 
 def logistic_objective(z: Tensor, G: Tensor, w: Tensor) -> Objective:

@@ -19,6 +19,7 @@ from torch import nn
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.randomness import Randomness, cuda_in_use
 from ddpnopt.typing import Tensor
+from ddpnopt.watch import Retrace
 
 
 def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
@@ -78,16 +79,32 @@ class Call:
                     "modify a copy, or use feedback='open_loop'"
                 )
 
-    def run(self, grad: bool = False) -> None:
+    def run(self, grad: bool = False, trace: Retrace | None = None) -> None:
         """Run the module again, without the autocast weight cache; with ``grad``, record it."""
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(_slow_attention())
             for device, (enabled, dtype) in self.autocast.items():
                 # A cached half-precision copy of a weight would be the old weight's.
                 stack.enter_context(
                     torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
                 )
+            if trace is not None:
+                stack.enter_context(trace)
             self.module(*self.args, **self.kwargs)
+        if trace is not None:
+            trace.check()
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Without gradients torch's encoder layers run one fused function instead of their parts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
@@ -145,6 +162,8 @@ class Replay:
 
     Args:
         call: What to run.
+        trace: Sees its calls of torch functions, where what crosses the layers is asked for.
+        again: Layers that run more than once: only the first time they are reached counts.
         arrive: With a single replay, called in place where a layer is reached; None runs the
             call in a thread of its own that waits at each layer (autocast and grad mode are the
             thread's; only one thread runs at any moment).
@@ -152,6 +171,9 @@ class Replay:
 
     call: Call
     arrive: Callable[[str, Tensor], None] | None = None
+    trace: Retrace | None = None
+    again: frozenset[str] = frozenset()
+    met: set[str] = field(default_factory=set)
     at: tuple[str, Tensor] | None = None
     error: BaseException | None = None
     done: bool = False
@@ -173,7 +195,7 @@ class Replay:
     def run_in_place(self, grad: bool = False) -> None:
         """Run the whole call, with ``arrive`` called at each layer."""
         self.prepare()
-        self.call.run(grad)
+        self.call.run(grad, self.trace)
 
     def advance(self) -> None:
         """Run until the next layer or the end; ``at`` is where it stands."""
@@ -198,6 +220,9 @@ class Replay:
 
     def reach(self, name: str, x: Tensor) -> None:
         """Called by the layer's hook, in the replay's own thread."""
+        if name in self.met and name in self.again:
+            return
+        self.met.add(name)
         if self.arrive is not None:
             self.arrive(name, x)
             return
@@ -207,10 +232,18 @@ class Replay:
         if self.stopped:
             raise Stopped
 
+    def begin(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """A layer that runs as a function is reached."""
+        self.reach(name, x)
+
+    def end(self, name: str, module: nn.Module, x: Tensor, h: Tensor) -> Tensor:
+        """It has computed h."""
+        return h
+
     def _body(self) -> None:
         """The thread: what goes wrong in it is raised in `advance`."""
         try:
-            self.call.run()
+            self.call.run(trace=self.trace)
         except Stopped:
             pass
         except BaseException as error:  # handed over, never swallowed

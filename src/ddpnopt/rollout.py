@@ -7,10 +7,13 @@ dx = x^ - x, and takes its own step u* = u + du(dx).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
+from torch import nn
+
 from ddpnopt.bellman import Layer
+from ddpnopt.crossing import Moved, Predicted
 from ddpnopt.cuts import cut, hook_replays
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.replay import Replay, interleave, preserved
@@ -19,6 +22,7 @@ from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
+from ddpnopt.watch import Retrace
 
 #: Moves the layers in feedback: (recorder, step with its layers built, its passes).
 Method = Callable[[Recorder, Step, Sequence[Trajectory]], None]
@@ -80,37 +84,85 @@ def rollout(
         trajectory.call.check_inputs()
     order = list(layers)
     reached: list[str] = []
+    moved = [Moved(t.crossings, t.samples, t.blind) if t.calls else None for t in trajectories]
 
     def meet(name: str, states: dict[int, Tensor]) -> None:
         if len(reached) >= len(order) or order[len(reached)] != name:
             raise _other_path(order, [*reached, name])
         reached.append(name)
-        blocks = layers[name].blocks
-        apply(layers[name], _changes(blocks, [states[i] for i in range(len(blocks))]))
+        layer = layers[name]
+        blocks = layer.blocks
+        dx = _changes(blocks, [states[i] for i in range(len(blocks))], moved)
+        again = any(stage.repeats for stage in blocks)
+        before = {n: p.clone() for n, p in layer.params.items()} if again else {}
+        apply(layer, dx)
+        if again:
+            change = {n: p - before[n] for n, p in layer.params.items()}
+            _foresee(layer, change, moved)
 
     with ExitStack() as stack:
         recorder.paused = True
         stack.callback(setattr, recorder, "paused", False)
         stack.enter_context(preserved(recorder.model, recorder.anatomy.modules))
         current: list[Replay] = []
-        modules = {name: recorder.anatomy.hooked[name] for name in order}
-        for handle in hook_replays(modules, lambda name, x: current[0].reach(name, x)):
+        named = recorder.anatomy.named
+        modules = {name: named[name] for name in order}
+        hooks = hook_replays(
+            modules, lambda name, x: current[0].reach(name, x), lambda: current[0].trace
+        )
+        for handle in hooks:
             stack.callback(handle.remove)
-        calls = [t.call for t in trajectories if t.call is not None]
-        if len(calls) == 1:
-            current.append(Replay(calls[0], arrive=lambda name, x: meet(name, {0: x})))
+        replays = [
+            _replay(trajectory, one, layers, recorder.anatomy.functional)
+            for trajectory, one in zip(trajectories, moved, strict=True)
+        ]
+        if len(replays) == 1:
+            replays[0].arrive = lambda name, x: meet(name, {0: x})
+            current.append(replays[0])
             current[0].run_in_place()
         else:
-            interleave({i: Replay(call) for i, call in enumerate(calls)}, meet, current)
+            interleave(dict(enumerate(replays)), meet, current)
     if reached != order:
         raise _other_path(order, reached)
 
 
-def _changes(blocks: Sequence[Stage], states: Sequence[Tensor]) -> Blocks | None:
+def _replay(
+    trajectory: Trajectory,
+    moved: Moved | None,
+    layers: Mapping[str, Layer],
+    functional: Mapping[int, tuple[str, nn.Module]],
+) -> Replay:
+    """A pass to be run again; watched if it is known by what crosses its cuts."""
+    assert trajectory.call is not None
+    again = {n for n, layer in layers.items() if any(s.repeats for s in layer.blocks)}
+    replay = Replay(trajectory.call, again=frozenset(again))
+    if moved is not None:
+        replay.trace = Retrace(moved, trajectory.calls)
+        replay.trace.functional = {k: one for k, one in functional.items() if one[0] in layers}
+        replay.trace.layers = replay
+    return replay
+
+
+def _foresee(layer: Layer, change: Mapping[str, Tensor], moved: Sequence[Moved | None]) -> None:
+    """A layer that runs again has moved: until then its weights are part of the state."""
+    for stage, samples, one in zip(layer.blocks, layer.counts, moved, strict=True):
+        for later in stage.repeats:
+            if one is not None and later.G is not None:
+                q = layer.predicted(later, samples, change)
+                one.foresee(stage.time, later.time, q)
+
+
+def _changes(
+    blocks: Sequence[Stage], states: Sequence[Tensor], moved: Sequence[Moved | None]
+) -> Blocks | None:
     """dx of each pass; None where no layer lies below (q = 0)."""
+    known = [one.q(s.time) for one, s in zip(moved, blocks, strict=True) if one is not None]
+    if known:
+        parts = [q for q in known if q is not None]
+        return Predicted(parts) if len(parts) == len(blocks) else None
     changes = []
     for stage, x in zip(blocks, states, strict=True):
-        x = x[None] if stage.unbatched else x
+        x = stage.arranged(x)
         if x.shape != stage.x.shape:
             raise UnsupportedModelError(
                 f"'{stage.name}' received {tuple(x.shape)} in the rollout but "

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
+from ddpnopt.crossing import Crossing, Span
 from ddpnopt.layers import LayerRule
+from ddpnopt.layout import ROWS, SECOND, arranged
 from ddpnopt.replay import Call
 from ddpnopt.terminal import Cost
 from ddpnopt.typing import Tensor
@@ -36,6 +39,10 @@ class Stage:
         pulls: Its gradient at the state is pulled back by its rule: one of its inputs may depend
             on another, and autograd's gradient at it would count that way, too.
         plain: Why this stage takes the plain step; empty if it takes part in feedback.
+        time: How many layers had begun when it ran, itself included, where that was watched.
+        repeats: Later executions of the same layer, of which this is the first.
+        layout, samples: How the samples lie in what the layer gets and gives, where not in rows;
+            x, G and Z_h are kept in rows.
     """
 
     name: str
@@ -57,6 +64,66 @@ class Stage:
     J: Tensor | None = None
     plain: str = ""
     pulls: bool = False
+    time: int = 0
+    repeats: list[Stage] = field(default_factory=list)
+    layout: str = ROWS
+    samples: int = 0
+
+    def may_lie(self, layout: str) -> bool:
+        """Whether its samples may lie so: a rule that treats all positions alike is needed."""
+        return layout == ROWS or (self.rule is not None and self.rule.positionwise)
+
+    def lay(self, layout: str, samples: int) -> None:
+        """Its samples have been found to lie otherwise."""
+        self.layout, self.samples = layout, samples
+
+    def arrange(self) -> None:
+        """Put the recorded state in rows; what is recorded later is put so as it comes."""
+        if self.layout != ROWS:
+            self.x = self.arranged(self.x)
+            self.rows = self.samples if self.layout == SECOND else self.rows
+
+    def arranged(self, t: Tensor, axis: int = 0) -> Tensor:
+        """A tensor of x's or h's layout in rows, with a batch axis; ``axis`` 1 behind columns."""
+        if self.unbatched:
+            return t.unsqueeze(axis)
+        return arranged(t, self.layout, self.samples, axis)
+
+
+def _split(t: Tensor, axis: int, samples: int) -> Tensor:
+    return t.reshape(*t.shape[:axis], samples, -1, *t.shape[axis + 1 :])
+
+
+def whole(stage: Stage, samples: int) -> Stage:
+    """A layer's executions as one: to each sample belong its rows of all of them.
+
+    Args:
+        stage: The first execution.
+        samples: B.
+    """
+    parts = [one for one in (stage, *stage.repeats) if one.G is not None]
+    if len(parts) < 2 and not stage.repeats:
+        return stage
+
+    def joined(tensors: list[Tensor], axis: int) -> Tensor:
+        split = [_split(t, axis, samples) for t in tensors]
+        return torch.cat(split, axis + 1).flatten(axis, axis + 1)
+
+    first = parts[0]
+    assert first.rule is not None
+    x = joined([one.x for one in parts], 0)
+    Z = [one.Z_h for one in parts if one.Z_h is not None]
+    return replace(
+        first,
+        x=x,
+        inputs=first.rule.unpack(first.module, x),
+        rows=sum(one.rows for one in parts),
+        G=joined([one.G for one in parts if one.G is not None], 0),
+        Z_h=joined(Z, 1) if Z else None,
+        time=stage.time,
+        layout=ROWS,
+        repeats=stage.repeats,
+    )
 
 
 @dataclass(eq=False)
@@ -104,6 +171,9 @@ class Trajectory:
         boundary: The stage at whose state the samples are weighted for everything in front of it;
             0 for none, the number of stages for the output.
         front, fresh_front: What has been found there.
+        crossings: What crosses the cuts in front of its layers, where branches do.
+        blind: Where something crosses that can't be followed.
+        calls: Calls of torch functions in it; 0 where they were not watched.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -121,11 +191,26 @@ class Trajectory:
     boundary: int = 0
     front: Front | None = None
     fresh_front: Front | None = None
+    crossings: list[Crossing] = field(default_factory=list)
+    blind: list[Span] = field(default_factory=list)
+    calls: int = 0
+
+    @property
+    def executions(self) -> list[Stage]:
+        """Stages that take part in feedback."""
+        return [s for s in self.stages if not s.plain and s.G is not None]
 
     @property
     def active(self) -> list[Stage]:
-        """Stages that take part in feedback."""
-        return [s for s in self.stages if not s.plain and s.G is not None]
+        """Layers that take part in feedback, each at its first execution."""
+        later = {id(one) for s in self.stages for one in s.repeats}
+        return [
+            s
+            for s in self.stages
+            if not s.plain
+            and id(s) not in later
+            and any(one.G is not None for one in (s, *s.repeats))
+        ]
 
     def forget_gradients(self) -> None:
         """Back to how the forward pass left it: its gradients have been used or thrown away."""
@@ -134,13 +219,25 @@ class Trajectory:
             stage.G = stage.g_x = stage.fresh_G = stage.fresh_g_x = None
             stage.Z_h = stage.Z_x = stage.J = None
             stage.fresh_Z = {}
+        for one in self.crossings:
+            one.forget()
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """Edges of the stages upstream of a gradient hook, newest first (a list that shares tails)."""
+    """Edges of the stages upstream of a gradient hook, newest first (a list that shares tails).
+
+    Attributes:
+        stage: The stage.
+        x, h: Edges of its inputs and its output.
+        before: The stages before it.
+        number: Place of the output among its node's results.
+        taps: What was used since the stage before it, from earlier time steps.
+    """
 
     stage: Stage
     x: tuple[GradientEdge | None, ...]
     h: GradientEdge | None
     before: Link | None
+    number: int = 0
+    taps: tuple[tuple[Crossing, GradientEdge], ...] = ()

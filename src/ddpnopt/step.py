@@ -22,7 +22,7 @@ from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.parameters import named_parameters
 from ddpnopt.report import LayerReport
-from ddpnopt.stages import Stage, Trajectory
+from ddpnopt.stages import Stage, Trajectory, whole
 from ddpnopt.terminal import concatenated
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks, Coupling, ValueFunction, mean_field
@@ -103,7 +103,7 @@ class Step:
             )
         counts = [t.samples for t in self.trajectories]
         for index, name in enumerate(orders[0] if orders else []):
-            blocks = [t.active[index] for t in self.trajectories]
+            blocks = [whole(t.active[index], t.samples) for t in self.trajectories]
             self.layers[name] = self._layer(blocks, counts)
 
     def _layer(self, blocks: list[Stage], counts: list[int]) -> Layer:

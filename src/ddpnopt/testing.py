@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ddpnopt.layers import LayerRule, MatrixRule, registered
+from ddpnopt.layers import LayerRule, MatrixRule, registered, tensors_of
 from ddpnopt.positions import Kronecker
 from ddpnopt.typing import Tensor
 
@@ -21,7 +21,7 @@ COLUMNS = 3
 
 def check_layer(
     layer: nn.Module,
-    x: Tensor | Sequence[Tensor],
+    x: Tensor | Sequence[Any],
     *,
     rule: LayerRule | None = None,
     samples: int | None = None,
@@ -31,7 +31,7 @@ def check_layer(
 
     Args:
         layer: The module; a copy of it is used.
-        x: Its input with a batch axis, or several.
+        x: Its input with a batch axis, or the arguments of a call, as in ``(x, (h, c))``.
         rule: The rule to check; by default the one that is registered for the layer's type.
         samples: Number of samples in dimension 0 (several rows may belong to one).
         tolerance: Largest relative difference.
@@ -51,13 +51,13 @@ def check_layer(
     if reason := found.refusal(layer):
         raise ValueError(f"{type(found).__name__} refuses this layer: {reason}")
     module = copy.deepcopy(layer).double()
-    given = [x] if isinstance(x, Tensor) else list(x)
-    inputs = [t.double() if t.is_floating_point() else t for t in given]
-    state = found.pack(module, inputs)
+    given = (x,) if isinstance(x, Tensor) else tuple(x)
+    arguments = _mapped(given, lambda t: t.double() if t.is_floating_point() else t)
+    state = found.pack(module, tensors_of(arguments))
     B = state.shape[0] if samples is None else samples
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _Check(found, module, inputs, state, B, tolerance).run()
+        _Check(found, module, arguments, state, B, tolerance).run()
 
 
 class _Check:
@@ -67,16 +67,16 @@ class _Check:
         self,
         rule: LayerRule,
         module: nn.Module,
-        inputs: list[Tensor],
+        arguments: tuple[Any, ...],
         x: Tensor,
         samples: int,
         tolerance: float,
     ) -> None:
         self.rule, self.module, self.x, self.samples = rule, module, x, samples
-        self.inputs, self.tolerance = inputs, tolerance
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
-        self.moving = [t for t in leaves if t.requires_grad]
-        self.h: Tensor = module(*leaves)
+        self.tolerance = tolerance
+        leaves = _mapped(arguments, lambda t: t.detach().requires_grad_(t.is_floating_point()))
+        self.moving = [t for t in tensors_of(leaves) if t.requires_grad]
+        self.h = rule.pack_output(module, tensors_of(module(*leaves)))
         self.params = {n: p for n, p in module.named_parameters()}
         self.V = torch.randn(COLUMNS, *self.h.shape, dtype=torch.float64)
 
@@ -122,12 +122,14 @@ class _Check:
         unit = torch.autograd.grad(
             self.h, self.moving, self.V, is_grads_batched=True, retain_graph=True
         )
-        pulled = self.rule.pack(self.module, list(unit))
-        self._same("pull", self.rule.pull(self.module, self.x, self.V), pulled)
-        dx = torch.randn_like(self.x)
-        pushed = self.rule.push(self.module, self.x, dx)
+        ours = self.rule.unpack(self.module, self.rule.pull(self.module, self.x, self.V))
+        for part, theirs in zip(ours, unit, strict=False):  # a call may leave out the last ones
+            self._same("pull", part, theirs)
+        moves = [torch.randn_like(t) for t in self.moving]
+        pushed = self.rule.push(self.module, self.x, self.rule.pack(self.module, moves))
         along = (self.V * pushed).flatten(1).sum(1)
-        self._same("push", along, (pulled * dx).flatten(1).sum(1))
+        pulled = [(g * dx).flatten(1).sum(1) for g, dx in zip(unit, moves, strict=True)]
+        self._same("push", along, torch.stack(pulled).sum(0))
 
     def _sample_gradients(self) -> dict[str, Tensor]:
         """(r, B, *shape) by autograd, one sample after another: slow, and independent."""
@@ -178,10 +180,19 @@ class _Check:
             raise AssertionError(
                 f"{name}: shape {tuple(ours.shape)}, autograd has {tuple(theirs.shape)}"
             )
-        difference = float((ours - theirs).abs().max()) if ours.numel() else 0.0
-        scale = max(1.0, float(theirs.abs().max()) if theirs.numel() else 1.0)
+        difference = float((ours - theirs).detach().abs().max()) if ours.numel() else 0.0
+        scale = max(1.0, float(theirs.detach().abs().max()) if theirs.numel() else 1.0)
         if not difference <= self.tolerance * scale:
             raise AssertionError(f"{name}: differs from autograd by {difference:.3g}")
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A call's arguments with other tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return (
+        tuple(_mapped(one, change) for one in value) if isinstance(value, tuple | list) else value
+    )
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

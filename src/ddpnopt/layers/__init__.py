@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Layer rules: one file per family, registered by module type."""
 
-from ddpnopt.layers import bilinear, conv, elementwise, embedding, linear
+from ddpnopt.layers import bilinear, cells, conv, elementwise, embedding, huggingface, linear
 from ddpnopt.layers.base import (
     FALLBACK,
     RULES,
     LayerRule,
-    reason_against,
     register,
     registered,
     rule_for,
-    rule_of_call,
 )
+from ddpnopt.layers.calls import ordered, reason_against, rule_of_call, tensors_of
 from ddpnopt.layers.matrix import MatrixRule
 
 __all__ = [
@@ -20,13 +19,17 @@ __all__ = [
     "LayerRule",
     "MatrixRule",
     "bilinear",
+    "cells",
     "conv",
     "elementwise",
     "embedding",
+    "huggingface",
     "linear",
+    "ordered",
     "reason_against",
     "register",
     "registered",
     "rule_for",
     "rule_of_call",
+    "tensors_of",
 ]

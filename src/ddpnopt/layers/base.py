@@ -14,8 +14,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
-from torch.func import functional_call, jacrev, jvp, vjp, vmap
+from torch.func import jacrev, jvp, vjp, vmap
 
+from ddpnopt.layers.forward import called, own_parameters
 from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
 
@@ -26,17 +27,6 @@ class Kept(Protocol):
 
     def onto(self, gradients: Mapping[str, Tensor], a: Tensor, scale: float) -> dict[str, Tensor]:
         """gradients + scale sum_i a_i G_i."""
-
-
-class _Bare(nn.Module):
-    """Calls a module's forward without its hooks."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Any:
-        return self.module.forward(x)
 
 
 class LayerRule:
@@ -55,8 +45,12 @@ class LayerRule:
     holds_weight: bool = False
     #: The rule differentiates the module's own forward, whatever it is.
     general: bool = False
-    #: How many tensors the module is called with.
+    #: All dimensions but the features' are alike: samples need not lie in the first.
+    positionwise: bool = False
+    #: How many tensors the module is called with, those in nested tuples included.
     arguments: tuple[int, ...] = (1,)
+    #: How many tensors it returns, likewise.
+    results: tuple[int, ...] = (1,)
 
     def refusal(self, module: nn.Module) -> str:
         """Why this module, as it is now, can't be served; empty if it can."""
@@ -78,13 +72,21 @@ class LayerRule:
         """The inputs (or columns of them, with leading axes) from the state."""
         return (x,)
 
+    def pack_output(self, module: nn.Module, outputs: Sequence[Tensor]) -> Tensor:
+        """h: one tensor that holds all that the module returns. Linear in the outputs."""
+        return outputs[0]
+
+    def unpack_output(self, module: nn.Module, h: Tensor) -> tuple[Tensor, ...]:
+        """The outputs (or columns of them, with leading axes) from h."""
+        return (h,)
+
     def function(self, module: nn.Module, x: Tensor) -> Tensor:
         """g(x, u) up to a constant, with the layer's present parameters."""
-        return _call(module, _parameters(module, x), x)
+        return called(module, own_parameters(module, x), x)
 
     def output(self, module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """h = g(x, u) itself, the module's forward; parameters that are not given are its own."""
-        return _call(module, {**_parameters(module, x), **parameters}, x)
+        return called(module, {**own_parameters(module, x), **parameters}, x)
 
     def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
         """g_x dx."""
@@ -101,8 +103,8 @@ class LayerRule:
 
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """Pull-back to the control, g_u^T V summed over the batch, by parameter name."""
-        params = _parameters(module, x)
-        back: Any = vjp(lambda p: _call(module, p, x), params)[1]
+        params = own_parameters(module, x)
+        back: Any = vjp(lambda p: called(module, p, x), params)[1]
         pulled: dict[str, Tensor] = back(V)[0]
         return pulled
 
@@ -129,7 +131,7 @@ class LayerRule:
             change: Tensor = jvp(lambda s: self.output(module, s, params), (x,), (dx,))[1]
             return change
 
-        back: Any = vjp(pushed, _parameters(module, x))[1]
+        back: Any = vjp(pushed, own_parameters(module, x))[1]
         found: dict[str, Tensor] = back(V)[0]
         return found
 
@@ -139,7 +141,7 @@ class LayerRule:
         """V . g_xx of each sample, (B, X, X); None where g is linear in the state."""
         rows = x.reshape(samples, -1, *x.shape[1:])
         columns = V.reshape(samples, -1, *V.shape[1:])
-        params = _parameters(module, x)
+        params = own_parameters(module, x)
 
         def along(state: Tensor, v: Tensor) -> Tensor:
             return (self.output(module, state, params) * v).sum()
@@ -162,10 +164,10 @@ class LayerRule:
         Returns:
             (r, B, *parameter's shape) for each parameter.
         """
-        params = _parameters(module, x)
+        params = own_parameters(module, x)
 
         def one(x: Tensor, V: Tensor) -> dict[str, Tensor]:
-            back: Any = vjp(lambda p: _call(module, p, x), params)[1]
+            back: Any = vjp(lambda p: called(module, p, x), params)[1]
             pulled: dict[str, Tensor] = vmap(lambda v: back(v)[0])(V)
             return pulled
 
@@ -173,6 +175,32 @@ class LayerRule:
         columns = V.reshape(V.shape[0], samples, -1, *V.shape[2:])
         found: dict[str, Tensor] = vmap(one, in_dims=(0, 1), out_dims=1)(rows, columns)
         return found
+
+    def along(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        change: Mapping[str, Tensor],
+        samples: int,
+    ) -> Tensor:
+        """V . g_u du of every sample and column: what a change of the control does to h, along V.
+
+        Args:
+            module: The layer.
+            x: Its state.
+            V: Columns in h-space, (r, *h.shape).
+            change: du by parameter name; a parameter that is not named stays.
+            samples: Number of samples B in dimension 0.
+
+        Returns:
+            (B, r).
+        """
+        found = self.sample_gradients(module, x, V, samples)
+        total = V.new_zeros(samples, V.shape[0])
+        for name, du in change.items():
+            total = total + torch.einsum("rbu,u->br", found[name].flatten(2), du.flatten())
+        return total
 
     def gram(
         self,
@@ -250,28 +278,35 @@ def unit_columns(like: Tensor, samples: int) -> Tensor:
     return unit[:, None].expand(-1, samples, -1).reshape(elements, *like.shape)
 
 
-def _parameters(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The module's parameters, in the dtype of the state: the gradients are to have it, too."""
-    return {
-        name: p.to(x.dtype) if x.is_floating_point() else p for name, p in module.named_parameters()
-    }
+class _General(LayerRule):
+    """The complete rule itself, for modules of any type."""
+
+    general = True
+
+    def refusal(self, module: nn.Module) -> str:
+        """Fused recurrent layers: their states can't be reached."""
+        if not isinstance(module, nn.RNNBase):
+            return ""
+        cell = {"LSTM": "LSTMCell", "GRU": "GRUCell"}.get(module.mode, "RNNCell")
+        return (
+            f"the fused {type(module).__name__} hides the states between its time steps: it takes "
+            f"the borrowed optimizer's step, or is weighted; unroll nn.{cell} for feedback"
+        )
 
 
-def _call(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The module's forward at other parameters."""
-    h: Tensor = functional_call(_Bare(module), {f"module.{n}": p for n, p in params.items()}, (x,))
-    return h
-
-
-RULES: dict[type[nn.Module], LayerRule] = {}
+#: By type, or by qualified name where the library must not import the type's package.
+RULES: dict[type[nn.Module] | str, LayerRule] = {}
 #: Serves every type that is not in RULES, after a check against autograd on its first pass.
-FALLBACK = LayerRule()
-FALLBACK.general = True
+FALLBACK: LayerRule = _General()
 R = TypeVar("R", bound=type[LayerRule])
 
 
-def register(*module_types: type[nn.Module]) -> Callable[[R], R]:
-    """Class decorator: the rule serves modules of ``module_types``."""
+def register(*module_types: type[nn.Module] | str) -> Callable[[R], R]:
+    """Class decorator: the rule serves modules of ``module_types``.
+
+    A type may be given by its qualified name, as "transformers.pytorch_utils.Conv1D": then nothing
+    is imported for it.
+    """
 
     def add(rule: R) -> R:
         RULES.update({module_type: rule() for module_type in module_types})
@@ -291,6 +326,8 @@ def registered(module: nn.Module) -> LayerRule | None:
         return None
     for module_type in kind.__mro__:
         rule = RULES.get(module_type)
+        if rule is None:
+            rule = RULES.get(f"{module_type.__module__}.{module_type.__qualname__}")
         if rule is None or kind.forward is not getattr(module_type, "forward", None):
             continue
         if any(name in own for name in rule.parameters):
@@ -305,30 +342,3 @@ def rule_for(module: nn.Module) -> LayerRule | None:
     """The rule that serves a module as it is now: its type's, or the fallback; None if refused."""
     rule = registered(module) or FALLBACK
     return None if rule.refusal(module) else rule
-
-
-def reason_against(module: nn.Module, given: Sequence[object], outputs: int = 1) -> str:
-    """Why a module called with these arguments has no rule; empty if it has one."""
-    return rule_of_call(module, given, outputs)[1]
-
-
-def rule_of_call(
-    module: nn.Module, given: Sequence[object], outputs: int = 1
-) -> tuple[LayerRule | None, str]:
-    """The rule of a module called with these arguments; or None, and why it has none."""
-    rule = registered(module) or FALLBACK
-    reason = _refusal(rule, module, given, outputs)
-    return (None, reason) if reason else (rule, "")
-
-
-def _refusal(rule: LayerRule, module: nn.Module, given: Sequence[object], outputs: int) -> str:
-    kind = type(module).__name__
-    if reason := rule.refusal(module):
-        return reason
-    inputs = sum(isinstance(one, Tensor) for one in given)
-    if inputs not in rule.arguments:
-        known = " or ".join(map(str, rule.arguments))
-        return f"{kind} was called with {inputs} tensors, and its rule takes {known}"
-    if outputs != 1:
-        return f"{kind} returned {outputs} tensors, and a rule describes one"
-    return rule.call_refusal(module, given)

@@ -65,6 +65,8 @@ class ElementwiseRule(LayerRule, ABC):
 class LayerNormRule(ElementwiseRule):
     """m is the normalised input; the weight has the normalised axes."""
 
+    positionwise = True
+
     def batched_dim(self, module: nn.Module) -> int:
         """One axis more than are normalised."""
         return len(cast(nn.LayerNorm, module).normalized_shape) + 1

@@ -96,6 +96,8 @@ class LookupRule(LayerRule, ABC):
 class EmbeddingRule(LookupRule):
     """Any number of positions a sample; the padding index has no gradient."""
 
+    positionwise = True
+
     def refusal(self, module: nn.Module) -> str:
         """Options that change weights in the forward pass, or mix samples."""
         embedding = cast(nn.Embedding, module)

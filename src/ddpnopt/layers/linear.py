@@ -19,6 +19,8 @@ from ddpnopt.typing import Tensor
 class LinearRule(MatrixRule):
     """g_x^T v = W^T v, g_u^T v = (v x^T, v), positions are all dimensions between B and d."""
 
+    positionwise = True
+
     def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
         """W dx."""
         assert isinstance(module.weight, Tensor)

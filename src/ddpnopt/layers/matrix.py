@@ -50,6 +50,25 @@ class MatrixRule(LayerRule, ABC):
         """Columns (r, b, g, t, o) whose sum over positions is the bias's gradient."""
         return self.outputs(module, V, samples)
 
+    def along(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        change: Mapping[str, Tensor],
+        samples: int,
+    ) -> Tensor:
+        """One product more: (dW x + db) . V."""
+        total = V.new_zeros(samples, V.shape[0])
+        if "weight" in change:
+            U, columns = self.inputs(module, x, samples), self.outputs(module, V, samples)
+            pushed = U @ self.to_matrix(module, change["weight"]).mT
+            total = total + torch.einsum("bgto,rbgto->br", pushed, columns)
+        if "bias" in change:
+            v = self.bias_columns(module, V, samples).sum(3)
+            total = total + torch.einsum("rbgo,go->br", v, change["bias"].reshape(v.shape[2:]))
+        return total
+
     def joined(self, module: nn.Module, gradients: Mapping[str, Tensor], bias: bool) -> Tensor:
         """The gradients of weight and bias as one matrix (g, o, i [+ 1])."""
         W = self.to_matrix(module, gradients["weight"])

@@ -217,6 +217,11 @@ class ValueFunction(ABC):
     rank: int | None = None
 
     @property
+    def graphs(self) -> bool:
+        """Only what a change of the state does to the loss is needed: any network will do."""
+        return self.linearization != "jacobian" and not self.segments
+
+    @property
     def segments(self) -> bool:
         """The functions between the layers are needed, for their second derivatives."""
         return False

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: MIT
+"""The state at a cut of a network that is no chain: all tensors alive there.
+
+Layers in execution order are the time steps. A tensor that is made in one of them and used in a
+later one crosses the cuts between; the state before a layer is everything that crosses its cut
+(Liu et al., DGNOpt, ICML 2021: skip connections are extra players). What the recursion wants to
+know of a change of the state is one number a column, q = sum over the cut of g . dx, with g the
+gradient that arrives through the later uses alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.layout import LAYOUTS, ROWS, arranged, fits
+from ddpnopt.typing import Float, Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Two time steps: what is made in one and used in the other crosses the cuts between."""
+
+    born: int
+    used: int
+
+    def at(self, time: int) -> bool:
+        """Whether it crosses the cut before the layer of this time step."""
+        return self.born < time <= self.used
+
+
+@dataclass(eq=False)
+class Crossing:
+    """A tensor made before one layer and used in the time step of another.
+
+    Attributes:
+        call: Number of the call that made it, and its place among that call's results.
+        born: The time step in which it was made.
+        used: The time step in which it is used: it is part of the state at every cut in between.
+        y: Its value (an alias), with its version.
+        g: Gradient that arrives by this use alone; None until a backward pass has brought it.
+        Z: The terminal factor's columns, likewise.
+        fresh_g, fresh_Z: The same, of a backward pass that has not ended.
+        apart: It does not fall into samples (a table of positions, a temperature), or has been
+            overwritten: it has no part in q.
+        wanted: It is part of the state of some layer in feedback.
+        layout: How its samples lie.
+    """
+
+    call: tuple[int, int]
+    born: int
+    used: int
+    y: Tensor
+    version: int
+    g: Tensor | None = None
+    Z: Tensor | None = None
+    fresh_g: Tensor | None = None
+    fresh_Z: Tensor | None = None
+    apart: bool = False
+    wanted: bool = False
+    layout: str = ROWS
+
+    def may_lie(self, layout: str) -> bool:
+        """Any layout will do."""
+        return True
+
+    def lay(self, layout: str, samples: int) -> None:
+        """How its samples have been found to lie."""
+        self.layout = layout
+
+    def part(self, samples: int) -> None:
+        """Find out whether its rows are samples."""
+        self.apart = not self.intact() or not any(
+            fits(self.y, layout, samples) for layout in LAYOUTS
+        )
+
+    def at(self, time: int) -> bool:
+        """Whether it crosses the cut before the layer of this time step."""
+        return self.born < time <= self.used
+
+    def intact(self) -> bool:
+        """Whether the value is still what was used."""
+        return self.y.is_inference() or self.y._version == self.version
+
+    def project(self, y: Tensor, samples: int) -> Float[Tensor, "b r"] | None:
+        """What a new value changes, g . dy of each sample (with a factor: Z . dy, r numbers).
+
+        Raises:
+            UnsupportedModelError: The new value has another shape.
+        """
+        if y.shape != self.y.shape:
+            raise UnsupportedModelError(
+                f"a tensor of shape {tuple(self.y.shape)} had shape {tuple(y.shape)} in the "
+                "rollout: the model takes another path when run again; use feedback='open_loop'"
+            )
+        columns = self.g[None] if self.Z is None and self.g is not None else self.Z
+        if columns is None:
+            return None
+        dtype = torch.promote_types(columns.dtype, torch.float32)
+        dy = arranged((y - self.y).to(dtype), self.layout, samples).reshape(samples, -1)
+        columns = arranged(columns, self.layout, samples, 1)
+        columns = columns.to(dtype).reshape(len(columns), samples, -1).transpose(0, 1)
+        return torch.bmm(columns, dy[:, :, None])[:, :, 0]
+
+    def keep(self, adds_up: bool) -> None:
+        """A backward pass has ended."""
+        if self.fresh_g is not None:
+            known = self.g if adds_up else None
+            self.g = self.fresh_g if known is None else known + self.fresh_g
+        if self.fresh_Z is not None:
+            self.Z = self.fresh_Z
+        self.fresh_g = self.fresh_Z = None
+
+    def forget(self) -> None:
+        """Its gradients have been used or thrown away."""
+        self.g = self.Z = self.fresh_g = self.fresh_Z = None
+
+
+class Predicted(Sequence[Tensor]):
+    """A change of the state that is known by what it changes, q, alone.
+
+    Args:
+        q: (samples, r) of each pass.
+    """
+
+    def __init__(self, q: Sequence[Float[Tensor, "b r"]]) -> None:
+        self.q = q
+
+    def __len__(self) -> int:
+        """Number of passes."""
+        return len(self.q)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        """Second-order dynamics ask for the change itself."""
+        raise UnsupportedModelError(
+            "this value function needs the state itself, which branches have none of: use "
+            "value='moreau', 'gauss_newton' or 'low_rank', or dynamics='first_order'"
+        )
+
+
+@dataclass(eq=False)
+class Moved:
+    """What the state has been found to change, while a pass is run again.
+
+    Args:
+        crossings: Of the pass.
+        samples: B.
+        blind: Where something crosses that can't be followed.
+    """
+
+    crossings: Sequence[Crossing]
+    samples: int
+    blind: Sequence[Span] = ()
+    known: dict[Crossing, Tensor] = field(default_factory=dict)
+    foreseen: list[tuple[int, int, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Sort the tensors by the call that makes them."""
+        self.wanted: dict[int, list[Crossing]] = {}
+        for one in self.crossings:
+            if one.g is not None or one.Z is not None:
+                self.wanted.setdefault(one.call[0], []).append(one)
+
+    def meet(self, number: int, results: Sequence[Tensor]) -> None:
+        """A call has made a tensor that is waited for.
+
+        Raises:
+            UnsupportedModelError: It is another one.
+        """
+        for one in self.wanted.get(number, ()):
+            if one.call[1] >= len(results):
+                raise other_path()
+            found = one.project(results[one.call[1]], self.samples)
+            if found is not None:
+                self.known[one] = found
+
+    def q(self, time: int) -> Tensor | None:
+        """(B, r) at the cut before a layer; None where nothing that can have moved crosses it.
+
+        None, too, where something does that can't be followed: there the policy is the open loop's.
+
+        Raises:
+            UnsupportedModelError: A tensor that crosses it has not been made.
+        """
+        if any(span.at(time) for span in self.blind):
+            return None
+        parts = [q for born, used, q in self.foreseen if born < time <= used]
+        here = [one for ones in self.wanted.values() for one in ones if one.at(time)]
+        if any(one not in self.known for one in here):
+            raise other_path()
+        return total([*(self.known[one] for one in here), *parts])
+
+    def foresee(self, born: int, used: int, q: Float[Tensor, "b r"]) -> None:
+        """Weights have changed that are used again, between two time steps."""
+        self.foreseen.append((born, used, q))
+
+
+def total(parts: Iterable[Tensor]) -> Tensor | None:
+    """Their sum; None of none."""
+    found: Tensor | None = None
+    for part in parts:
+        found = part if found is None else found + part
+    return found
+
+
+def other_path() -> UnsupportedModelError:
+    """The error where calls don't match."""
+    return UnsupportedModelError(
+        "the model took another path when run again: it makes other tensors than before; use "
+        "feedback='open_loop'"
+    )

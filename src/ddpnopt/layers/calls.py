@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""Which rule serves a call of a module, and why none does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from ddpnopt.layers.base import FALLBACK, LayerRule, registered
+from ddpnopt.typing import Tensor
+
+
+def reason_against(module: nn.Module, given: Sequence[object], outputs: int | None = None) -> str:
+    """Why a module called with these arguments has no rule; empty if it has one.
+
+    Args:
+        module: The module.
+        given: Its arguments.
+        outputs: How many tensors it returned; None before it has.
+    """
+    return rule_of_call(module, given, outputs)[1]
+
+
+def rule_of_call(
+    module: nn.Module, given: Sequence[object], outputs: int | None = None
+) -> tuple[LayerRule | None, str]:
+    """The rule of a module called with these arguments; or None, and why it has none."""
+    rule = registered(module) or FALLBACK
+    reason = _refusal(rule, module, given, outputs)
+    return (None, reason) if reason else (rule, "")
+
+
+def _refusal(
+    rule: LayerRule, module: nn.Module, given: Sequence[object], outputs: int | None
+) -> str:
+    kind = type(module).__name__
+    if reason := rule.refusal(module):
+        return reason
+    inputs = len(tensors_of(given))
+    if inputs not in rule.arguments:
+        known = " or ".join(map(str, rule.arguments))
+        return f"{kind} was called with {inputs} tensors, and its rule takes {known}"
+    if outputs is not None and outputs not in rule.results:
+        known = " or ".join(map(str, rule.results))
+        return f"{kind} returned {outputs} tensors, and its rule describes {known}"
+    return rule.call_refusal(module, given)
+
+
+def ordered(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A call's arguments in the order of the module's own signature."""
+    if kwargs:
+        try:
+            bound = _signature(type(module).forward).bind(module, *args, **kwargs)
+            return (*bound.args[1:], *bound.kwargs.values())
+        except (TypeError, ValueError):
+            pass  # it takes anything: in the order of the call
+    return (*args, *kwargs.values())
+
+
+@cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    """All tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in tensors_of(v)] if isinstance(value, tuple | list) else []

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""How the samples lie in a tensor, found from where one sample's gradient is not zero.
+
+Everywhere else dimension 0 is samples times a fold: consecutive rows belong to one sample.
+"""
+
+from __future__ import annotations
+
+from ddpnopt.typing import Tensor
+
+#: Dimension 0 is samples times a fold; dimension 1 is the samples; dimension 0 is a fold times
+#: samples, as in a sequence-first tensor whose first two dimensions have been joined.
+ROWS, SECOND, MINOR = "rows", "second", "minor"
+LAYOUTS = (ROWS, SECOND, MINOR)
+
+
+def fits(t: Tensor, layout: str, samples: int) -> bool:
+    """Whether a tensor can have a layout, by its shape."""
+    if samples < 1 or t.dim() == 0:
+        return False
+    if layout == SECOND:
+        return t.dim() > 1 and t.shape[1] == samples
+    return t.shape[0] > 0 and t.shape[0] % samples == 0
+
+
+def arranged(t: Tensor, layout: str, samples: int, axis: int = 0) -> Tensor:
+    """A tensor with its samples in front, consecutive rows belonging to one.
+
+    Args:
+        t: The tensor.
+        layout: How its samples lie.
+        samples: B.
+        axis: Where its own dimension 0 is: behind a leading axis of columns, 1.
+    """
+    if layout == SECOND:
+        return t.movedim(axis + 1, axis)
+    if layout == MINOR:
+        parts = t.reshape(*t.shape[:axis], -1, samples, *t.shape[axis + 1 :])
+        return parts.movedim(axis + 1, axis).reshape(t.shape)
+    return t
+
+
+def layout_of(gradient: Tensor, samples: int, chosen: int) -> str:
+    """The layout in which only one sample's part of a gradient is not zero; '' for none.
+
+    Args:
+        gradient: Of a function of one sample's output.
+        samples: B.
+        chosen: The sample.
+    """
+    hit = gradient.ne(0)
+    for layout in LAYOUTS:
+        if fits(hit, layout, samples):
+            per_sample = arranged(hit, layout, samples).reshape(samples, -1).any(1)
+            per_sample[chosen] = False
+            if not bool(per_sample.any()):
+                return layout
+    return ""

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: MIT
+"""What the recorded computation looks like: is it a chain, who owns which rows, who mixes samples.
+
+All three are found from the autograd graph of the pass itself, not from the user's annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ddpnopt.crossing import Crossing
+from ddpnopt.inert import probe
+from ddpnopt.layout import ROWS, SECOND, layout_of
+from ddpnopt.parameters import parameters
+from ddpnopt.stages import Stage, Trajectory
+from ddpnopt.typing import Tensor
+
+REENTRANT = "CheckpointFunctionBackward"
+MIXED = "samples are mixed behind it"
+FROZEN = "frozen"
+BRANCHED = "branches run beside it, or past it"
+SHARED = "its parameters are used more than once"
+#: How the reason of a layer begins that mixes them itself.
+MIXING = "it mixes the samples"
+
+
+def mixes(stage: Stage) -> bool:
+    """Whether a stage lies in front of a mixing of samples, or mixes them itself."""
+    return stage.plain.startswith((MIXED, MIXING))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What probes of a structure's passes have shown.
+
+    Attributes:
+        start: The first stage from which on no layer mixes samples.
+        count: How many probes.
+        samples: B.
+        layouts: How the samples lie in each stage and crossing.
+    """
+
+    start: int = 0
+    count: int = 0
+    samples: int = 0
+    layouts: tuple[str, ...] = ()
+
+
+def boundary(
+    trajectory: Trajectory,
+    start: int,
+    states: list[GradientEdge | None],
+    narrow: Callable[[int], bool],
+) -> int:
+    """The stage at whose state samples are weighted once for all stages in front of it.
+
+    Stages between ``start`` and it are marked.
+
+    Args:
+        trajectory: The pass, its stages marked.
+        start: The first stage from which on samples are kept apart.
+        states: Edges of the stages' states.
+        narrow: Whether a stage's own state is all that crosses the cut in front of it.
+
+    Returns:
+        Its index; the number of stages for the output; 0 if nothing needs it.
+    """
+    if start == 0 or trajectory.samples < 1:
+        return 0
+    stages = trajectory.stages
+    whole = stages[-1].rows % trajectory.samples == 0
+    found = len(stages) if whole else 0
+    for index in range(start, len(stages)):
+        stage = stages[index]
+        fits = not stage.plain and len(stage.inputs) == 1 and stage.layout == ROWS
+        if fits and states[index] is not None and narrow(index):
+            found = index
+            break
+    for stage in stages[: found or len(stages)]:
+        stage.plain = stage.plain or BRANCHED
+    return found
+
+
+def repeated(trajectory: Trajectory) -> None:
+    """Join the executions of a layer that is used more than once: it is one control."""
+    groups: dict[str, list[Stage]] = {}
+    for stage in trajectory.stages:
+        groups.setdefault(stage.name, []).append(stage)
+    for first, *others in groups.values():
+        if not others or all(stage.plain for stage in (first, *others)):
+            continue
+        alike = all(
+            not stage.plain
+            and stage.rule is first.rule
+            and not stage.unbatched
+            and stage.x.shape[1:] == first.x.shape[1:]
+            for stage in (first, *others)
+        )
+        if alike:
+            first.repeats = others
+        for stage in () if alike else (first, *others):
+            stage.plain = stage.plain or SHARED
+
+
+class Ledger:
+    """Nodes and edges of the stages while a forward pass runs; dropped when it ends.
+
+    Args:
+        own: Identities of all layers' parameters.
+    """
+
+    def __init__(self, own: set[int]) -> None:
+        self._own = own
+        self.edges: list[GradientEdge | None] = []
+        self.states: list[GradientEdge | None] = []
+        self._latest: set[Node] = set()
+        self._outputs: dict[Node, int] = {}
+        self._leaves: dict[int, int] = {}
+        self._skips: list[tuple[int, int]] = []
+        self._reentrant: int | None = None
+        self._ahead: list[tuple[int, int]] = []
+
+    def enter(
+        self,
+        index: int,
+        own: Sequence[nn.Parameter],
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        boundary: bool,
+    ) -> None:
+        """Enter a stage, and note connections that lead past the layer before it.
+
+        Walks the graph back from the stage's inputs to the output of the last layer that takes
+        part in feedback. Whatever else lies between (frozen and plain modules, activations, their
+        own branches) is one function of that output; a path to an earlier layer skips it.
+
+        Args:
+            index: Number of the stage.
+            own: The layer's parameters.
+            inputs: Its input tensors.
+            outputs: Its output tensors.
+            boundary: The layer can take part in feedback.
+        """
+        stack: list[Node | None] = [t.grad_fn for t in inputs]
+        seen: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen or node in self._latest:
+                continue
+            seen.add(node)
+            source = self._outputs.get(node)
+            leaf = id(getattr(node, "variable", None))
+            if source is None:
+                source = self._leaves.get(leaf)
+            if source is None and leaf in self._own:
+                self._ahead.append((leaf, index))
+                continue
+            if source is not None:
+                self._skips.append((source, index))
+                continue
+            if node.name() == REENTRANT:
+                self._reentrant = index
+            stack += [child for child, _ in node.next_functions]
+        out, x = outputs[0], (inputs or outputs)[0]
+        self.edges.append(get_gradient_edge(out) if out.requires_grad else None)
+        self.states.append(get_gradient_edge(x) if inputs and x.requires_grad else None)
+        if boundary:
+            self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
+            self._outputs.update({node: index for node in self._latest})
+            self._leaves.update({id(p): index for p in own})
+
+    def hidden(self, trajectory: Trajectory) -> str:
+        """Why layers may have run unseen, or ''."""
+        if self._reentrant is None:
+            return ""
+        return (
+            f"'{trajectory.stages[self._reentrant].name}' comes behind reentrant activation "
+            "checkpointing, which hides the layers inside it; call "
+            "checkpoint(..., use_reentrant=False)"
+        )
+
+    def refusal(self, trajectory: Trajectory) -> str:
+        """Why the layers that take part in feedback are no chain, or ''."""
+        stages = trajectory.stages
+        # A parameter used before its layer runs: another pass of this model lies in front. (One
+        # whose module never runs, as in attention, is used by a function: a plain parameter.)
+        ran = {id(p) for s in stages if not s.plain for p in parameters(s.module)}
+        loop = next((index for leaf, index in self._ahead if leaf in ran), None)
+        if loop is not None:
+            return (
+                f"the input of '{stages[loop].name}' was made with the model's own layers "
+                "(a model applied to its own output): feedback is for chains; train this model "
+                "with feedback=False"
+            )
+        return ""
+
+    def rejoined(self, trajectory: Trajectory, start: int) -> int:
+        """The first stage from which on the layers run one after another.
+
+        Args:
+            trajectory: The pass, its stages marked.
+            start: Stages in front of this one are no chain for another reason.
+        """
+        stages, before = trajectory.stages, -1
+        while before != start:
+            before = start
+            for source, target in self._skips:
+                past = range(max(source + 1, start), target)
+                if any(not stages[index].plain for index in past):
+                    start = max(start, target)
+        for stage in stages[:start]:
+            stage.plain = stage.plain or BRANCHED
+        return start
+
+    @property
+    def branched(self) -> bool:
+        """Whether a connection leads past some layer."""
+        return bool(self._skips)
+
+    def narrow(self, index: int) -> bool:
+        """Whether a stage's own state is all that crosses the cut in front of it."""
+        return not any(source < index < target for source, target in self._skips)
+
+    def depends(self, trajectory: Trajectory, edge: GradientEdge) -> bool:
+        """Whether a tensor has been made by a layer in feedback."""
+        stack, seen = [edge.node], {edge.node}
+        while stack:
+            node = stack.pop()
+            source = self._outputs.get(node)
+            if source is not None and not trajectory.stages[source].plain:
+                return True
+            for child, _ in node.next_functions:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+        return False
+
+    def mark(
+        self,
+        trajectory: Trajectory,
+        shared: set[int],
+        trainable: Callable[[Tensor], bool],
+        graphs: bool,
+    ) -> None:
+        """Note the stages that can't take part in feedback, and why."""
+        uses: dict[str, int] = {}
+        for stage in trajectory.stages:
+            uses[stage.name] = uses.get(stage.name, 0) + 1
+        for stage in trajectory.stages:
+            own = parameters(stage.module)
+            if not any(trainable(p) for p in own):
+                stage.plain = FROZEN
+            elif stage.rule is not None and (
+                (uses[stage.name] > 1 and not graphs) or any(id(p) in shared for p in own)
+            ):
+                stage.plain = SHARED
+
+    def candidates(self, trajectory: Trajectory) -> list[int]:
+        """What may be the number of samples, by the output's rows."""
+        last = trajectory.stages[-1].rows
+        sizes = {s.rows for s in trajectory.stages}
+        sizes |= {s.x.shape[1] for s in trajectory.stages if s.x.dim() > 1}
+        return sorted(n for n in {last, *sizes} if n and last % n == 0)
+
+    def front(self, trajectory: Trajectory, start: int, samples: int = 0) -> None:
+        """Mark the stages in front of ``start`` as mixed, and find B from the others.
+
+        B is the number of rows of the output, or of an active stage of which the output's are a
+        multiple (positions folded into the batch), if ``samples`` does not say it. Of layers that
+        begin a branch (embeddings of tokens and of positions, which all samples may share) those
+        with most rows count.
+        """
+        assert trajectory.z is not None
+        for stage in trajectory.stages[:start]:
+            stage.plain = stage.plain or MIXED
+        last = trajectory.stages[-1].rows
+        if last == 0:
+            for stage in trajectory.stages:
+                stage.plain = stage.plain or "the batch is empty"
+        pairs = list(zip(trajectory.stages, self.states, strict=True))
+        widest = max((s.rows for s, state in pairs if state is None), default=0)
+        own = [s.rows for s, state in pairs if not s.plain and (state or s.rows == widest)]
+        rows = [n for n in own if n and last % n == 0]
+        samples = trajectory.samples = samples or min([last, *rows])
+        for stage in trajectory.stages:
+            second = stage.x.dim() > 1 and stage.x.shape[1] == samples and stage.may_lie(SECOND)
+            if not stage.plain and (stage.rows % samples or stage.x.shape[0] % samples):
+                if not second:
+                    stage.plain = f"its {stage.rows} rows are not a multiple of {samples} samples"
+
+
+def probed(
+    trajectory: Trajectory,
+    edges: list[GradientEdge | None],
+    taps: Sequence[GradientEdge],
+    turn: int,
+    layouts: bool,
+) -> tuple[int, bool]:
+    """The first stage from which on no layer mixes samples on the way to the output.
+
+    One sample is perturbed at the output, in the adjoint direction: one backward pass with a
+    seed on its rows alone shows at every stage whether the gradient stays in that sample's part,
+    and which part that is. Both mixing (BatchNorm) and another ownership of rows show up.
+
+    Args:
+        trajectory: The pass; its stages and crossings are told how their samples lie.
+        edges: Gradient edges of its stages' outputs.
+        taps: Those of its crossings.
+        turn: Which sample to perturb: the middle one, the first, the last, ...
+        layouts: Samples may lie otherwise than in rows.
+
+    Returns:
+        The index of the first unmixed stage, and whether the finding is conclusive (a zero
+        gradient, as behind a layer that starts at zero, shows nothing).
+    """
+    samples, z, stages = trajectory.samples, trajectory.z, trajectory.stages
+    assert z is not None and edges[-1] is not None
+    indices = [i for i, s in enumerate(stages) if not s.plain and edges[i] is not None]
+    if samples <= 1 or not indices:
+        return 0, False
+    # Behind what is mixed a layer is kept apart: the stage, or the first after a crossing's use.
+    parts: list[tuple[Stage | Crossing, int, GradientEdge | None]] = [
+        (stages[i], i + 1, edges[i]) for i in indices
+    ]
+    for crossing, tap in zip(trajectory.crossings, taps, strict=True):
+        if not crossing.apart:
+            parts.append((crossing, sum(s.time <= crossing.used for s in stages), tap))
+    chosen = (samples // 2, 0, samples - 1)[turn] if turn < 3 else turn * 7919 % samples
+    rows = z.shape[0] // samples
+    seed = torch.zeros_like(z)
+    generator = torch.Generator().manual_seed(0)
+    part = slice(chosen * rows, (chosen + 1) * rows)
+    seed[part] = torch.randn(seed[part].shape, generator=generator).to(seed)
+    start, conclusive = 0, True
+    found = probe(edges[-1], [edge for _, _, edge in parts], seed)
+    for (one, behind, _), gradient in zip(parts, found, strict=True):
+        if gradient is None or not bool(gradient.any()) or not bool(gradient.isfinite().all()):
+            conclusive = False
+            continue
+        layout = layout_of(gradient, samples, chosen)
+        if layout == "" or (layout != ROWS and not (layouts and one.may_lie(layout))):
+            start = max(start, behind)
+        else:
+            one.lay(layout, samples)
+    return start, conclusive

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""What a layer's call looks like as a stage: its state, its output, and by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ddpnopt.layers import LayerRule, rule_of_call, tensors_of
+from ddpnopt.parameters import parameters
+from ddpnopt.stages import Stage
+from ddpnopt.typing import Tensor
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A module that has run.
+
+    Attributes:
+        module: The module.
+        inputs: The tensors it was given, nested ones included, in the order of its signature.
+        outputs: Those it returned.
+        rule: Its rule, or None.
+        against: Why it has none.
+    """
+
+    module: nn.Module
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    rule: LayerRule | None
+    against: str
+
+    @staticmethod
+    def of(module: nn.Module, given: tuple[Any, ...], output: Any) -> Executed:
+        """A call with these arguments, and what it returned."""
+        outputs = tensors_of(output)
+        rule, against = rule_of_call(module, given, len(outputs))
+        return Executed(module, tensors_of(given), outputs, rule, against)
+
+    def joined(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All outputs as one tensor, and the parts of it that take their place."""
+        assert self.rule is not None
+        h = self.rule.pack_output(self.module, self.outputs)
+        return h, self.rule.unpack_output(self.module, h)
+
+    def stage(self, name: str, out: Tensor, time: int) -> Stage:
+        """The call as a stage.
+
+        Args:
+            name: Module path.
+            out: Its output, all in one.
+            time: How many layers have begun.
+        """
+        rule, module = self.rule, self.module
+        aliases = tuple(t.detach() for t in self.inputs)
+        state = rule.pack(module, aliases) if rule is not None else (*aliases, out.detach())[0]
+        unbatched = rule is not None and state.dim() < rule.batched_dim(module)
+        own = parameters(module)
+        return Stage(
+            name,
+            module,
+            rule,
+            state[None] if unbatched else state,
+            aliases,
+            tuple(-1 if t.is_inference() else t._version for t in self.inputs),
+            out.shape[0] if out.dim() and not unbatched else 1,
+            unbatched,
+            sum([p._version for p in own]),
+            plain=self.against,
+            time=time,
+        )

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: MIT
+"""Watches the calls of torch functions in a pass: which tensors cross from layer to layer.
+
+In the nominal pass a tensor that is used in a later time step than it was made in is replaced, for
+that use, by a view of itself (a tap): so autograd has the gradient of each use apart. When the
+pass is run again, the same tensors are known by the number of the call that makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from ddpnopt.crossing import Crossing, Moved, Span, other_path
+from ddpnopt.functional import COMPOSITE, Layers, unfolded
+from ddpnopt.typing import Tensor
+
+#: Attributes of a tensor that are functions of it.
+VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
+#: Methods that only tell something about a tensor.
+QUERIES = frozenset(
+    {"size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "type"}
+    | {"is_contiguous", "is_floating_point", "is_complex", "element_size", "get_device", "__len__"}
+    | {"detach", "__hash__", "__bool__", "item", "tolist", "data_ptr", "__repr__", "__format__"}
+    | {"register_hook", "retain_grad", "requires_grad_", "backward", "is_inference", "numpy"}
+)
+
+
+#: The time step of what was made before the pass, or of parameters alone, by unknown means.
+OUTSIDE = -1
+
+
+class Quiet(TorchFunctionMode):
+    """A mode that can be switched off where it stands: one left behind does no harm."""
+
+    on = True
+    #: Layers that run as functions, by the identity of their weight, and who is told.
+    functional: Mapping[int, tuple[str, nn.Module]] = {}
+    layers: Layers | None = None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A dense layer runs."""
+        name, module = self.functional.get(id(weight), ("", None))
+        if module is None or self.layers is None or not isinstance(x, Tensor):
+            made: Tensor = self.call(F.linear, (x, weight, bias), {})
+            return made
+        with quiet(self):
+            self.layers.begin(name, module, x)
+        made = self.call(F.linear, (x, weight, bias), {})
+        with quiet(self):
+            return self.layers.end(name, module, x, made)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function; what is only asked of a tensor is no call."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.on and func in COMPOSITE:
+            with self:
+                return unfolded(func)(*args, **kwargs)
+        if self.on and func is F.linear and self.layers is not None:
+            args = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
+            return self.linear(*args)
+        if name == "__get__":
+            if getattr(func.__self__, "__name__", "") not in VIEWS:
+                return func(*args, **kwargs)
+        elif name in QUERIES or name == "__set__":
+            return func(*args, **kwargs)
+        return self.call(func, args, kwargs) if self.on else func(*args, **kwargs)
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that computes."""
+        raise NotImplementedError
+
+
+@contextmanager
+def quiet(watch: Quiet | None) -> Iterator[None]:
+    """Within the block calls of our own are not watched."""
+    if watch is None:
+        yield
+        return
+    before, watch.on = watch.on, False
+    try:
+        yield
+    finally:
+        watch.on = before
+
+
+class Watch(Quiet):
+    """The nominal pass.
+
+    Args:
+        hook: Called with a new crossing and its tap, to ask for the tap's gradient.
+        tapping: What crosses is asked for; otherwise only functions that are layers are seen.
+
+    Attributes:
+        time: The present time step: the number of layers that have begun.
+        number: Calls so far.
+        crossings: What has crossed, in the order of use.
+        edges: Their taps' edges; the graph's own, to be dropped when the pass ends.
+        blind: Time steps between which something crossed that can't be followed.
+    """
+
+    def __init__(self, hook: Callable[[Crossing, Tensor], None], tapping: bool = True) -> None:
+        super().__init__()
+        self.hook, self.tapping = hook, tapping
+        self.time = self.number = 0
+        self.blind: list[Span] = []
+        self.crossings: list[Crossing] = []
+        self.edges: list[GradientEdge] = []
+        self._times: dict[Node, int] = {}
+        self._calls: dict[tuple[Node, int], tuple[int, int]] = {}
+        self._taps: dict[tuple[Node, int], tuple[int, Tensor]] = {}
+        self._told = 0
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Tap what comes from an earlier time step, and note what is made."""
+        if not self.tapping:
+            return func(*args, **kwargs)
+        tapped: dict[int, tuple[Tensor, Tensor, int]] = {}
+        args = self._use(args, tapped)
+        if kwargs:
+            kwargs = {key: self._use(value, tapped) for key, value in kwargs.items()}
+        made = func(*args, **kwargs)
+        if tapped:
+            # A function that returns what it was given has made nothing.
+            made = tapped[id(made)][0] if id(made) in tapped else made
+            for _, tap, version in tapped.values():
+                if tap._version != version:  # overwritten by its use
+                    self._lose(tap)
+        self._note(made)
+        return made
+
+    def _note(self, made: Any) -> None:
+        """Number the call's results."""
+        results = floating(made)
+        if not results:
+            return
+        for place, tensor in enumerate(results):
+            node = tensor.grad_fn
+            if node is not None:
+                self._times.setdefault(node, self.time)
+                self._calls.setdefault((node, tensor.output_nr), (self.number, place))
+        self.number += 1
+
+    def restart(self) -> None:
+        """The pass that can be run again begins here: what has been made before is constant."""
+        self.number = 0
+        self._times = dict.fromkeys(self._times, OUTSIDE)
+        self._calls.clear()
+
+    def renamed(self, old: Node | None, number: int, after: Tensor) -> None:
+        """A recorder has put a node of its own behind a tensor.
+
+        Args:
+            old: The tensor's node.
+            number: Its place among that node's results.
+            after: The tensor behind it.
+        """
+        new = after.grad_fn
+        if new is None:
+            return
+        self._times[new] = self.time
+        known = self._calls.get((old, number)) if old is not None else None
+        if known is not None:
+            self._calls[new, after.output_nr] = known
+
+    def leave(self, output: Any) -> Any:
+        """Tap what leaves the pass with its output: it is used behind the last layer."""
+        if not self.tapping:
+            return output
+        self.time += 1
+        return tree_map_only(Tensor, self._left, output)
+
+    def _left(self, value: Tensor) -> Tensor:
+        node = value.grad_fn
+        made_last = node is None or self._times.get(node, self.time) >= self.time - 1
+        return value if made_last else self._use(value, {})
+
+    def fresh_taps(self) -> tuple[tuple[Crossing, GradientEdge], ...]:
+        """What has crossed since the last call."""
+        start, self._told = self._told, len(self.crossings)
+        return tuple(zip(self.crossings[start:], self.edges[start:], strict=True))
+
+    def _use(self, value: Any, tapped: dict[int, tuple[Tensor, Tensor, int]]) -> Any:
+        if isinstance(value, Tensor):
+            node = value.grad_fn
+            if node is None:
+                return value
+            born = self._times.get(node)
+            if born is None:
+                born = self._times[node] = self._found(node)
+            if born >= self.time or born == OUTSIDE:
+                return value
+            tap = self._tap(value, node, born)
+            if tap is not value:
+                tapped[id(tap)] = value, tap, tap._version
+            return tap
+        if type(value) in (tuple, list):
+            parts = [self._use(one, tapped) for one in value]
+            same = all(a is b for a, b in zip(parts, value, strict=True))
+            return value if same else type(value)(parts)
+        if type(value) is dict:
+            return {key: self._use(one, tapped) for key, one in value.items()}
+        return value
+
+    def _lose(self, tap: Tensor) -> None:
+        """A tensor was overwritten by its use: neither its value nor its gradient is to be had."""
+        for one in self.crossings:
+            if one.y.data_ptr() == tap.data_ptr():
+                one.apart = True
+                self.blind.append(Span(one.born, one.used))
+
+    def _tap(self, y: Tensor, node: Node, born: int) -> Tensor:
+        """The view of a tensor that stands for its use in this time step."""
+        key = node, y.output_nr
+        known = self._taps.get(key)
+        if known is not None and known[0] == self.time:
+            return known[1]
+        call = self._calls.get(key)
+        if call is None or type(y) is not Tensor or _wrapped(y):
+            self.blind.append(Span(born, self.time))
+            return y
+        tap = y.view_as(y)
+        assert tap.grad_fn is not None
+        self._times[tap.grad_fn] = self.time
+        one = Crossing(call, born, self.time, y.detach(), y._version)
+        self._taps[key] = self.time, tap
+        self.crossings.append(one)
+        self.edges.append(get_gradient_edge(tap))
+        self.hook(one, tap)
+        return tap
+
+    def _found(self, node: Node) -> int:
+        """The time step of a node that no call has shown: now, if it was made in this pass."""
+        last, first, stack, seen = OUTSIDE, self.time, [node], {node}
+        while stack:
+            for child, _ in stack.pop().next_functions:
+                if child is None or child in seen:
+                    continue
+                seen.add(child)
+                known = self._times.get(child)
+                if known is not None:
+                    last, first = max(last, known), min(first, known)
+                else:
+                    stack.append(child)
+        if last == OUTSIDE:
+            return OUTSIDE
+        if first < self.time:
+            self.blind.append(Span(max(first, 0), self.time))
+        return self.time
+
+
+class Retrace(Quiet):
+    """The pass run again.
+
+    Args:
+        moved: Collects the tensors that are met.
+        calls: Calls of the nominal pass.
+    """
+
+    def __init__(self, moved: Moved, calls: int) -> None:
+        super().__init__()
+        self.moved, self.calls, self.number = moved, calls, 0
+
+    def check(self) -> None:
+        """The pass is over.
+
+        Raises:
+            UnsupportedModelError: It was another one.
+        """
+        if self.number != self.calls:
+            raise other_path()
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Number the call's results; look at those that are waited for."""
+        made = func(*args, **kwargs)
+        if self.number in self.moved.wanted:
+            results = floating(made)
+            if results:
+                self.moved.meet(self.number, results)
+                self.number += 1
+        elif _any_floating(made):
+            self.number += 1
+        return made
+
+
+def floating(made: Any) -> Sequence[Tensor]:
+    """The floating-point tensors in a call's result, in order."""
+    if isinstance(made, Tensor):
+        return (made,) if made.is_floating_point() or made.is_complex() else ()
+    if isinstance(made, tuple | list):
+        return [t for one in made for t in floating(one)]
+    return ()
+
+
+def _any_floating(made: Any) -> bool:
+    if isinstance(made, Tensor):
+        return made.is_floating_point() or made.is_complex()
+    return isinstance(made, tuple | list) and any(map(_any_floating, made))
+
+
+def _wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a transform of torch.func, which has a graph of its own."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def branches(crossings: Iterable[Crossing], states: Sequence[int]) -> bool:
+    """Whether more than one tensor crosses some cut.
+
+    Args:
+        crossings: Of a pass.
+        states: The time steps of its layers.
+    """
+    crossings = list(crossings)
+    return any(sum(one.at(time) for one in crossings) > 1 for time in states)

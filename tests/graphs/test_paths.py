@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: MIT
+"""Control flow: a rollout replays the recorded path, or is stopped before anything is written."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpnopt import DDPNOpt
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.value import LowRank, Moreau
+from oracles.common import assert_unchanged, data, snapshot
+
+pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
+
+
+class Residual(nn.Module):
+    """A net whose forward a subclass writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.stem, self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+        self.double()
+        # The path is chosen by what changes in the step.
+        self.threshold = float(self.stem.weight.detach().sum())
+
+    @property
+    def moved(self) -> bool:
+        """Whether the first layer has moved."""
+        return float(self.stem.weight.detach().sum()) != self.threshold
+
+
+class SkipsALayer(Residual):
+    """A layer of the recorded pass does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Without b once the weights have moved."""
+        h = torch.tanh(self.stem(x))
+        h = h + torch.tanh(self.a(h))
+        if not self.moved:
+            h = h + torch.tanh(self.b(h))
+        return self.head(h)
+
+
+class RunsOneMore(Residual):
+    """A layer runs that did not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With b only once the weights have moved."""
+        h = torch.tanh(self.stem(x))
+        h = h + torch.tanh(self.a(h))
+        if self.moved:
+            h = h + torch.tanh(self.b(h))
+        return self.head(h)
+
+
+class AnotherOrder(Residual):
+    """The same layers, the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """a, b or b, a."""
+        h = torch.tanh(self.stem(x))
+        for layer in (self.b, self.a) if self.moved else (self.a, self.b):
+            h = h + torch.tanh(layer(h))
+        return self.head(h)
+
+
+class OnceMore(Residual):
+    """A layer that ran once runs twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Unrolled by one or two."""
+        h = torch.tanh(self.stem(x))
+        for _ in range(2 if self.moved else 1):
+            h = h + torch.tanh(self.a(h))
+        return self.head(torch.tanh(self.b(h)))
+
+
+class AnotherEdge(Residual):
+    """The same layers in the same order, and a skip that starts elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The skip over b is from its input or from the stem."""
+        h = torch.tanh(self.stem(x))
+        low = torch.tanh(self.a(h))
+        skip = h if self.moved else low
+        return self.head(skip + torch.tanh(self.b(low)))
+
+
+class NoSkip(Residual):
+    """The same layers in the same order, and a skip that is gone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A skip only in the recorded pass."""
+        h = torch.tanh(self.stem(x))
+        low = torch.tanh(self.b(torch.tanh(self.a(h))))
+        return self.head(low if self.moved else low + h)
+
+
+class AnotherFunction(Residual):
+    """The same layers and edges, and another function between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """tanh or relu."""
+        h = torch.tanh(self.stem(x))
+        low = torch.tanh(self.b(torch.tanh(self.a(h))))
+        return self.head(torch.relu(low + h) if self.moved else torch.tanh(low + h))
+
+
+PATHS = [SkipsALayer, RunsOneMore, AnotherOrder, OnceMore, AnotherEdge, NoSkip, AnotherFunction]
+
+
+@pytest.mark.parametrize("form", PATHS)
+@pytest.mark.parametrize("value", [Moreau(), LowRank()])
+def test_another_path_is_refused(form: type[Residual], value: object) -> None:
+    model = form()
+    opt = DDPNOpt(model, lr=0.3, value=value, momentum=0.5)
+    x, y = data()
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    before, state = snapshot(model), copy.deepcopy(opt.state_dict()["state"])
+    with pytest.raises(UnsupportedModelError) as error:
+        opt.step()
+    assert_unchanged(model, before)
+    after = opt.state_dict()["state"]
+    assert after.keys() == state.keys()
+    text = str(error.value)
+    assert "another path" in text and "feedback='open_loop'" in text, text
+
+
+@pytest.mark.parametrize("form", PATHS)
+def test_open_loop_does_not_replay(form: type[Residual]) -> None:
+    """Nothing runs a second time in open loop, so any path will do."""
+    model = form()
+    before = snapshot(model)
+    opt = DDPNOpt(model, lr=0.3, feedback="open_loop")
+    x, y = data()
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    opt.step()
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+class RandomDepth(Residual):
+    """Depth, order and a skip drawn at every call."""
+
+    source = "torch"
+
+    def draw(self) -> int:
+        """From 0 to 2."""
+        if self.source == "torch":
+            return int(torch.randint(3, ()))
+        if self.source == "numpy":
+            return int(np.random.randint(3))
+        return random.randrange(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stem, some of the layers, head."""
+        h = torch.tanh(self.stem(x))
+        for _ in range(self.draw()):
+            layer = self.a if self.draw() else self.b
+            h = h + torch.tanh(layer(h))
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(h)))))
+
+
+class Replayed(RandomDepth):
+    """The same path, written down: what the drawn one must equal."""
+
+    def __init__(self, path: list[int]) -> None:
+        super().__init__()
+        self.path = path
+
+    def draw(self) -> int:
+        """The next of the list, over and over."""
+        self.path.append(self.path.pop(0))
+        return self.path[-1]
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "python"])
+@pytest.mark.parametrize("value", [Moreau(), LowRank()])
+@pytest.mark.parametrize("first", ["chain", "branched"])
+def test_drawn_depth(source: str, value: object, first: str) -> None:
+    """Each step equals that of a net that takes the same path without drawing."""
+    model = RandomDepth()
+    model.source = source
+    drawn: list[int] = []
+    original = model.draw
+
+    def remembered() -> int:
+        drawn.append(original())
+        return drawn[-1]
+
+    model.draw = remembered  # type: ignore[method-assign]
+    opt = DDPNOpt(model, lr=0.3, value=value)
+    depths = []
+    for k, seed in enumerate([*seeds_of_depths(source, first), *range(6)]):
+        twin = Replayed([])
+        twin.load_state_dict(model.state_dict())
+        x, y = data(k)
+        seed_all(seed)
+        drawn.clear()
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        twin.path = list(drawn)
+        depths.append(drawn[0])
+        loss.backward()
+        opt.step()
+        other = DDPNOpt(twin, lr=0.3, value=value)
+        F.cross_entropy(twin(x), y).backward()
+        other.step()
+        for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12, msg=f"step {k}: {depths}")
+    assert set(depths) == {0, 1, 2}
+
+
+def seed_all(seed: int) -> None:
+    """Of the three generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def seeds_of_depths(source: str, first: str) -> list[int]:
+    """One seed for each depth, in this or that order."""
+    model, found = RandomDepth(), {}
+    model.source = source
+    for seed in range(20):
+        seed_all(seed)
+        found.setdefault(model.draw(), seed)
+    return [found[depth] for depth in ((0, 1, 2) if first == "chain" else (2, 0, 1))]
+
+
+class ByData(Residual):
+    """The path depends on the batch alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A skip for batches of positive sum."""
+        h = torch.tanh(self.stem(x))
+        low = torch.tanh(self.a(h))
+        if x.sum() > 0:
+            low = low + torch.tanh(self.b(h))
+        return self.head(low)
+
+
+@pytest.mark.parametrize("value", [Moreau(), LowRank()])
+def test_path_by_the_data(value: object) -> None:
+    """Any sequence of both paths; what did not run does not move."""
+    model = ByData()
+    opt = DDPNOpt(model, lr=0.3, value=value)
+    taken = set()
+    for seed in range(6):
+        x, y = data(seed)
+        taken.add(bool(x.sum() > 0))
+        before = snapshot(model)
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        ran = not torch.equal(model.b.weight, before["b.weight"])
+        assert ran == bool(x.sum() > 0)
+        assert not torch.equal(model.a.weight, before["a.weight"])
+    assert taken == {True, False}
