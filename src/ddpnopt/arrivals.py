@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing
 from ddpnopt.inert import probes, probing
-from ddpnopt.linearise import pulled
+from ddpnopt.linearise import fill_columns, pulled
 from ddpnopt.ranks import several
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.typing import Tensor
@@ -30,7 +30,7 @@ class Arrivals:
         expected: Parameters that a backward pass of the model gives gradients to.
         adds_up: A second backward pass through the same graph adds to the first (closed loop); in
             open loop each is re-weighted by itself.
-        at_output: Called with (trajectory, link, G) when the output's gradient has arrived.
+        at_output: Called with (trajectory, stage, link, G) when an output's gradient has arrived.
         at_boundary: Called with (trajectory, G, edge) at its boundary, inside the node.
         started: Called when the first gradient of a backward pass arrives.
         ended: Called with its trajectories when p.grad is complete.
@@ -40,7 +40,7 @@ class Arrivals:
         self,
         expected: Callable[[], list[Tensor]],
         adds_up: bool,
-        at_output: Callable[[Trajectory, Link | None, Tensor], None],
+        at_output: Callable[[Trajectory, Stage, Link | None, Tensor], None],
         at_boundary: Callable[[Trajectory, Tensor, GradientEdge], None],
         started: Callable[[], None],
         ended: Callable[[list[Trajectory]], None],
@@ -58,7 +58,7 @@ class Arrivals:
     def at_h(self, trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor) -> None:
         """A gradient has arrived at a stage's output."""
         self._begin()
-        last = stage is trajectory.stages[-1]
+        last = stage is trajectory.stages[-1] or stage in trajectory.heads
         if stage.rule is None and not last:
             return
         G = stage.arranged(G.detach())
@@ -70,7 +70,7 @@ class Arrivals:
             if self.adds_up and stage.G is not None:
                 total = stage.G + total
             with probing():
-                self.at_output(trajectory, link, total)
+                self.at_output(trajectory, stage, link, total)
 
     def at_x(self, stage: Stage, G: Tensor) -> None:
         """A gradient has arrived at a stage's state."""
@@ -124,6 +124,9 @@ class Arrivals:
         if trajectory.pending is not None:
             trajectory.cost, trajectory.error = trajectory.pending
             trajectory.pending = None
+        if trajectory.heads:
+            fill_columns(trajectory)
+        trajectory.arrived, trajectory.columns = [], 0
         if trajectory.fresh_front is not None:
             before = trajectory.front if self.adds_up else None
             trajectory.front, trajectory.fresh_front = trajectory.fresh_front.plus(before), None
@@ -145,10 +148,11 @@ class Arrivals:
     def _discard(self) -> None:
         for trajectory in self._during:
             trajectory.pending = trajectory.fresh_front = None
+            trajectory.arrived, trajectory.columns = [], 0
             for stage in trajectory.stages:
                 stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
             for one in trajectory.crossings:
-                one.fresh_g = one.fresh_Z = None
+                one.drop()
         self._during = []
 
     def drop(self) -> None:

@@ -78,11 +78,12 @@ class Classifier:
         trajectory.refusal = ledger.hidden(trajectory)
         if trajectory.refusal:
             return
-        graphs = self.graphs and (trajectory.calls > 0 or not self.closed_loop)
+        graphs = self.graphs and (trajectory.path is not None or not self.closed_loop)
         ledger.mark(trajectory, anatomy.shared, self.trainable, graphs)
         trajectory.key = (
             tuple(s.name for s in trajectory.stages),
             tuple([m.training for m in anatomy.modules]),
+            tuple([(one.born, one.used) for one in trajectory.crossings]),
         )
         taps = watch.edges if watch is not None and trajectory.crossings else []
         self._find_mixing(trajectory, ledger, taps)
@@ -107,7 +108,7 @@ class Classifier:
             ref = weakref.ref(self.arrivals)
             hook = partial(gradient_at_boundary, ref, trajectory, edge.output_nr)
             edge.node.register_prehook(hook)
-        if watch is not None and trajectory.calls:
+        if watch is not None and trajectory.path is not None:
             for one, edge in zip(trajectory.crossings, watch.edges, strict=True):
                 if one.apart and ledger.depends(trajectory, edge):
                     trajectory.blind.append(Span(one.born, one.used))
@@ -140,7 +141,7 @@ class Classifier:
         """Mark the stages in front of a layer that mixes samples; they don't tell B either."""
         known = self._mixing.get(trajectory.key, Probe())
         marks = [stage.plain for stage in trajectory.stages]
-        ledger.front(trajectory, known.start, known.samples)
+        ledger.front(trajectory, known.start, known.samples(trajectory))
         for one in trajectory.crossings:
             one.part(trajectory.samples)
         if known.count >= PROBES and self.passes % PROBE_EVERY:
@@ -151,14 +152,15 @@ class Classifier:
         found, conclusive = self._probe(trajectory, ledger, taps, known)
         if found.start and not known.count:
             # Something else may be the number of samples, where positions come first.
-            for samples in ledger.candidates(trajectory):
-                if samples <= found.samples:
+            first = trajectory.samples
+            for samples, place in ledger.candidates(trajectory).items():
+                if samples <= first:
                     continue
-                self._again(trajectory, ledger, marks, samples)
-                other = self._probe(trajectory, ledger, taps, Probe(samples=samples))
+                self._again(trajectory, ledger, marks, Probe(place=place))
+                other = self._probe(trajectory, ledger, taps, Probe(place=place))
                 if other[0].start < found.start:
                     found, conclusive = other
-            self._again(trajectory, ledger, marks, found.samples, found.start)
+            self._again(trajectory, ledger, marks, found)
             self._probe(trajectory, ledger, taps, found)
         if conclusive or found.start:
             self._mixing[trajectory.key] = replace(found, count=known.count + 1)
@@ -168,15 +170,14 @@ class Classifier:
         trajectory: Trajectory,
         ledger: Ledger,
         marks: Sequence[str],
-        samples: int,
-        start: int = 0,
+        probe: Probe,
     ) -> None:
         """Begin anew with another number of samples."""
         for stage, mark in zip(trajectory.stages, marks, strict=True):
             stage.plain = mark
-        ledger.front(trajectory, start, samples)
+        ledger.front(trajectory, probe.start, probe.samples(trajectory))
         for one in trajectory.crossings:
-            one.part(samples)
+            one.part(trajectory.samples)
 
     def _probe(
         self, trajectory: Trajectory, ledger: Ledger, taps: Sequence[GradientEdge], known: Probe
@@ -190,7 +191,7 @@ class Classifier:
                 break
             start = found
             # B may have come from what is mixed
-            ledger.front(trajectory, start, known.samples)
+            ledger.front(trajectory, start, known.samples(trajectory))
         everything: list[Stage | Crossing] = [*trajectory.stages, *trajectory.crossings]
         layouts = tuple(part.layout for part in everything)
-        return Probe(start, known.count, trajectory.samples, layouts), conclusive
+        return Probe(start, known.count, known.place, layouts), conclusive

@@ -10,9 +10,10 @@ gradient that arrives through the later uses alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -59,7 +60,7 @@ class Crossing:
     g: Tensor | None = None
     Z: Tensor | None = None
     fresh_g: Tensor | None = None
-    fresh_Z: Tensor | None = None
+    fresh_Z: dict[str, Tensor] = field(default_factory=dict)
     apart: bool = False
     wanted: bool = False
     layout: str = ROWS
@@ -111,13 +112,17 @@ class Crossing:
         if self.fresh_g is not None:
             known = self.g if adds_up else None
             self.g = self.fresh_g if known is None else known + self.fresh_g
-        if self.fresh_Z is not None:
-            self.Z = self.fresh_Z
-        self.fresh_g = self.fresh_Z = None
+        self.Z = self.fresh_Z.get("Z", self.Z)
+        self.drop()
 
     def forget(self) -> None:
         """Its gradients have been used or thrown away."""
-        self.g = self.Z = self.fresh_g = self.fresh_Z = None
+        self.g = self.Z = None
+        self.drop()
+
+    def drop(self) -> None:
+        """The backward pass that runs has failed, or ended."""
+        self.fresh_g, self.fresh_Z = None, {}
 
 
 class Predicted(Sequence[Tensor]):
@@ -219,3 +224,36 @@ def other_path() -> UnsupportedModelError:
         "the model took another path when run again: it makes other tensors than before; use "
         "feedback='open_loop'"
     )
+
+
+class Path:
+    """The calls of a pass: which functions, and by whose results they were given.
+
+    A pass that is run again must take the same path, or its tensors are compared with others.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, tuple[int, ...]]] = []
+        self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def step(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A call as it can be told from others; before it runs, as it may overwrite its input."""
+        return func, tuple(self._numbers([*args, *kwargs.values()] if kwargs else args))
+
+    def _numbers(self, given: Iterable[Any]) -> Iterator[int]:
+        for one in given:
+            if isinstance(one, Tensor):
+                known = self._made.get(id(one))
+                if known is not None and known[0]() is one:
+                    yield known[1]
+            elif isinstance(one, tuple | list):
+                yield from self._numbers(one)
+
+    def close(self) -> None:
+        """The pass is over."""
+        self._made.clear()
+
+    def made(self, results: Sequence[Tensor], number: int) -> None:
+        """A call has returned."""
+        for tensor in results:
+            self._made[id(tensor)] = weakref.ref(tensor), number

@@ -8,7 +8,7 @@ them at once, each with a graph of its own: the dynamics x' = f(x, u) of every t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -205,7 +205,7 @@ def paths(trajectory: Trajectory) -> list[Sequence[nn.Module] | None]:
     call, layers = trajectory.call, [stage.module for stage in trajectory.active]
     assert call is not None
     found: list[Sequence[nn.Module] | None] = [None] * (len(layers) - 1)
-    flat = _in_order(call.module)
+    flat = _flat(call.module)
     autocast = any(enabled for enabled, _ in call.autocast.values())
     if not autocast and not call.kwargs and all(layer in flat for layer in layers):
         at = [flat.index(layer) for layer in layers]
@@ -217,11 +217,17 @@ def paths(trajectory: Trajectory) -> list[Sequence[nn.Module] | None]:
     return [*found, ()]
 
 
-def _in_order(module: nn.Module) -> list[nn.Module]:
+def in_order(module: nn.Module, layers: Iterable[nn.Module]) -> bool:
+    """Whether a module is known to run these one after another, whatever it is given."""
+    flat = set(map(id, _flat(module)))
+    return all(id(layer) in flat for layer in layers)
+
+
+def _flat(module: nn.Module) -> list[nn.Module]:
     """What a module runs, one after another; the module itself where that is not known."""
     if type(module) is not nn.Sequential or "forward" in vars(module):
         return [module]
-    parts = [_in_order(child) if _unhooked(child) else [child] for child in module]
+    parts = [_flat(child) if _unhooked(child) else [child] for child in module]
     return [inner for part in parts for inner in part]
 
 

@@ -22,7 +22,6 @@ from ddpnopt.checks import (
     check_states,
     check_update,
     check_usable,
-    output_intact,
     usable,
     verify_once,
 )
@@ -37,17 +36,17 @@ from ddpnopt.notices import (
     CLIPPED_BIASES,
     NO_OUTPUT_GRADIENT,
     NOT_RECOGNISED,
-    OUTPUT_OVERWRITTEN,
     Notices,
 )
 from ddpnopt.options import Options
+from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
 from ddpnopt.ranks import Ranks, replica, several
 from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
 from ddpnopt.reporting import report
 from ddpnopt.rollout import Method, policies
-from ddpnopt.stages import Link, Trajectory
+from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.step import Settings, Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -80,12 +79,12 @@ class Engine:
         self.rescale = 1.0
         self.running: dict[str, float] = {}
         self.sketch = torch.Generator().manual_seed(0)
-        self.recogniser = Recogniser(options.terminal)
         self.carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
         self.base: dict[Tensor, Tensor] = {}
         self.ranks: Ranks | None = None
         self.open_report: StepReport | None = None
         self.notices = Notices()
+        self.outputs = Outputs(options.terminal, self.notices)
         self.fingerprint, self._consumed = Fingerprint(), Consumed()
         self._members: set[int] = set()
         self.recorder: Recorder | None = None
@@ -147,6 +146,11 @@ class Engine:
         return {p: name for name, p in self.model.named_parameters()}
 
     @property
+    def recogniser(self) -> Recogniser:
+        """That of the last output."""
+        return self.outputs.main
+
+    @property
     def in_backward(self) -> bool:
         """Re-weighted gradients are written to p.grad by backward itself."""
         return self.options.feedback == "open_loop" and self.options.weight_gradients
@@ -172,7 +176,7 @@ class Engine:
         return {
             "rescale": self.rescale,
             "coupling": dict(self.running),
-            "recogniser": self.recogniser.state_dict(),
+            "recogniser": self.outputs.state_dict(),
             "sketch": self.sketch.get_state(),
             "skipped": self.skipped,
         }
@@ -181,33 +185,33 @@ class Engine:
         """Take it back."""
         self.rescale, self.skipped = state["rescale"], state["skipped"]
         self.running = dict(state["coupling"])
-        self.recogniser.load_state_dict(state["recogniser"])
+        self.outputs.load_state_dict(state["recogniser"])
         self.sketch.set_state(state["sketch"].cpu())
         self.refresh()
 
-    def _at_output(self, trajectory: Trajectory, link: Link | None, G: Tensor) -> None:
-        """The output's gradient has arrived: which loss was it, and what has to be linearised."""
-        trajectory.pending = (None, None)
+    def _at_output(
+        self, trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor
+    ) -> None:
+        """An output's gradient has arrived: which loss was it, and what has to be linearised."""
+        main = stage is trajectory.stages[-1]
+        trajectory.pending = trajectory.pending or (None, None)
         off = self.options.feedback is False or not self.needs_cost
         if off or trajectory.z is None or G.numel() == 0:
             return  # nobody asks, or an empty batch, which tells nothing
         with torch.no_grad():
             if not bool(G.isfinite().all()):
                 return  # GradScaler probes with overflows: the last decision stands
-            last = trajectory.stages[-1]
-            axis = last.rule.feature_axis if last.rule is not None else -1
+            before = len(trajectory.arrived)
             try:
-                if output_intact(trajectory, self.options.terminal):
-                    cost = self.recogniser(trajectory.z, G, axis, trajectory.samples)
-                else:
-                    cost = None
-                    self.notices.say(OUTPUT_OVERWRITTEN)
+                cost = self.outputs.cost(trajectory, stage, G)
             except TerminalError as error:
                 trajectory.pending = (None, error)
                 return
-        trajectory.pending = (cost, None)
-        if cost is not None and not all(s.plain for s in trajectory.stages):
-            linearise(trajectory, link, cost, self.options.value)
+        if trajectory.pending[1] is None:
+            trajectory.pending = (cost, None)
+        if len(trajectory.arrived) > before and not all(s.plain for s in trajectory.stages):
+            z = trajectory.z if main else trajectory.heads[stage]
+            linearise(trajectory, z, link, trajectory.arrived[-1][0], self.options.value)
 
     def _at_boundary(self, trajectory: Trajectory, G: Tensor, edge: GradientEdge) -> None:
         """The gradient has arrived where the samples' mixing begins: weight them there."""

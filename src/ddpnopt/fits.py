@@ -179,7 +179,8 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int, samples: int) -> Fit:
     uniform, redundant = _uniform(rows.w, rows.y, at, informative, tolerance)
     if not uniform and len(rows.w) > samples:
         owner = torch.arange(len(rows.w), device=z.device) // (len(rows.w) // samples)
-        uniform = _uniform_samples(rows.w, owner, at, informative, tolerance)
+        if _uniform_samples(rows.w, owner, at, informative, tolerance):
+            uniform = redundant = True
     return Fit(rows.w, rows.y, True, uniform, shows_form and redundant, True, rows.lines)
 
 

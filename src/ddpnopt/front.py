@@ -172,10 +172,10 @@ def _columns(trajectory: Trajectory, at_output: Tensor) -> Tensor:
     if trajectory.boundary == len(trajectory.stages):
         return at_output
     stage = trajectory.stages[trajectory.boundary]
-    if not trajectory.calls:
+    if trajectory.path is None:
         return stage.fresh_Z["Z_x"]
     uses = (one.fresh_Z for one in trajectory.crossings if one.at(stage.time))
-    found = total(Z for Z in uses if Z is not None)
+    found = total(one["Z"] for one in uses if one)
     return (
         torch.zeros_like(stage.x).expand(len(at_output), *stage.x.shape) if found is None else found
     )

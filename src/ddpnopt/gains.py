@@ -208,7 +208,7 @@ def feedback_gains(opt: DDPNOpt, sample: int = 0) -> dict[str, Gain]:
             "loss.backward() and before opt.step()"
         )
     trajectory = passes[0]
-    if trajectory.calls:
+    if trajectory.path is not None:
         raise UnsupportedModelError(
             "feedback_gains: gains belong to the state of a chain of layers, and this model has "
             "branches, or layers that are used more than once"

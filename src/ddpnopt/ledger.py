@@ -6,6 +6,7 @@ All three are found from the autograd graph of the pass itself, not from the use
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,10 @@ def mixes(stage: Stage) -> bool:
     return stage.plain.startswith((MIXED, MIXING))
 
 
+#: A stage's index and a dimension: 0 for its rows, 1 for the second of its state.
+Place = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Probe:
     """What probes of a structure's passes have shown.
@@ -41,14 +46,21 @@ class Probe:
     Attributes:
         start: The first stage from which on no layer mixes samples.
         count: How many probes.
-        samples: B.
+        place: The stage and dimension that tell B, where it is not what `Ledger.front` finds.
         layouts: How the samples lie in each stage and crossing.
     """
 
     start: int = 0
     count: int = 0
-    samples: int = 0
+    place: Place | None = None
     layouts: tuple[str, ...] = ()
+
+    def samples(self, trajectory: Trajectory) -> int:
+        """B of a pass; 0 where `Ledger.front` finds it."""
+        if self.place is None:
+            return 0
+        stage = trajectory.stages[self.place[0]]
+        return stage.x.shape[1] if self.place[1] else stage.rows
 
 
 def boundary(
@@ -73,7 +85,7 @@ def boundary(
     if start == 0 or trajectory.samples < 1:
         return 0
     stages = trajectory.stages
-    whole = stages[-1].rows % trajectory.samples == 0
+    whole = stages[-1].rows % trajectory.samples == 0 and not trajectory.heads
     found = len(stages) if whole else 0
     for index in range(start, len(stages)):
         stage = stages[index]
@@ -124,6 +136,10 @@ class Ledger:
         self._skips: list[tuple[int, int]] = []
         self._reentrant: int | None = None
         self._ahead: list[tuple[int, int]] = []
+        self._used: set[int] = set()
+        self._ends: dict[int, weakref.ref[Tensor]] = {}
+        #: Identities of layers' parameters that something else uses, too.
+        self.elsewhere: set[int] = set()
 
     def enter(
         self,
@@ -150,13 +166,18 @@ class Ledger:
         seen: set[Node] = set()
         while stack:
             node = stack.pop()
-            if node is None or node in seen or node in self._latest:
+            if node is None or node in seen:
                 continue
             seen.add(node)
+            if node in self._latest:
+                self._used.add(self._outputs[node])
+                continue
             source = self._outputs.get(node)
             leaf = id(getattr(node, "variable", None))
-            if source is None:
-                source = self._leaves.get(leaf)
+            if source is not None:
+                self._used.add(source)
+            elif (source := self._leaves.get(leaf)) is not None:
+                self.elsewhere.add(leaf)
             if source is None and leaf in self._own:
                 self._ahead.append((leaf, index))
                 continue
@@ -173,6 +194,49 @@ class Ledger:
             self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
             self._outputs.update({node: index for node in self._latest})
             self._leaves.update({id(p): index for p in own})
+            self._ends[index] = weakref.ref(out)
+
+    def heads(self) -> dict[int, Tensor]:
+        """Layers before the last whose output no later one uses, and that output."""
+        found = {}
+        for index, ref in self._ends.items():
+            out = ref()
+            last = index == len(self.edges) - 1
+            if not last and index not in self._used and out is not None and out.requires_grad:
+                found[index] = out.detach()
+        return found
+
+    def joined(self, outputs: Sequence[Tensor]) -> Tensor | None:
+        """An output that is made from the last layer's and others' together."""
+        nodes = [t.grad_fn for t in outputs]
+        if any(node in self._latest for node in nodes):
+            return None
+        for output in outputs:
+            sources = self._sources(output)
+            last = {self._outputs[node] for node in self._latest}
+            if last & sources and sources - last:
+                return output
+        return None
+
+    def _sources(self, output: Tensor) -> set[int]:
+        """The layers that a tensor is made from, at first hand."""
+        stack: list[Node | None] = [output.grad_fn]
+        seen: set[Node] = set()
+        found: set[int] = set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = id(getattr(node, "variable", None))
+            if node in self._outputs:
+                found.add(self._outputs[node])
+            elif leaf in self._leaves:
+                self.elsewhere.add(leaf)
+                found.add(self._leaves[leaf])
+            else:
+                stack += [child for child, _ in node.next_functions]
+        return found
 
     def hidden(self, trajectory: Trajectory) -> str:
         """Why layers may have run unseen, or ''."""
@@ -256,16 +320,21 @@ class Ledger:
             if not any(trainable(p) for p in own):
                 stage.plain = FROZEN
             elif stage.rule is not None and (
-                (uses[stage.name] > 1 and not graphs) or any(id(p) in shared for p in own)
+                (uses[stage.name] > 1 and not graphs)
+                or any(id(p) in shared or id(p) in self.elsewhere for p in own)
             ):
                 stage.plain = SHARED
 
-    def candidates(self, trajectory: Trajectory) -> list[int]:
-        """What may be the number of samples, by the output's rows."""
-        last = trajectory.stages[-1].rows
-        sizes = {s.rows for s in trajectory.stages}
-        sizes |= {s.x.shape[1] for s in trajectory.stages if s.x.dim() > 1}
-        return sorted(n for n in {last, *sizes} if n and last % n == 0)
+    def candidates(self, trajectory: Trajectory) -> dict[int, Place]:
+        """What may be the number of samples, by the output's rows; and where it was found."""
+        stages = trajectory.stages
+        last = stages[-1].rows
+        found = {last: (len(stages) - 1, 0)}
+        for index, stage in enumerate(stages):
+            found.setdefault(stage.rows, (index, 0))
+            if stage.x.dim() > 1:
+                found.setdefault(stage.x.shape[1], (index, 1))
+        return {n: found[n] for n in sorted(found) if n and last % n == 0}
 
     def front(self, trajectory: Trajectory, start: int, samples: int = 0) -> None:
         """Mark the stages in front of ``start`` as mixed, and find B from the others.

@@ -29,30 +29,36 @@ ELEMENTWISE = frozenset(
 )
 
 
-def linearise(trajectory: Trajectory, link: Link | None, cost: Cost, value: ValueFunction) -> None:
+def linearise(
+    trajectory: Trajectory,
+    z: Tensor,
+    link: Link | None,
+    cost: Cost,
+    value: ValueFunction,
+) -> None:
     """Pull the terminal factor's columns, or the segments' Jacobians, back to the stages.
 
     Args:
-        trajectory: The pass whose output has just received its gradient.
+        trajectory: The pass.
+        z: Its output that has just received its gradient.
         link: Edges of its stages, newest first.
-        cost: Its terminal cost.
+        cost: The output's terminal cost.
         value: Says what is needed.
     """
     if value.linearization == "gradient" or link is None:
         return
-    assert trajectory.z is not None
     factor = value.linearization == "factor"
     samples = cost.w.numel()
-    columns = cost.factor(value.rank) if factor else unit_columns(trajectory.z, samples)
+    columns = cost.factor(value.rank) if factor else unit_columns(z, samples)
+    if factor and (trajectory.path is not None or trajectory.heads or not link.x):
+        _pull_to_crossings(trajectory, link, columns)
+        return
     last = link.stage
     if not last.plain:
         if factor:
             last.fresh_Z["Z_h"] = columns
         else:
             last.fresh_Z["J"] = per_sample(columns, samples)
-    if trajectory.calls and factor:
-        _pull_to_crossings(link, columns)
-        return
     if not any(link.x):
         return
     if factor:
@@ -86,8 +92,8 @@ def _pull_columns(link: Link, links: list[Link], Z_x: Tensor) -> None:
             one.stage.fresh_Z["Z_x"] = pulled(one.stage, one.stage.fresh_Z["Z_h"])
 
 
-def _pull_to_crossings(link: Link, columns: Tensor) -> None:
-    """One batched back-propagation of all columns from the output to every stage and crossing."""
+def _pull_to_crossings(trajectory: Trajectory, link: Link, columns: Tensor) -> None:
+    """One batched back-propagation of all columns from an output to every stage and crossing."""
     # The running node itself: a hook that held its own node could never be collected.
     output = GradientEdge(torch._C._current_autograd_node(), link.number)
     links, at = [], link.before
@@ -98,18 +104,47 @@ def _pull_to_crossings(link: Link, columns: Tensor) -> None:
         taps += [pair for pair in at.taps if pair[0].wanted]
         at = at.before
     targets: list[Any] = [*(one.h for one in links), *(edge for _, edge in taps)]
+    before, trajectory.columns = trajectory.columns, trajectory.columns + len(columns)
+    if not link.stage.plain:
+        _append(link.stage.fresh_Z, "Z_h", columns, before)
     if not targets:
         return
     seed = columns[:, 0] if link.stage.unbatched else columns
     found = torch.autograd.grad(
-        (output,), targets, (seed.contiguous(),), retain_graph=True, is_grads_batched=True,
+        (output,),
+        targets,
+        (seed.contiguous(),),
+        retain_graph=True,
+        is_grads_batched=True,
         allow_unused=True,
-    )  # fmt: skip
+    )
     for one, Z in zip(links, found, strict=False):
         if Z is not None:
-            one.stage.fresh_Z["Z_h"] = one.stage.arranged(Z, 1)
+            _append(one.stage.fresh_Z, "Z_h", one.stage.arranged(Z, 1), before)
     for (crossing, _), Z in zip(taps, found[len(links) :], strict=True):
-        crossing.fresh_Z = Z
+        if Z is not None:
+            _append(crossing.fresh_Z, "Z", Z, before)
+
+
+def _append(kept: dict[str, Tensor], name: str, Z: Tensor, before: int) -> None:
+    """One output's columns behind those of the outputs before it."""
+    if before:
+        known = kept.get(name, Z[:0])
+        Z = torch.cat([_padded(known, before, Z), Z])
+    kept[name] = Z
+
+
+def _padded(Z: Tensor, columns: int, like: Tensor) -> Tensor:
+    missing = like.new_zeros(columns - len(Z), *like.shape[1:])
+    return torch.cat([Z, missing]) if len(missing) else Z
+
+
+def fill_columns(trajectory: Trajectory) -> None:
+    """Zero columns of the outputs that a stage or crossing has no part in."""
+    kept = [*(s.fresh_Z for s in trajectory.stages), *(c.fresh_Z for c in trajectory.crossings)]
+    for columns in kept:
+        for name, Z in columns.items():
+            columns[name] = _padded(Z, trajectory.columns, Z)
 
 
 def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: int) -> None:

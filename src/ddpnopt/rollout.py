@@ -84,7 +84,9 @@ def rollout(
         trajectory.call.check_inputs()
     order = list(layers)
     reached: list[str] = []
-    moved = [Moved(t.crossings, t.samples, t.blind) if t.calls else None for t in trajectories]
+    moved = [
+        Moved(t.crossings, t.samples, t.blind) if t.path is not None else None for t in trajectories
+    ]
 
     def meet(name: str, states: dict[int, Tensor]) -> None:
         if len(reached) >= len(order) or order[len(reached)] != name:
@@ -136,8 +138,8 @@ def _replay(
     assert trajectory.call is not None
     again = {n for n, layer in layers.items() if any(s.repeats for s in layer.blocks)}
     replay = Replay(trajectory.call, again=frozenset(again))
-    if moved is not None:
-        replay.trace = Retrace(moved, trajectory.calls)
+    if moved is not None and trajectory.path is not None:
+        replay.trace = Retrace(moved, trajectory.path)
         replay.trace.functional = {k: one for k, one in functional.items() if one[0] in layers}
         replay.trace.layers = replay
     return replay

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from ddpnopt.crossing import Crossing, Span
+from ddpnopt.crossing import Crossing, Path, Span
 from ddpnopt.layers import LayerRule
 from ddpnopt.layout import ROWS, SECOND, arranged
 from ddpnopt.replay import Call
@@ -172,8 +172,11 @@ class Trajectory:
             0 for none, the number of stages for the output.
         front, fresh_front: What has been found there.
         crossings: What crosses the cuts in front of its layers, where branches do.
+        heads: Layers beside the last whose output goes to the loss alone, with that output.
+        arrived: The recognised costs of a backward pass that has not ended, and their gradients.
+        columns: Columns of the terminal factors of the outputs that have arrived.
         blind: Where something crosses that can't be followed.
-        calls: Calls of torch functions in it; 0 where they were not watched.
+        path: Its calls of torch functions, where they were watched.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -192,8 +195,11 @@ class Trajectory:
     front: Front | None = None
     fresh_front: Front | None = None
     crossings: list[Crossing] = field(default_factory=list)
+    heads: dict[Stage, Tensor] = field(default_factory=dict)
+    arrived: list[tuple[Cost, Tensor]] = field(default_factory=list)
+    columns: int = 0
     blind: list[Span] = field(default_factory=list)
-    calls: int = 0
+    path: Path | None = None
 
     @property
     def executions(self) -> list[Stage]:
@@ -215,6 +221,7 @@ class Trajectory:
     def forget_gradients(self) -> None:
         """Back to how the forward pass left it: its gradients have been used or thrown away."""
         self.cost = self.error = self.pending = self.front = self.fresh_front = None
+        self.arrived, self.columns = [], 0
         for stage in self.stages:
             stage.G = stage.g_x = stage.fresh_G = stage.fresh_g_x = None
             stage.Z_h = stage.Z_x = stage.J = None

@@ -66,6 +66,48 @@ def concatenated(costs: list[Cost]) -> Cost:
     )
 
 
+def joint(parts: list[tuple[Cost, Tensor]]) -> Cost:
+    """The cost of several outputs whose losses are summed, from each one's cost and gradient.
+
+    Along the joint gradient, an output's share of its square is |G_h|^2 / sum |G|^2. With w the
+    largest of the outputs' factors w_h, the plain loss is sum_h (w_h / w) l_h, and
+
+        kappa = sum_h share_h^2 kappa_h w / w_h,    Lambda = sum_h share_h Lambda_h.
+
+    Its factor's columns are those of the outputs, one after another: each is pulled back from its
+    own output, as it arrives.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    costs = [cost for cost, _ in parts]
+    wide = costs[0].w.dtype
+    squares = torch.stack([G.to(wide).reshape(len(c.w), -1).square().sum(1) for c, G in parts])
+    tiny = torch.finfo(wide).tiny
+    shares = squares / squares.sum(0).clamp(min=tiny)
+    w = torch.stack([cost.w for cost in costs]).amax(0)
+    kappa = [
+        torch.where(share > 0, share.square() * c.kappa * (w / c.w.clamp(min=tiny)), 0.0)
+        for share, c in zip(shares, costs, strict=True)
+    ]
+    bounded = [
+        share * c.excess for share, c in zip(shares, costs, strict=True) if c.excess is not None
+    ]
+
+    def factor(rank: int | None) -> Tensor:
+        raise TerminalError(
+            "the loss is a sum over several outputs, which this value function can't take at one: "
+            "use value='moreau', 'gauss_newton' or 'low_rank'"
+        )
+
+    return Cost(
+        "+".join(dict.fromkeys(cost.name for cost in costs)),
+        w,
+        torch.stack(kappa).sum(0),
+        torch.stack(bounded).sum(0) if len(bounded) == len(costs) else None,
+        factor,
+    )
+
+
 @dataclass(frozen=True)
 class SquaredError(ABC):
     """A squared distance as a terminal cost: phi_xx = curvature I; options as in `MSE`."""

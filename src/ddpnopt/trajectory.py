@@ -22,6 +22,7 @@ from torch.overrides import _get_current_function_mode
 from ddpnopt.arrivals import Arrivals, gradient_at_crossing, gradient_at_h, gradient_at_x
 from ddpnopt.classification import Classifier
 from ddpnopt.crossing import Crossing
+from ddpnopt.cuts import in_order
 from ddpnopt.inert import Anchor, Hook, probes
 from ddpnopt.layers import ordered, reason_against, rule_for, tensors_of
 from ddpnopt.ledger import Ledger
@@ -32,6 +33,9 @@ from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import Anatomy, held_weight
 from ddpnopt.typing import Tensor
 from ddpnopt.watch import Watch, branches, quiet
+
+#: So many passes of one structure have to be chains before they are no longer watched.
+SURE = 8
 
 
 class Recorder:
@@ -69,6 +73,7 @@ class Recorder:
         #: Whether the cuts have to be watched: unknown at first.
         self.branching: bool | None = None if closed_loop and graphs else False
         self._watch: Watch | None = None
+        self._chains: dict[tuple[str, ...], int] = {}
         self._open: Trajectory | None = None
         self._depth: list[nn.Module] = []
         self._ledger = Ledger(set())
@@ -155,7 +160,7 @@ class Recorder:
             _remove(self._handles)
             self.anatomy = Anatomy(self.model, self.trainable)
             self._attach()
-            self.branching = self.branching and None
+            self._chains, self.branching = {}, None if self.closed_loop else False
         self.anatomy.refresh()
 
     def _begin(self, owned: bool) -> None:
@@ -171,12 +176,25 @@ class Recorder:
         self._depth.pop()
         if self._depth:
             return None
+        if output is not None and self._open is not None:
+            self._find_output(output)
         if self._watch is not None and output is not None:
             with quiet(self._watch):
                 used = self._watch.leave(output)
             output, replaced = used, used if used is not output else None
         self._close(complete=output is not None)
         return replaced
+
+    def _find_output(self, output: Any) -> None:
+        """The loss sees what the model returns, where that is not the last layer's output."""
+        trajectory = self._open
+        assert trajectory is not None
+        outputs = [t for t in tensors_of(output) if t.grad_fn is not None and t.dim()]
+        with quiet(self._watch):
+            late = self._ledger.joined(outputs) if self.classifier.graphs else None
+            if late is not None and late.is_floating_point():
+                call = Executed(nn.Identity(), (late,), (late,), None, "")
+                self._add("", call, late)
 
     def _begin_watch(self) -> None:
         """See the pass's calls, where branches or layers that run as functions may be."""
@@ -204,6 +222,7 @@ class Recorder:
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.on = False
+            watch.path.close()
             if _get_current_function_mode() is watch:  # type: ignore[no-untyped-call]
                 watch.__exit__(None, None, None)
         return watch
@@ -223,17 +242,27 @@ class Recorder:
 
     def _look_at_branches(self, trajectory: Trajectory, watch: Watch | None) -> None:
         """Watch the passes to come only if something crosses the cuts beside the layers' states."""
-        names = [s.name for s in trajectory.stages if s.rule is not None]
+        names = tuple(s.name for s in trajectory.stages)
         found = len(set(names)) < len(names) or self._ledger.branched
+        if self.classifier.graphs:
+            heads = self._ledger.heads()
+            trajectory.heads = {trajectory.stages[i]: z for i, z in heads.items()}
+        found = found or bool(trajectory.heads)
         if watch is not None:
             times = [stage.time for stage in trajectory.stages]
             found = found or branches(watch.crossings, times) or bool(self.anatomy.functional)
-            if found:
+            if found or self.branching:
                 trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
-                trajectory.calls = watch.number
-        if self.classifier.graphs:
-            self.branching = found and self.closed_loop
-            trajectory.to_verify = trajectory.to_verify and not found
+                trajectory.path = watch.path
+        if not self.classifier.graphs:
+            return
+        trajectory.to_verify = trajectory.to_verify and not found
+        if self.closed_loop:
+            self._chains[names] = self._chains.get(names, 0) + (not found)
+            sure = self._chains[names] >= SURE or in_order(self.model, self.anatomy.hooked.values())
+            self.branching = found or self.branching or (False if sure else None)
+            if len(self._chains) > 1:  # another may come that is none
+                self.branching = True
 
     def _reach(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: a time step begins."""

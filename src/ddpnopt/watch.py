@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from ddpnopt.crossing import Crossing, Moved, Span, other_path
+from ddpnopt.crossing import Crossing, Moved, Path, Span, other_path
 from ddpnopt.functional import COMPOSITE, Layers, unfolded
 from ddpnopt.typing import Tensor
 
@@ -104,7 +104,7 @@ class Watch(Quiet):
 
     Attributes:
         time: The present time step: the number of layers that have begun.
-        number: Calls so far.
+        path: Its calls so far.
         crossings: What has crossed, in the order of use.
         edges: Their taps' edges; the graph's own, to be dropped when the pass ends.
         blind: Time steps between which something crossed that can't be followed.
@@ -112,8 +112,9 @@ class Watch(Quiet):
 
     def __init__(self, hook: Callable[[Crossing, Tensor], None], tapping: bool = True) -> None:
         super().__init__()
+        self.path = Path()
         self.hook, self.tapping = hook, tapping
-        self.time = self.number = 0
+        self.time = 0
         self.blind: list[Span] = []
         self.crossings: list[Crossing] = []
         self.edges: list[GradientEdge] = []
@@ -127,6 +128,7 @@ class Watch(Quiet):
         if not self.tapping:
             return func(*args, **kwargs)
         tapped: dict[int, tuple[Tensor, Tensor, int]] = {}
+        step = self.path.step(func, args, kwargs)
         args = self._use(args, tapped)
         if kwargs:
             kwargs = {key: self._use(value, tapped) for key, value in kwargs.items()}
@@ -137,24 +139,25 @@ class Watch(Quiet):
             for _, tap, version in tapped.values():
                 if tap._version != version:  # overwritten by its use
                     self._lose(tap)
-        self._note(made)
+        results = floating(made)
+        if results:
+            self._note(results)
+            self.path.made(results, len(self.path.steps))
+            self.path.steps.append(step)
         return made
 
-    def _note(self, made: Any) -> None:
+    def _note(self, results: Sequence[Tensor]) -> None:
         """Number the call's results."""
-        results = floating(made)
-        if not results:
-            return
+        number = len(self.path.steps)
         for place, tensor in enumerate(results):
             node = tensor.grad_fn
             if node is not None:
                 self._times.setdefault(node, self.time)
-                self._calls.setdefault((node, tensor.output_nr), (self.number, place))
-        self.number += 1
+                self._calls.setdefault((node, tensor.output_nr), (number, place))
 
     def restart(self) -> None:
         """The pass that can be run again begins here: what has been made before is constant."""
-        self.number = 0
+        self.path = Path()
         self._times = dict.fromkeys(self._times, OUTSIDE)
         self._calls.clear()
 
@@ -265,12 +268,12 @@ class Retrace(Quiet):
 
     Args:
         moved: Collects the tensors that are met.
-        calls: Calls of the nominal pass.
+        path: The nominal pass.
     """
 
-    def __init__(self, moved: Moved, calls: int) -> None:
+    def __init__(self, moved: Moved, path: Path) -> None:
         super().__init__()
-        self.moved, self.calls, self.number = moved, calls, 0
+        self.moved, self.nominal, self.path, self.number = moved, path, Path(), 0
 
     def check(self) -> None:
         """The pass is over.
@@ -278,19 +281,24 @@ class Retrace(Quiet):
         Raises:
             UnsupportedModelError: It was another one.
         """
-        if self.number != self.calls:
+        if self.number != len(self.nominal.steps):
             raise other_path()
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Number the call's results; look at those that are waited for."""
+        """Number the call's results; look at those that are waited for.
+
+        Raises:
+            UnsupportedModelError: It is not the call that the nominal pass made here.
+        """
+        step = self.path.step(func, args, kwargs)
         made = func(*args, **kwargs)
-        if self.number in self.moved.wanted:
-            results = floating(made)
-            if results:
-                self.moved.meet(self.number, results)
-                self.number += 1
-        elif _any_floating(made):
-            self.number += 1
+        results = floating(made)
+        if results:
+            number, self.number = self.number, self.number + 1
+            if number >= len(self.nominal.steps) or self.nominal.steps[number] != step:
+                raise other_path()
+            self.path.made(results, number)
+            self.moved.meet(number, results)
         return made
 
 
@@ -301,12 +309,6 @@ def floating(made: Any) -> Sequence[Tensor]:
     if isinstance(made, tuple | list):
         return [t for one in made for t in floating(one)]
     return ()
-
-
-def _any_floating(made: Any) -> bool:
-    if isinstance(made, Tensor):
-        return made.is_floating_point() or made.is_complex()
-    return isinstance(made, tuple | list) and any(map(_any_floating, made))
 
 
 def _wrapped(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.value import GaussNewton, LowRank, Moreau
@@ -164,3 +165,37 @@ def test_samples_in_another_order(name: str) -> None:
     train(first, inputs, loss, 2, lr=0.8)
     train(second, [x[order] for x in inputs], lambda z: loss(z[back]), 2, lr=0.8)
     assert_same(first, second, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["identity_skip", "two_towers", "attention", "interleaved"])
+@pytest.mark.parametrize("value", ["moreau", "low_rank"])
+def test_accumulated_passes_are_one_batch(name: str, value: str) -> None:
+    """Their rollouts run side by side, each with its own tensors at the cuts."""
+    whole, inputs = net(name)
+    parts = copy.deepcopy(whole)
+    y = torch.tensor([0, 2, 1, 1, 0])
+    first = DDPNOpt(whole, lr=0.5, value=VALUES[value])
+    second = DDPNOpt(parts, lr=0.5, value=VALUES[value])
+    for _ in range(2):
+        first.zero_grad()
+        second.zero_grad()
+        (F.cross_entropy(whole(*inputs), y, reduction="sum") / 5).backward()
+        for rows in (slice(0, 2), slice(2, 5)):
+            z = parts(*(x[rows] for x in inputs))
+            (F.cross_entropy(z, y[rows], reduction="sum") / 5).backward()
+        first.step()
+        second.step()
+    assert_same(whole, parts, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["identity_skip", "two_towers", "attention", "interleaved"])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+@pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
+def test_without_weight_gradients(name: str, feedback: object) -> None:
+    usual, inputs = net(name)
+    lean = copy.deepcopy(usual)
+    loss, *_ = problem(inputs, "cross_entropy")
+    options = {"lr": 0.5, "value": Moreau(coupling=False), "feedback": feedback}
+    train(usual, inputs, loss, 2, **options)
+    train(lean, inputs, loss, 2, weight_gradients=False, **options)
+    assert_same(usual, lean, 1e-10)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 
 from ddpnopt.errors import DDPNOptWarning
-from oracles.graph_cases import compare_low_rank
-from oracles.graph_nets import FEW, NETS, PARTLY, Case, net, random_nets
+from oracles.graph_cases import compare_gauss_newton, compare_low_rank
+from oracles.graph_nets import FEW, NETS, PARTLY, Case, net
+from oracles.graph_random import random_nets
 
 # Feedback that is quietly off would be a warning.
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
@@ -31,6 +32,12 @@ def test_backups(name: str, backup: str, own_layer: bool) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 def test_rmsprop(name: str, momentum: float) -> None:
     compare_low_rank(net(name), curvature="rmsprop", momentum=momentum)
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("options", [{}, {"backup": "riccati"}, {"own_layer": True}])
+def test_gauss_newton(name: str, options: dict[str, object]) -> None:
+    compare_gauss_newton(net(name), **options)
 
 
 @pytest.mark.parametrize("name", FEW)

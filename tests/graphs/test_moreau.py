@@ -8,7 +8,8 @@ from hypothesis import given, settings
 
 from ddpnopt.errors import DDPNOptWarning
 from oracles.graph_cases import compare_moreau
-from oracles.graph_nets import FEW, NETS, PARTLY, Case, net, random_nets
+from oracles.graph_nets import FEW, NETS, PARTLY, Case, net
+from oracles.graph_random import random_nets
 
 # Feedback that is quietly off would be a warning.
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")

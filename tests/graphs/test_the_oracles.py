@@ -16,7 +16,9 @@ from oracles.flat import Chain, Inner, flat_parameters
 from oracles.graph import Net, System
 from oracles.graph_dense import DenseGraph
 from oracles.graph_moreau import MoreauGraph
-from oracles.graph_nets import GRAPHS, NETS, SHARED, Case, net, random_nets, tanh
+from oracles.graph_nets import GRAPHS, NETS, SHARED, Case, net
+from oracles.graph_parts import tanh
+from oracles.graph_random import random_nets
 from oracles.moreau_scalar import softmax_line
 from oracles.moreau_step import MoreauStep
 

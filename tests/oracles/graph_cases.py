@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.curvature import RMSprop
-from ddpnopt.value import LowRank, Moreau
-from oracles.common import Loss, cross_entropy, squared
+from ddpnopt.value import GaussNewton, LowRank, Moreau
+from oracles.common import Loss, cross_entropy, rank_one, squared
 from oracles.flat import Inner
 from oracles.graph import Net
 from oracles.graph_dense import DenseGraph
@@ -97,6 +97,18 @@ def compare_low_rank(
         feedback=feedback,
         gram="exact",
     )
+    reference.assert_equals(net)
+
+
+def compare_gauss_newton(case: Case, **options: object) -> None:
+    """Where the terminal Hessian has rank one, ``GaussNewton`` equals the dense recursion too."""
+    net, inputs = case
+    factor, loss, hessian = rank_one(inputs[0], 3)
+    reference = DenseGraph(copy.deepcopy(net), inner(0.3, "identity"), **options)  # type: ignore[arg-type]
+    for _ in range(2):
+        reference.step(inputs, loss, hessian)
+    value = GaussNewton(**options)  # type: ignore[arg-type]
+    train(net, inputs, loss, 2, lr=0.3, value=value, terminal=factor, gram="exact")
     reference.assert_equals(net)
 
 

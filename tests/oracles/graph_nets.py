@@ -1,73 +1,32 @@
 # SPDX-License-Identifier: MIT
-"""Small float64 nets of every kind of graph, with three outputs, and random ones."""
+"""Small float64 nets of every kind of graph, with three outputs."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from oracles.graph import Net, Program
+from oracles.graph_parts import (
+    add,
+    attend,
+    cat,
+    channel_gate,
+    conv,
+    gate,
+    linear,
+    mul,
+    noise,
+    norm,
+    over_positions,
+    pool,
+    split_gate,
+    tanh,
+)
 
 Case = tuple[Net, tuple[Tensor, ...]]
-
-tanh = torch.tanh
-add, mul = operator.add, operator.mul
-
-
-def cat(*parts: Tensor) -> Tensor:
-    """Along the features (or channels)."""
-    return torch.cat(parts, 1)
-
-
-def gate(x: Tensor, y: Tensor) -> Tensor:
-    """x * sigmoid(y)."""
-    return x * torch.sigmoid(y)
-
-
-def split_gate(x: Tensor) -> Tensor:
-    """GLU: one half gates the other."""
-    a, b = x.chunk(2, -1)
-    return a * torch.sigmoid(b)
-
-
-def channel_gate(x: Tensor, y: Tensor) -> Tensor:
-    """x (B, C, H, W) * sigmoid(y) (B, C)."""
-    return x * torch.sigmoid(y)[:, :, None, None]
-
-
-def over_positions(x: Tensor) -> Tensor:
-    """Mean over all axes between the batch and the features."""
-    return x.mean(1)
-
-
-def pool(x: Tensor) -> Tensor:
-    """Mean over the pixels."""
-    return x.mean((2, 3))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One head, written out."""
-    scores = q @ k.mT / q.shape[-1] ** 0.5
-    return scores.softmax(-1) @ v
-
-
-def linear(i: int, o: int, bias: bool = True) -> nn.Linear:
-    """float64."""
-    return nn.Linear(i, o, bias, dtype=torch.float64)
-
-
-def conv(i: int, o: int, size: int = 3) -> nn.Conv2d:
-    """float64, of the same size."""
-    return nn.Conv2d(i, o, size, padding=size // 2, dtype=torch.float64)
-
-
-def noise(*shape: int) -> Tensor:
-    """Inputs of five samples."""
-    return torch.randn(5, *shape, dtype=torch.float64)
 
 
 def chain() -> Case:
@@ -247,15 +206,6 @@ def shared_norm() -> Case:
     return Net(layers, p), (noise(4),)
 
 
-def norm(width: int) -> nn.LayerNorm:
-    """A LayerNorm whose weights are not all alike."""
-    layer = nn.LayerNorm(width, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return layer
-
-
 def prenorm() -> Case:
     """A pre-norm residual MLP."""
     p = Program()
@@ -362,43 +312,3 @@ def net(name: str, seed: int = 0) -> Case:
     """A net by name, with its inputs, always the same."""
     torch.manual_seed(seed)
     return (NETS | PARTLY)[name]()
-
-
-@st.composite
-def random_nets(draw: st.DrawFn) -> Case:
-    """Two to six layers of width three, each reading a random expression of earlier values.
-
-    Layers may repeat; what nothing reads is added up before the head, so nothing is without effect.
-    """
-    seed, count = draw(st.integers(0, 999)), draw(st.integers(1, 5))
-    torch.manual_seed(seed)
-    p = Program()
-    layers: dict[str, nn.Module] = {}
-    values, unread = [0], {0}
-    for k in range(count):
-        kind = draw(st.sampled_from(["one", "add", "mul", "gate", "cat", "again"]))
-        picked = [draw(st.sampled_from(values)) for _ in range(2)]
-        if kind in ("one", "again"):
-            picked = picked[:1]
-        again = [name for name, one in layers.items() if one.in_features == 3]
-        joined = {"add": add, "mul": mul, "gate": gate, "cat": cat}.get(kind)
-        x = picked[0] if joined is None else p(joined, *picked)
-        name = f"layer{k}"
-        if kind == "again" and again:
-            name = draw(st.sampled_from(again))
-        else:
-            layers[name] = linear(6 if kind == "cat" else 3, 3)
-        h = p(name, x)
-        if draw(st.booleans()):
-            h = p(tanh, h)
-        if draw(st.booleans()):
-            h = p(add, h, draw(st.sampled_from(values)))
-        unread -= {i for node in p.nodes for i in node.sources}
-        unread.add(h)
-        values.append(h)
-    rest = sorted(unread)
-    x = rest[0]
-    for other in rest[1:]:
-        x = p(add, x, other)
-    p("head", x)
-    return Net(layers | {"head": linear(3, 3)}, p), (noise(3),)
