@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ddpnopt.bellman import Layer
 from ddpnopt.curvature import Joint
 from ddpnopt.curvature.base import momentum_step
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.hyperparameters import Hyper
+from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ddpnopt.bellman import Layer
 from ddpnopt.borrowed import Borrowed, Update
 from ddpnopt.engine import Engine
 from ddpnopt.host import Host
+from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.options import Options
 from ddpnopt.replay import preserved

@@ -19,7 +19,8 @@ from ddpnopt.certify import doubt
 from ddpnopt.crossing import Crossing, Span
 from ddpnopt.inert import probing
 from ddpnopt.layers import FALLBACK
-from ddpnopt.ledger import FROZEN, Ledger, Probe, boundary, mixes, probed, repeated
+from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes, repeated
+from ddpnopt.mixing import Probe, probed
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.structure import Anatomy
 from ddpnopt.typing import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ddpnopt.bellman import Layer
+from ddpnopt.layer import Layer
 from ddpnopt.report import LayerReport
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks

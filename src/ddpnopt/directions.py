@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ddpnopt.bellman import Layer
+from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.layers.coordinates import Coordinates, unlike
 from ddpnopt.positions import Kronecker

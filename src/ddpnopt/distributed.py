@@ -168,7 +168,7 @@ def _waits(engine: Engine, trajectory: Trajectory) -> bool:
     simple = engine.options.value.linearization == "gradient" and not trajectory.boundary
     if not (auto and clean and simple) or stage.G is None or trajectory.z is None:
         return False
-    undecided = trajectory.cost is None and engine.recogniser.decision != "unrecognised"
+    undecided = trajectory.cost is None and engine.outputs.main.decision != "unrecognised"
     return undecided and stage.G.numel() > 0 and bool(stage.G.isfinite().all())
 
 
@@ -185,6 +185,6 @@ def _recognised(
     outputs, gradients, samples = zip(*found, strict=True)
     known = together(torch.cat(outputs), torch.cat(gradients), axis, sum(samples))
     if known is not None and trajectory.cost is None:
-        engine.recogniser.load_state_dict(together.state_dict())
-        trajectory.cost = engine.recogniser(z, stage.G, axis, trajectory.samples)
+        engine.outputs.main.load_state_dict(together.state_dict())
+        trajectory.cost = engine.outputs.main(z, stage.G, axis, trajectory.samples)
     return bool(ranks.least([trajectory.cost is not None], device)[0])

@@ -42,7 +42,6 @@ from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
 from ddpnopt.ranks import Ranks, replica, several
-from ddpnopt.recognition import Recogniser
 from ddpnopt.report import StepReport
 from ddpnopt.reporting import report
 from ddpnopt.rollout import Method, policies
@@ -74,9 +73,8 @@ class Engine:
         self.method: Method = policies
         self.needs_cost = True
         self.diagnose = False
-        self.skipped = 0
+        self.skipped, self.rescale = 0, 1.0
         self.copies: dict[int, Tensor] = {}
-        self.rescale = 1.0
         self.running: dict[str, float] = {}
         self.sketch = torch.Generator().manual_seed(0)
         self.carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
@@ -144,11 +142,6 @@ class Engine:
     def names(self) -> dict[Tensor, str]:
         """Paths of the model's parameters."""
         return {p: name for name, p in self.model.named_parameters()}
-
-    @property
-    def recogniser(self) -> Recogniser:
-        """That of the last output."""
-        return self.outputs.main
 
     @property
     def in_backward(self) -> bool:
@@ -240,7 +233,7 @@ class Engine:
                 verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
         if self.in_backward and trajectories and several():
             reweigh(self, trajectories, self.ranks)
-        elif self.in_backward and trajectories and all(usable(t) for t in trajectories):
+        elif self.in_backward and trajectories and all(map(usable, trajectories)):
             step = self.new_step(trajectories, self.rescale, 1.0)
             try:
                 self.write(step, corrections(step))
@@ -272,7 +265,7 @@ class Engine:
         """Take one step, ``closure`` called; raises before anything is changed, or puts it back."""
         trajectories = list(self.recorder.arrivals.completed) if self.recorder else []
         parameters = [p for p in self.parameters() if p.requires_grad]
-        fresh = self._consumed.fresh(parameters) or not parameters
+        fresh = self.fresh(parameters) or not parameters
         recording = self.recorder if self.options.feedback is not False else None
         check_backward(fresh, trajectories, recording)
         rescale = self.fingerprint.rescaling()
@@ -351,7 +344,7 @@ class Engine:
         if self.needs_cost and any(t.cost is None for t in trajectories):
             if any(t.stages[-1].G is None for t in trajectories):
                 self.notices.say(NO_OUTPUT_GRADIENT)
-            elif self.recogniser.decision == "unrecognised":
+            elif self.outputs.main.decision == "unrecognised":
                 self.notices.say(NOT_RECOGNISED)
             return False
         return bool(trajectories)

@@ -12,10 +12,10 @@ from functools import cached_property
 
 import torch
 
-from ddpnopt.bellman import Layer
 from ddpnopt.cuts import hook_replays
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probing
+from ddpnopt.layer import Layer
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.replay import Replay, preserved
 from ddpnopt.rollout import recurse
@@ -192,6 +192,28 @@ def feedback_gains(opt: DDPNOpt, sample: int = 0) -> dict[str, Gain]:
         >>> K = feedback_gains(opt)["2"]
         >>> K.matvec(torch.randn(K.shape[1]))
     """
+    engine, passes = opt.engine, _passes(opt, sample)
+    assert engine.recorder is not None
+    if not engine.usable(passes):
+        return {}
+    step = engine.new_step(passes, engine.rescale, 1.0)
+    step.running = dict(step.running)
+    step.build()
+    for layer in step.layers.values():
+        layer.keep_gain = True
+    sketch = engine.sketch.get_state()
+    recurse(engine.recorder, step, passes)
+    engine.sketch.set_state(sketch)
+    first = next(iter(step.layers), "")
+    return {
+        name: Gain(name, layer, sample, engine.recorder, passes[0])
+        for name, layer in step.layers.items()
+        if name != first
+    }
+
+
+def _passes(opt: DDPNOpt, sample: int) -> list[Trajectory]:
+    """The one pass whose gains can be had."""
     engine, value = opt.engine, opt.options.value
     inner = value.inner if isinstance(value, Augmented) else value
     if not isinstance(inner, Quadratic) or inner.clip is not None:
@@ -215,19 +237,4 @@ def feedback_gains(opt: DDPNOpt, sample: int = 0) -> dict[str, Gain]:
         )
     if not 0 <= sample < trajectory.samples:
         raise ValueError(f"sample={sample}: the batch has {trajectory.samples} samples")
-    if not engine.usable(passes):
-        return {}
-    step = engine.new_step(passes, engine.rescale, 1.0)
-    step.running = dict(step.running)
-    step.build()
-    for layer in step.layers.values():
-        layer.keep_gain = True
-    sketch = engine.sketch.get_state()
-    recurse(engine.recorder, step, passes)
-    engine.sketch.set_state(sketch)
-    first = next(iter(step.layers), "")
-    return {
-        name: Gain(name, layer, sample, engine.recorder, trajectory)
-        for name, layer in step.layers.items()
-        if name != first
-    }
+    return passes

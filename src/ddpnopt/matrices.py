@@ -20,7 +20,7 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
 if TYPE_CHECKING:
-    from ddpnopt.bellman import Layer
+    from ddpnopt.layer import Layer
 
 
 @dataclass(frozen=True, eq=False)

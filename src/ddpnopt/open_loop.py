@@ -211,7 +211,7 @@ class OpenLoop:
         if active and engine.open_report is not None:
             self.last_step = replace(engine.open_report, rescale=rescale)
         else:
-            decision, skipped = engine.recogniser.decision, engine.skipped
+            decision, skipped = engine.outputs.main.decision, engine.skipped
             self.last_step = StepReport("off", decision, rescale=rescale, skipped=skipped)
         self._stepped.add(id(optimizer))
         if len(self._stepped) == len(self._known):

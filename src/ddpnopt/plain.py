@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
-from ddpnopt.bellman import Layer
 from ddpnopt.borrowed import Update
+from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.positions import Kronecker
 from ddpnopt.step import Step

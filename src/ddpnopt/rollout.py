@@ -12,10 +12,10 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from ddpnopt.bellman import Layer
 from ddpnopt.crossing import Moved, Predicted
 from ddpnopt.cuts import cut, hook_replays
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.layer import Layer
 from ddpnopt.replay import Replay, interleave, preserved
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.step import Step
@@ -92,15 +92,7 @@ def rollout(
         if len(reached) >= len(order) or order[len(reached)] != name:
             raise _other_path(order, [*reached, name])
         reached.append(name)
-        layer = layers[name]
-        blocks = layer.blocks
-        dx = _changes(blocks, [states[i] for i in range(len(blocks))], moved)
-        again = any(stage.repeats for stage in blocks)
-        before = {n: p.clone() for n, p in layer.params.items()} if again else {}
-        apply(layer, dx)
-        if again:
-            change = {n: p - before[n] for n, p in layer.params.items()}
-            _foresee(layer, change, moved)
+        _move(layers[name], list(states.values()), moved, apply)
 
     with ExitStack() as stack:
         recorder.paused = True
@@ -126,6 +118,22 @@ def rollout(
             interleave(dict(enumerate(replays)), meet, current)
     if reached != order:
         raise _other_path(order, reached)
+
+
+def _move(
+    layer: Layer,
+    states: Sequence[Tensor],
+    moved: Sequence[Moved | None],
+    apply: Callable[[Layer, Blocks | None], None],
+) -> None:
+    """All passes have reached a layer, in these states: it moves."""
+    dx = _changes(layer.blocks, states, moved)
+    if not any(stage.repeats for stage in layer.blocks):
+        apply(layer, dx)
+        return
+    before = {name: p.clone() for name, p in layer.params.items()}
+    apply(layer, dx)
+    _foresee(layer, {name: p - before[name] for name, p in layer.params.items()}, moved)
 
 
 def _replay(

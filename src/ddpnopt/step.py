@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from ddpnopt import directions
-from ddpnopt.bellman import Layer, backward
+from ddpnopt.bellman import backward
 from ddpnopt.borrowed import Borrowed, Update
 from ddpnopt.diagnosis import diagnosed
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
+from ddpnopt.layer import Layer
 from ddpnopt.parameters import named_parameters
 from ddpnopt.report import LayerReport
 from ddpnopt.stages import Stage, Trajectory, whole

@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import _get_current_function_mode
 
-from ddpnopt.arrivals import Arrivals, gradient_at_crossing, gradient_at_h, gradient_at_x
+from ddpnopt.arrivals import Arrivals, gradient_at_h, gradient_at_x
 from ddpnopt.classification import Classifier
-from ddpnopt.crossing import Crossing
-from ddpnopt.cuts import in_order
 from ddpnopt.inert import Anchor, Hook, probes
 from ddpnopt.layers import ordered, reason_against, rule_for, tensors_of
 from ddpnopt.ledger import Ledger
@@ -32,10 +29,8 @@ from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import Anatomy, held_weight
 from ddpnopt.typing import Tensor
-from ddpnopt.watch import Watch, branches, quiet
-
-#: So many passes of one structure have to be chains before they are no longer watched.
-SURE = 8
+from ddpnopt.watch import quiet
+from ddpnopt.watching import Watching
 
 
 class Recorder:
@@ -70,10 +65,7 @@ class Recorder:
         self.weight_gradients, self.arrivals = weight_gradients, arrivals
         self.classifier = Classifier(arrivals, trainable, graphs, closed_loop)
         self.paused = False
-        #: Whether the cuts have to be watched: unknown at first.
-        self.branching: bool | None = None if closed_loop and graphs else False
-        self._watch: Watch | None = None
-        self._chains: dict[tuple[str, ...], int] = {}
+        self.watching = Watching(closed_loop, graphs)
         self._open: Trajectory | None = None
         self._depth: list[nn.Module] = []
         self._ledger = Ledger(set())
@@ -136,22 +128,22 @@ class Recorder:
             return
         if module in self._depth:  # an interrupted call never left
             self._depth.clear()
-            self._unwatch()
+            self.watching.end()
         if not self._depth:
             self._look_again()
         if not self.anatomy.owns_all(module):
             return
         if self._open is None or not self._depth:
             self._begin(owned=True)
-            self._begin_watch()
+            self.watching.begin(self.arrivals, self, self.anatomy)
         assert self._open is not None
         self._depth.append(module)
         if self.closed_loop and not any(s.rule for s in self._open.stages):
             inside = self.anatomy.inside(module)
-            with quiet(self._watch):
+            with quiet(self.watching.watch):
                 self._open.call = Call.capture(name, module, args, kwargs, inside)
-            if self._watch is not None:
-                self._watch.restart()
+            if self.watching.watch is not None:
+                self.watching.watch.restart()
 
     def _look_again(self) -> None:
         """Parameters may have been swapped or frozen, layers replaced, since the last pass."""
@@ -160,7 +152,7 @@ class Recorder:
             _remove(self._handles)
             self.anatomy = Anatomy(self.model, self.trainable)
             self._attach()
-            self._chains, self.branching = {}, None if self.closed_loop else False
+            self.watching.forget()
         self.anatomy.refresh()
 
     def _begin(self, owned: bool) -> None:
@@ -178,9 +170,9 @@ class Recorder:
             return None
         if output is not None and self._open is not None:
             self._find_output(output)
-        if self._watch is not None and output is not None:
-            with quiet(self._watch):
-                used = self._watch.leave(output)
+        if self.watching.watch is not None and output is not None:
+            with quiet(self.watching.watch):
+                used = self.watching.watch.leave(output)
             output, replaced = used, used if used is not output else None
         self._close(complete=output is not None)
         return replaced
@@ -190,21 +182,11 @@ class Recorder:
         trajectory = self._open
         assert trajectory is not None
         outputs = [t for t in tensors_of(output) if t.grad_fn is not None and t.dim()]
-        with quiet(self._watch):
+        with quiet(self.watching.watch):
             late = self._ledger.joined(outputs) if self.classifier.graphs else None
             if late is not None and late.is_floating_point():
                 call = Executed(nn.Identity(), (late,), (late,), None, "")
                 self._add("", call, late)
-
-    def _begin_watch(self) -> None:
-        """See the pass's calls, where branches or layers that run as functions may be."""
-        functional = self.anatomy.functional if self.classifier.graphs else {}
-        if self.branching is False and not functional:
-            return
-        hook = partial(_await_crossing, weakref.ref(self.arrivals))
-        self._watch = Watch(hook, tapping=self.closed_loop)
-        self._watch.functional, self._watch.layers = functional, self
-        self._watch.__enter__()  # type: ignore[no-untyped-call]
 
     def begin(self, name: str, module: nn.Module, x: Tensor) -> None:
         """A layer that runs as a function is reached."""
@@ -217,21 +199,11 @@ class Recorder:
         replaced = self._record(name, module, (x,), {}, h)
         return h if replaced is None else replaced
 
-    def _unwatch(self) -> Watch | None:
-        """The pass is over: its calls are seen no more."""
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.on = False
-            watch.path.close()
-            if _get_current_function_mode() is watch:  # type: ignore[no-untyped-call]
-                watch.__exit__(None, None, None)
-        return watch
-
     def _close(self, complete: bool) -> None:
-        watch, trajectory = self._unwatch(), self._open
+        watch, trajectory = self.watching.end(), self._open
         if complete and trajectory is not None and trajectory.stages and self._ledger.edges:
             assert self._last is not None
-            self._look_at_branches(trajectory, watch)
+            self.watching.look(trajectory, watch, self._ledger, self.model, self.anatomy)
             self.classifier.classify(
                 trajectory, self._last.detach(), self._ledger, self.anatomy, watch
             )
@@ -240,34 +212,10 @@ class Recorder:
         self._ledger = Ledger(set())
         self.classifier.passes += 1
 
-    def _look_at_branches(self, trajectory: Trajectory, watch: Watch | None) -> None:
-        """Watch the passes to come only if something crosses the cuts beside the layers' states."""
-        names = tuple(s.name for s in trajectory.stages)
-        found = len(set(names)) < len(names) or self._ledger.branched
-        if self.classifier.graphs:
-            heads = self._ledger.heads()
-            trajectory.heads = {trajectory.stages[i]: z for i, z in heads.items()}
-        found = found or bool(trajectory.heads)
-        if watch is not None:
-            times = [stage.time for stage in trajectory.stages]
-            found = found or branches(watch.crossings, times) or bool(self.anatomy.functional)
-            if found or self.branching:
-                trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
-                trajectory.path = watch.path
-        if not self.classifier.graphs:
-            return
-        trajectory.to_verify = trajectory.to_verify and not found
-        if self.closed_loop:
-            self._chains[names] = self._chains.get(names, 0) + (not found)
-            sure = self._chains[names] >= SURE or in_order(self.model, self.anatomy.hooked.values())
-            self.branching = found or self.branching or (False if sure else None)
-            if len(self._chains) > 1:  # another may come that is none
-                self.branching = True
-
     def _reach(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: a time step begins."""
-        if self._watch is not None and self._recording():
-            self._watch.time += 1
+        if self.watching.watch is not None and self._recording():
+            self.watching.watch.time += 1
 
     def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: its weight asks for no gradient while the layer runs."""
@@ -286,7 +234,7 @@ class Recorder:
 
     def _record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After a layer: note its state, and ask for its gradients."""
-        with quiet(self._watch):
+        with quiet(self.watching.watch):
             held = self._held.pop(name, None)
             if held is not None:
                 held.requires_grad_(True)
@@ -314,22 +262,24 @@ class Recorder:
     def _joined(self, call: Executed) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Several outputs as one, which has their gradient, and what takes their place."""
         out, parts = call.joined()
-        if self._watch is not None:
+        if self.watching.watch is not None:
             for before, after in zip(call.outputs, parts, strict=True):
-                self._watch.renamed(before.grad_fn, before.output_nr, after)
+                self.watching.watch.renamed(before.grad_fn, before.output_nr, after)
         return out, parts
 
     def _anchored(self, output: Tensor) -> Tensor:
         before = output.grad_fn, output.output_nr
         after: Tensor = Anchor.apply(output, self.arrivals.token)  # type: ignore[no-untyped-call]
-        if self._watch is not None:
-            self._watch.renamed(*before, after)
+        if self.watching.watch is not None:
+            self.watching.watch.renamed(*before, after)
         return after
 
     def _add(self, name: str, call: Executed, out: Tensor) -> None:
         trajectory = self._open
         assert trajectory is not None
-        stage = call.stage(name, out, self._watch.time if self._watch is not None else 0)
+        stage = call.stage(
+            name, out, self.watching.watch.time if self.watching.watch is not None else 0
+        )
         own = parameters(call.module)
         boundary = call.rule is not None and any(map(self.trainable, own))
         self._ledger.enter(len(trajectory.stages), own, call.inputs, [out], boundary)
@@ -342,13 +292,17 @@ class Recorder:
         self, trajectory: Trajectory, stage: Stage, inputs: Sequence[Tensor], out: Tensor
     ) -> None:
         edges = tuple(get_gradient_edge(x) if x.requires_grad else None for x in inputs)
-        taps = self._watch.fresh_taps() if self._watch is not None and self.links else ()
+        taps = (
+            self.watching.watch.fresh_taps()
+            if self.watching.watch is not None and self.links
+            else ()
+        )
         number = out.output_nr
         upstream = Link(stage, edges, None, self._link, number, taps) if self.links else None
         ref = weakref.ref(self.arrivals)
         hook = partial(gradient_at_h, ref, trajectory, stage, upstream)
         out.register_hook(hook)  # type: ignore[no-untyped-call]
-        wanted = (self.state_gradients or trajectory.to_verify) and not self.branching
+        wanted = (self.state_gradients or trajectory.to_verify) and not self.watching.branching
         if wanted and len(trajectory.stages) > 1 and stage.rule is not None:
             if len(inputs) > 1 or stage.x.numel() != inputs[0].numel():
                 stage.pulls = any(edges)
@@ -356,12 +310,6 @@ class Recorder:
                 inputs[0].register_hook(partial(gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
         if self.links:
             self._link = Link(stage, edges, get_gradient_edge(out), self._link, number, taps)
-
-
-def _await_crossing(ref: weakref.ref[Arrivals], one: Crossing, tap: Tensor) -> None:
-    """Ask for the gradient of one use of a tensor."""
-    hook = partial(gradient_at_crossing, ref, one)
-    tap.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from ddpnopt.baselines.chain import ChainEngine
-from ddpnopt.bellman import Layer
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.cuts import paths, segment
 from ddpnopt.errors import NonFiniteError
+from ddpnopt.layer import Layer
 from ddpnopt.linearise import cast_state, pulled
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.report import LayerReport

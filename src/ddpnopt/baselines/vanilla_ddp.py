@@ -19,11 +19,11 @@ from torch import nn
 
 from ddpnopt.baselines.chain import ChainEngine
 from ddpnopt.baselines.memory import check_memory
-from ddpnopt.bellman import Layer
 from ddpnopt.checks import check_usable
 from ddpnopt.curvature import Curvature
 from ddpnopt.cuts import hooked_outputs
 from ddpnopt.errors import TerminalError
+from ddpnopt.layer import Layer
 from ddpnopt.notices import Notices
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.recognition import Terminal
@@ -197,9 +197,9 @@ class DDPEngine(ChainEngine):
         if all(t.cost is not None for t in trajectories):
             super().usable(trajectories)
             costs = {t.cost.name for t in trajectories if t.cost is not None}
-            if self.recogniser.terminal == "auto" and len(costs) == 1:
+            if self.outputs.main.terminal == "auto" and len(costs) == 1:
                 # Known once, it stays so: gradients of confident samples show less and less.
-                self.recogniser.terminal = costs.pop()
+                self.outputs.main.terminal = costs.pop()
             return bool(trajectories)
         raise TerminalError(
             "the loss was not recognised from the output's gradient (of a batch that can't tell, "

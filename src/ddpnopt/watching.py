@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Whether a recorder's passes have to be watched: known by what earlier ones were."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+
+from torch import nn
+from torch.overrides import _get_current_function_mode
+
+from ddpnopt.arrivals import Arrivals, gradient_at_crossing
+from ddpnopt.crossing import Crossing
+from ddpnopt.cuts import in_order
+from ddpnopt.functional import Layers
+from ddpnopt.ledger import Ledger
+from ddpnopt.stages import Trajectory
+from ddpnopt.structure import Anatomy
+from ddpnopt.typing import Tensor
+from ddpnopt.watch import Watch, branches
+
+#: So many passes of one structure have to be chains before they are no longer watched.
+SURE = 8
+
+
+class Watching:
+    """The watch of the pass that runs, if it has one.
+
+    Args:
+        closed_loop: What crosses the cuts has to be known.
+        graphs: The value function allows branches and layers that are used more than once.
+
+    Attributes:
+        watch: Sees the calls of the pass that runs.
+        branching: Whether the cuts have to be watched; None while that is unknown.
+    """
+
+    def __init__(self, closed_loop: bool, graphs: bool) -> None:
+        self.closed_loop, self.graphs = closed_loop, graphs
+        self.watch: Watch | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """The model has other layers than before."""
+        self.branching: bool | None = None if self.closed_loop and self.graphs else False
+        self._chains: dict[tuple[str, ...], int] = {}
+
+    def begin(self, arrivals: Arrivals, layers: Layers, anatomy: Anatomy) -> None:
+        """A pass begins: see its calls, where branches or layers that run as functions may be."""
+        functional = anatomy.functional if self.graphs else {}
+        if self.branching is False and not functional:
+            return
+        hook = partial(_await_crossing, weakref.ref(arrivals))
+        self.watch = Watch(hook, tapping=self.closed_loop)
+        self.watch.functional, self.watch.layers = functional, layers
+        self.watch.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> Watch | None:
+        """The pass is over: its calls are seen no more."""
+        watch, self.watch = self.watch, None
+        if watch is not None:
+            watch.on, watch.layers = False, None
+            watch.path.close()
+            if _get_current_function_mode() is watch:  # type: ignore[no-untyped-call]
+                watch.__exit__(None, None, None)
+        return watch
+
+    def look(
+        self,
+        trajectory: Trajectory,
+        watch: Watch | None,
+        ledger: Ledger,
+        model: nn.Module,
+        anatomy: Anatomy,
+    ) -> None:
+        """Take what has crossed the cuts, if more than the layers' own states has."""
+        names = tuple(s.name for s in trajectory.stages)
+        found = len(set(names)) < len(names) or ledger.branched
+        if self.graphs:
+            trajectory.heads = {trajectory.stages[i]: z for i, z in ledger.heads().items()}
+        found = found or bool(trajectory.heads)
+        if watch is not None:
+            times = [stage.time for stage in trajectory.stages]
+            found = found or branches(watch.crossings, times) or bool(anatomy.functional)
+            if found or self.branching:
+                trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
+                trajectory.path = watch.path
+        if self.graphs:
+            trajectory.to_verify = trajectory.to_verify and not found
+        if self.graphs and self.closed_loop:
+            self._chains[names] = self._chains.get(names, 0) + (not found)
+            sure = self._chains[names] >= SURE or in_order(model, anatomy.hooked.values())
+            self.branching = found or self.branching or (False if sure else None)
+            if len(self._chains) > 1:  # another may come that is none
+                self.branching = True
+
+
+def _await_crossing(ref: weakref.ref[Arrivals], one: Crossing, tap: Tensor) -> None:
+    """Ask for the gradient of one use of a tensor."""
+    hook = partial(gradient_at_crossing, ref, one)
+    tap.register_hook(hook)  # type: ignore[no-untyped-call]
