@@ -19,6 +19,7 @@ from ddpnopt.certify import doubt
 from ddpnopt.crossing import Crossing, Span
 from ddpnopt.inert import probing
 from ddpnopt.layers import FALLBACK
+from ddpnopt.layout import SHARED
 from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes, repeated
 from ddpnopt.mixing import Probe, probed
 from ddpnopt.stages import Stage, Trajectory
@@ -150,12 +151,12 @@ class Classifier:
             for part, layout in zip(everything, known.layouts, strict=False):
                 part.lay(layout, trajectory.samples)
             return
+        first = trajectory.samples
         found, conclusive = self._probe(trajectory, ledger, taps, known)
         if found.start and not known.count:
             # Something else may be the number of samples, where positions come first.
-            first = trajectory.samples
             for samples, place in ledger.candidates(trajectory).items():
-                if samples <= first:
+                if samples == first:
                     continue
                 self._again(trajectory, ledger, marks, Probe(place=place))
                 other = self._probe(trajectory, ledger, taps, Probe(place=place))
@@ -187,12 +188,12 @@ class Classifier:
         start = known.start
         while True:
             with probing():
-                found, conclusive = probed(trajectory, ledger.edges, taps, known.count, self.graphs)
+                found, conclusive = probed(trajectory, ledger, taps, known.count, self.graphs)
             if found <= start:
                 break
             start = found
             # B may have come from what is mixed
             ledger.front(trajectory, start, known.samples(trajectory))
         everything: list[Stage | Crossing] = [*trajectory.stages, *trajectory.crossings]
-        layouts = tuple(part.layout for part in everything)
+        layouts = tuple(SHARED if part.shared else part.layout for part in everything)
         return Probe(start, known.count, known.place, layouts), conclusive

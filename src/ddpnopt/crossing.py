@@ -18,7 +18,7 @@ from typing import Any, overload
 import torch
 
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.layout import LAYOUTS, ROWS, arranged, fits
+from ddpnopt.layout import LAYOUTS, ROWS, SHARED, arranged, fits
 from ddpnopt.typing import Float, Tensor
 
 
@@ -70,11 +70,18 @@ class Crossing:
         return True
 
     def lay(self, layout: str, samples: int) -> None:
-        """How its samples have been found to lie."""
+        """How its samples have been found to lie; '' for not at all."""
         self.layout = layout
+        self.apart = self.apart or self.shared
+
+    @property
+    def shared(self) -> bool:
+        """All samples have a part in all of it."""
+        return self.layout == SHARED
 
     def part(self, samples: int) -> None:
         """Find out whether its rows are samples."""
+        self.layout = ROWS
         self.apart = not self.intact() or not any(
             fits(self.y, layout, samples) for layout in LAYOUTS
         )
@@ -248,6 +255,12 @@ class Path:
                     yield known[1]
             elif isinstance(one, tuple | list):
                 yield from self._numbers(one)
+
+    def same(self, before: Tensor, after: Tensor) -> None:
+        """A tensor has taken another's place."""
+        known = self._made.get(id(before))
+        if known is not None and known[0]() is before:
+            self._made[id(after)] = weakref.ref(after), known[1]
 
     def close(self) -> None:
         """The pass is over."""

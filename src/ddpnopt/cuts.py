@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpnopt.arguments import ordered, tensors_of
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import Hook, probing
-from ddpnopt.layers import ordered, rule_for, tensors_of
+from ddpnopt.layers import rule_for
 from ddpnopt.replay import Replay, preserved
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor

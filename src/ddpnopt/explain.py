@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpnopt.arguments import tensors_of
 from ddpnopt.checks import check_model
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probing
-from ddpnopt.layers import tensors_of
 from ddpnopt.ledger import FROZEN
 from ddpnopt.linearise import cast_state
 from ddpnopt.optimizer import DDPNOpt

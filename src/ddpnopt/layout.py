@@ -12,6 +12,8 @@ from ddpnopt.typing import Tensor
 #: samples, as in a sequence-first tensor whose first two dimensions have been joined.
 ROWS, SECOND, MINOR = "rows", "second", "minor"
 LAYOUTS = (ROWS, SECOND, MINOR)
+#: All samples have a part in all of it.
+SHARED = ""
 
 
 def fits(t: Tensor, layout: str, samples: int) -> bool:
@@ -41,7 +43,7 @@ def arranged(t: Tensor, layout: str, samples: int, axis: int = 0) -> Tensor:
 
 
 def layout_of(gradient: Tensor, samples: int, chosen: int) -> str:
-    """The layout in which only one sample's part of a gradient is not zero; '' for none.
+    """The layout in which only one sample's part of a gradient is not zero, or SHARED.
 
     Args:
         gradient: Of a function of one sample's output.
@@ -55,4 +57,4 @@ def layout_of(gradient: Tensor, samples: int, chosen: int) -> str:
             per_sample[chosen] = False
             if not bool(per_sample.any()):
                 return layout
-    return ""
+    return SHARED

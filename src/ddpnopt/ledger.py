@@ -13,10 +13,12 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.layout import ROWS, SECOND
-from ddpnopt.mixing import Place
 from ddpnopt.parameters import parameters
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
+
+#: A stage's index and a dimension: 0 for its rows, 1 for the second of its state.
+Place = tuple[int, int]
 
 REENTRANT = "CheckpointFunctionBackward"
 MIXED = "samples are mixed behind it"
@@ -301,9 +303,9 @@ class Ledger:
         found = {last: (len(stages) - 1, 0)}
         for index, stage in enumerate(stages):
             found.setdefault(stage.rows, (index, 0))
-            if stage.x.dim() > 1:
+            if stage.x.dim() > 1 and stage.may_lie(SECOND):
                 found.setdefault(stage.x.shape[1], (index, 1))
-        return {n: found[n] for n in sorted(found) if n and last % n == 0}
+        return {n: found[n] for n in sorted(found) if n > 1 and last % n == 0}
 
     def front(self, trajectory: Trajectory, start: int, samples: int = 0) -> None:
         """Mark the stages in front of ``start`` as mixed, and find B from the others.

@@ -11,11 +11,10 @@ from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing
 from ddpnopt.inert import probe
-from ddpnopt.layout import ROWS, layout_of
+from ddpnopt.layout import ROWS, SHARED, layout_of
+from ddpnopt.ledger import Ledger, Place
 from ddpnopt.stages import Stage, Trajectory
-
-#: A stage's index and a dimension: 0 for its rows, 1 for the second of its state.
-Place = tuple[int, int]
+from ddpnopt.typing import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,32 +43,32 @@ class Probe:
 
 def probed(
     trajectory: Trajectory,
-    edges: list[GradientEdge | None],
+    ledger: Ledger,
     taps: Sequence[GradientEdge],
     turn: int,
-    layouts: bool,
+    graphs: bool,
 ) -> tuple[int, bool]:
     """The first stage from which on no layer mixes samples on the way to the output.
 
     One sample is perturbed at the output, in the adjoint direction: one backward pass with a
     seed on its rows alone shows at every stage whether the gradient stays in that sample's part,
-    and which part that is. Both mixing (BatchNorm) and another ownership of rows show up.
+    and which part that is. Both mixing (BatchNorm) and another ownership of rows show up. What no
+    layer in feedback has made (a table of positions) mixes nothing: all samples share it.
 
     Args:
         trajectory: The pass; its stages and crossings are told how their samples lie.
-        edges: Gradient edges of its stages' outputs.
-        taps: Those of its crossings.
+        ledger: Its nodes and edges.
+        taps: Edges of its crossings.
         turn: Which sample to perturb: the middle one, the first, the last, ...
-        layouts: Samples may lie otherwise than in rows.
+        graphs: Branches are allowed, and samples that lie otherwise than in rows.
 
     Returns:
         The index of the first unmixed stage, and whether the finding is conclusive (a zero
         gradient, as behind a layer that starts at zero, shows nothing).
     """
-    samples, z, stages = trajectory.samples, trajectory.z, trajectory.stages
-    assert z is not None and edges[-1] is not None
+    samples, stages, edges = trajectory.samples, trajectory.stages, ledger.edges
     indices = [i for i, s in enumerate(stages) if not s.plain and edges[i] is not None]
-    if samples <= 1 or not indices:
+    if samples <= 1 or not indices or edges[-1] is None:
         return 0, False
     # Behind what is mixed a layer is kept apart: the stage, or the first after a crossing's use.
     parts: list[tuple[Stage | Crossing, int, GradientEdge | None]] = [
@@ -79,20 +78,48 @@ def probed(
         if not crossing.apart:
             parts.append((crossing, sum(s.time <= crossing.used for s in stages), tap))
     chosen = (samples // 2, 0, samples - 1)[turn] if turn < 3 else turn * 7919 % samples
-    rows = z.shape[0] // samples
-    seed = torch.zeros_like(z)
-    generator = torch.Generator().manual_seed(0)
-    part = slice(chosen * rows, (chosen + 1) * rows)
-    seed[part] = torch.randn(seed[part].shape, generator=generator).to(seed)
     start, conclusive = 0, True
-    found = probe(edges[-1], [edge for _, _, edge in parts], seed)
-    for (one, behind, _), gradient in zip(parts, found, strict=True):
+    found = probe(edges[-1], [edge for _, _, edge in parts], _one_sample(trajectory, chosen))
+    mixed: list[tuple[Stage | Crossing, int, GradientEdge | None]] = []
+    for part, gradient in zip(parts, found, strict=True):
         if gradient is None or not bool(gradient.any()) or not bool(gradient.isfinite().all()):
             conclusive = False
             continue
         layout = layout_of(gradient, samples, chosen)
-        if layout == "" or (layout != ROWS and not (layouts and one.may_lie(layout))):
-            start = max(start, behind)
+        fits = layout == ROWS or (graphs and layout != SHARED and part[0].may_lie(layout))
+        if fits:
+            part[0].lay(layout, samples)
         else:
-            one.lay(layout, samples)
+            mixed.append(part)
+    for one, behind, edge in mixed:
+        if graphs and _comes_first(one, trajectory, ledger, edge):
+            one.lay(SHARED, samples)
+        else:
+            start = max(start, behind)
     return start, conclusive
+
+
+def _one_sample(trajectory: Trajectory, chosen: int) -> Tensor:
+    """A gradient at the output that is zero but for one sample."""
+    z = trajectory.z
+    assert z is not None
+    rows = z.shape[0] // trajectory.samples
+    seed = torch.zeros_like(z)
+    generator = torch.Generator().manual_seed(0)
+    part = slice(chosen * rows, (chosen + 1) * rows)
+    seed[part] = torch.randn(seed[part].shape, generator=generator).to(seed)
+    return seed
+
+
+def _comes_first(
+    one: Stage | Crossing, trajectory: Trajectory, ledger: Ledger, edge: GradientEdge | None
+) -> bool:
+    """Whether no layer in feedback lies in front of it, and it has no rows for samples.
+
+    A table that is looked up once for all samples has one dimension of indices, of any length; a
+    layer that is given the samples has as many rows as there are.
+    """
+    if isinstance(one, Stage):
+        first = ledger.states[trajectory.stages.index(one)] is None
+        return first and one.x.dim() == 1 and one.rows != trajectory.samples
+    return edge is not None and not ledger.depends(trajectory, edge)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ddpnopt.layers import LayerRule, rule_of_call, tensors_of
+from ddpnopt.arguments import tensors_of
+from ddpnopt.layers import LayerRule, rule_of_call
 from ddpnopt.parameters import parameters
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor

@@ -12,10 +12,12 @@ from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing, Path, Span
 from ddpnopt.layers import LayerRule
-from ddpnopt.layout import ROWS, SECOND, arranged
+from ddpnopt.layout import ROWS, SECOND, SHARED, arranged
 from ddpnopt.replay import Call
 from ddpnopt.terminal import Cost
 from ddpnopt.typing import Tensor
+
+COMMON = "all samples share its output"
 
 
 @dataclass(eq=False)
@@ -69,12 +71,20 @@ class Stage:
     layout: str = ROWS
     samples: int = 0
 
+    @property
+    def shared(self) -> bool:
+        """All samples have a part in all of its output."""
+        return self.plain == COMMON
+
     def may_lie(self, layout: str) -> bool:
         """Whether its samples may lie so: a rule that treats all positions alike is needed."""
         return layout == ROWS or (self.rule is not None and self.rule.positionwise)
 
     def lay(self, layout: str, samples: int) -> None:
-        """Its samples have been found to lie otherwise."""
+        """How its samples have been found to lie."""
+        if layout == SHARED:
+            self.plain = self.plain or COMMON
+            return
         self.layout, self.samples = layout, samples
 
     def arrange(self) -> None:

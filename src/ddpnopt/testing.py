@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ddpnopt.layers import LayerRule, MatrixRule, registered, tensors_of
+from ddpnopt.arguments import tensors_of
+from ddpnopt.layers import LayerRule, MatrixRule, registered
 from ddpnopt.positions import Kronecker
 from ddpnopt.typing import Tensor
 

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from ddpnopt.arguments import ordered, tensors_of
 from ddpnopt.arrivals import Arrivals, gradient_at_h, gradient_at_x
 from ddpnopt.classification import Classifier
 from ddpnopt.inert import Anchor, Hook, probes
-from ddpnopt.layers import ordered, reason_against, rule_for, tensors_of
+from ddpnopt.layers import reason_against, rule_for
 from ddpnopt.ledger import Ledger
 from ddpnopt.parameters import parameters
 from ddpnopt.recording import Executed
@@ -265,6 +266,7 @@ class Recorder:
         if self.watching.watch is not None:
             for before, after in zip(call.outputs, parts, strict=True):
                 self.watching.watch.renamed(before.grad_fn, before.output_nr, after)
+                self.watching.watch.path.same(before, after)
         return out, parts
 
     def _anchored(self, output: Tensor) -> Tensor:

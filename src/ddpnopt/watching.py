@@ -86,7 +86,7 @@ class Watching:
                 trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
                 trajectory.path = watch.path
         if self.graphs:
-            trajectory.to_verify = trajectory.to_verify and not found
+            trajectory.to_verify = trajectory.to_verify and self.closed_loop and not found
         if self.graphs and self.closed_loop:
             self._chains[names] = self._chains.get(names, 0) + (not found)
             sure = self._chains[names] >= SURE or in_order(model, anatomy.hooked.values())

@@ -150,7 +150,7 @@ def test_clipping_is_applied() -> None:
         ({"options": {"nope": 1}}, "has no option nope"),
         ({"architecture": "cnn"}, "has no images"),
         ({"initialisation": "zavier"}, "unknown initialisation 'zavier'.*xavier"),
-        ({"loss": "hinge"}, "unknown loss 'hinge'; known: cross_entropy, mmc"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'; known: cross_entropy, elbo, mmc"),
     ],
 )
 def test_check_raises_what_training_would(update: dict[str, object], message: str) -> None:

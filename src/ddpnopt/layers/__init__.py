@@ -10,7 +10,7 @@ from ddpnopt.layers.base import (
     registered,
     rule_for,
 )
-from ddpnopt.layers.calls import ordered, reason_against, rule_of_call, tensors_of
+from ddpnopt.layers.calls import reason_against, rule_of_call
 from ddpnopt.layers.matrix import MatrixRule
 
 __all__ = [
@@ -25,11 +25,9 @@ __all__ = [
     "embedding",
     "huggingface",
     "linear",
-    "ordered",
     "reason_against",
     "register",
     "registered",
     "rule_for",
     "rule_of_call",
-    "tensors_of",
 ]

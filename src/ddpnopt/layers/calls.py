@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
+from ddpnopt.arguments import tensors_of
 from ddpnopt.layers.base import FALLBACK, LayerRule, registered
-from ddpnopt.typing import Tensor
 
 
 def reason_against(module: nn.Module, given: Sequence[object], outputs: int | None = None) -> str:
@@ -48,28 +45,3 @@ def _refusal(
         known = " or ".join(map(str, rule.results))
         return f"{kind} returned {outputs} tensors, and its rule describes {known}"
     return rule.call_refusal(module, given)
-
-
-def ordered(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A call's arguments in the order of the module's own signature."""
-    if kwargs:
-        try:
-            bound = _signature(type(module).forward).bind(module, *args, **kwargs)
-            return (*bound.args[1:], *bound.kwargs.values())
-        except (TypeError, ValueError):
-            pass  # it takes anything: in the order of the call
-    return (*args, *kwargs.values())
-
-
-@cache
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
-def tensors_of(value: object) -> list[Tensor]:
-    """All tensors in nested containers."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in tensors_of(v)] if isinstance(value, tuple | list) else []
