@@ -20,8 +20,9 @@ from ddpnopt.crossing import Crossing, Span
 from ddpnopt.inert import probing
 from ddpnopt.layers import FALLBACK
 from ddpnopt.layout import SHARED
-from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes, repeated
+from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes
 from ddpnopt.mixing import Probe, probed
+from ddpnopt.sharing import repeated
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.structure import Anatomy
 from ddpnopt.typing import Tensor

@@ -11,7 +11,7 @@ from torch import nn
 
 from ddpnopt.crossing import Predicted
 from ddpnopt.cuts import Cut
-from ddpnopt.layers import LayerRule, MatrixRule
+from ddpnopt.layers import LayerRule, MatrixRule, tied
 from ddpnopt.layers.base import Kept
 from ddpnopt.layers.coordinates import Coordinates
 from ddpnopt.linearise import cast_state, per_sample
@@ -250,10 +250,14 @@ class Layer:
             samples: B.
             change: By parameter.
         """
-        columns = stage.Z_h if self.factor else None
-        if columns is None:
-            assert stage.G is not None
-            columns = stage.G[None]
+        if stage.module is not self.module:  # tied to it
+            rule, module, x, G, Z_h = tied.tied([stage], samples)
+            columns = Z_h if self.factor and Z_h is not None else G[None]
+            return rule.along(
+                module, x, columns, {n: du.to(x.dtype) for n, du in change.items()}, samples
+            ).to(self.dtype)
+        assert stage.G is not None
+        columns = stage.Z_h if self.factor and stage.Z_h is not None else stage.G[None]
         moved = {name: du.to(self.dtype) for name, du in change.items()}
         return self.rule.along(self.module, self.x(stage), columns.to(self.dtype), moved, samples)
 

@@ -69,27 +69,6 @@ def boundary(
     return found
 
 
-def repeated(trajectory: Trajectory) -> None:
-    """Join the executions of a layer that is used more than once: it is one control."""
-    groups: dict[str, list[Stage]] = {}
-    for stage in trajectory.stages:
-        groups.setdefault(stage.name, []).append(stage)
-    for first, *others in groups.values():
-        if not others or all(stage.plain for stage in (first, *others)):
-            continue
-        alike = all(
-            not stage.plain
-            and stage.rule is first.rule
-            and not stage.unbatched
-            and stage.x.shape[1:] == first.x.shape[1:]
-            for stage in (first, *others)
-        )
-        if alike:
-            first.repeats = others
-        for stage in () if alike else (first, *others):
-            stage.plain = stage.plain or SHARED
-
-
 class Ledger:
     """Nodes and edges of the stages while a forward pass runs; dropped when it ends.
 
@@ -291,8 +270,8 @@ class Ledger:
             if not any(trainable(p) for p in own):
                 stage.plain = FROZEN
             elif stage.rule is not None and (
-                (uses[stage.name] > 1 and not graphs)
-                or any(id(p) in shared or id(p) in self.elsewhere for p in own)
+                (not graphs and (uses[stage.name] > 1 or any(id(p) in shared for p in own)))
+                or any(id(p) in self.elsewhere for p in own)
             ):
                 stage.plain = SHARED
 

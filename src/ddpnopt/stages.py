@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing, Path, Span
-from ddpnopt.layers import LayerRule
+from ddpnopt.layers import LayerRule, tied
 from ddpnopt.layout import ROWS, SECOND, SHARED, arranged
 from ddpnopt.replay import Call
 from ddpnopt.terminal import Cost
@@ -121,6 +121,21 @@ def whole(stage: Stage, samples: int) -> Stage:
 
     first = parts[0]
     assert first.rule is not None
+    if any(one.module is not first.module for one in parts):
+        rule, module, x, G, Z_h = tied.tied(parts, samples)
+        return replace(
+            first,
+            rule=rule,
+            module=module,
+            x=x,
+            inputs=(x,),
+            rows=samples,
+            G=G,
+            Z_h=Z_h,
+            time=stage.time,
+            layout=ROWS,
+            repeats=stage.repeats,
+        )
     x = joined([one.x for one in parts], 0)
     Z = [one.Z_h for one in parts if one.Z_h is not None]
     return replace(

@@ -75,7 +75,7 @@ class Watching:
     ) -> None:
         """Take what has crossed the cuts, if more than the layers' own states has."""
         names = tuple(s.name for s in trajectory.stages)
-        found = len(set(names)) < len(names) or ledger.branched
+        found = len(set(names)) < len(names) or ledger.branched or bool(anatomy.shared)
         if self.graphs:
             trajectory.heads = {trajectory.stages[i]: z for i, z in ledger.heads().items()}
         found = found or bool(trajectory.heads)

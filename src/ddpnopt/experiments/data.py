@@ -19,6 +19,7 @@ from ddpnopt.experiments.loaders.sets import IMAGE_SETS as _DOWNLOADABLE
 from ddpnopt.experiments.loaders.sets import read_image_set
 from ddpnopt.experiments.names import lookup
 from ddpnopt.experiments.scaling import SCALES, Features
+from ddpnopt.experiments.tasks import TASKS
 
 Arrays = tuple[NDArray[np.float64], NDArray[np.int64]]
 
@@ -30,9 +31,10 @@ class Dataset:
     Attributes:
         name: The registry name.
         x_train: Inputs, shape (N_train, *input_shape), dtype float32 unless moved.
-        y_train: Class indices, shape (N_train,), dtype int64.
+        y_train: Class indices, shape (N_train,), dtype int64; a task of
+            `ddpnopt.experiments.tasks` has other targets.
         x_test: Inputs, shape (N_test, *input_shape).
-        y_test: Class indices, shape (N_test,).
+        y_test: Class indices, shape (N_test,), or a task's targets.
         classes: Number of classes C.
         input_shape: Shape of one sample, (d,) or (channels, height, width).
         origin: What was read, of which these samples may be a part: "60,000 + 10,000 images, IDX
@@ -65,7 +67,7 @@ class Dataset:
     @property
     def chance(self) -> float:
         """Accuracy of always answering the test part's largest class, in [0, 1]."""
-        counts = torch.bincount(self.y_test, minlength=self.classes)
+        counts = torch.bincount(self.y_test.flatten().long(), minlength=self.classes)
         return float(counts.max() / counts.sum())
 
     @property
@@ -165,6 +167,23 @@ def _image_set(request: _Request) -> _Raw:
     )
 
 
+def _task(request: _Request) -> Dataset:
+    """Make a task's samples; they are neither scaled nor reshaped."""
+    train, test = request.train_samples or 1200, request.test_samples or 400
+    made = TASKS[request.name](train + test, request.seed)
+    return Dataset(
+        name=request.name,
+        x_train=made.x[:train],
+        y_train=made.y[:train],
+        x_test=made.x[train:],
+        y_test=made.y[train:],
+        classes=made.classes,
+        input_shape=tuple(made.x.shape[1:]),
+        origin=made.origin,
+        title=request.name,
+    )
+
+
 DATASETS: dict[str, Callable[[_Request], _Raw]] = {
     "digits": lambda request: _split(_digits(), "DIGITS", (1, 8, 8), request),
     "wine": lambda request: _split(_wine(), "WINE", None, request),
@@ -185,9 +204,10 @@ def canonical(name: str) -> str:
     Raises:
         ValueError: No such data set; the message lists the names.
     """
-    plain = {known.replace("-", ""): known for known in DATASETS}
+    known: dict[str, object] = {**DATASETS, **TASKS}
+    plain = {entry.replace("-", ""): entry for entry in known}
     spelled = plain.get("".join(c for c in name.lower() if c not in "-_ "), name)
-    lookup(DATASETS, spelled, "data set")
+    lookup(known, spelled, "data set")
     return spelled
 
 
@@ -223,6 +243,8 @@ def describe(name: str, *, folder: Path | None = None, cache: Path | None = None
         ValueError: Unknown name, or files that are missing, wrong or can't be downloaded.
     """
     name = canonical(name)
+    if name in TASKS:
+        return Description(name, "", "")
     if name not in _DOWNLOADABLE:
         return Description(name.upper(), "scikit-learn", "")
     images = read_image_set(name, folder, cache)
@@ -248,7 +270,8 @@ def load(
             3 classes), split by class; "mnist", "fashion-mnist" (60,000 + 10,000 images of
             28 x 28, 10 classes), "svhn" (73,257 + 26,032), "cifar-10" (50,000 + 10,000) or
             "cifar-100" (the same, 100 classes; colour images of 32 x 32), with the test part that
-            they come with. Case, hyphens and underscores don't matter.
+            they come with; a task of `ddpnopt.experiments.tasks`, which no option below but the
+            numbers of samples concerns. Case, hyphens and underscores don't matter.
         seed: Seed of the split and of the choice of samples: one seed, one data set.
         scale: "standard" (every feature to mean 0 and deviation 1), "pooled" (one mean and one
             deviation for all features), "unit" (to [0, 1] by one range: pixels / 16 for digits,
@@ -272,7 +295,15 @@ def load(
     name = canonical(name)
     fit = lookup(SCALES, scale, "scale")
     request = _Request(name, seed, test_share, folder, cache, train_samples, test_samples)
-    raw = DATASETS[name](request)
+    if name in TASKS:
+        return _task(request)
+    return _scaled(DATASETS[name](request), name, fit, images)
+
+
+def _scaled(
+    raw: _Raw, name: str, fit: Callable[[Features], Callable[[Features], Tensor]], images: bool
+) -> Dataset:
+    """Scale a data set and shape its samples."""
     if images and raw.image_shape is None:
         raise ValueError(f"data set {name!r} has no images; with images: {', '.join(IMAGE_SETS)}")
     shape = raw.image_shape if images and raw.image_shape else (raw.x_train.shape[1],)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from ddpnopt.experiments.names import lookup
-from ddpnopt.experiments.transformer import Transformer
+from ddpnopt.experiments.nets import NET_HELP, build_net, takes_images
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
@@ -34,7 +34,8 @@ ARCHITECTURE_HELP = (
     "mlp-WIDTHxDEPTH-ACTIVATION (such as mlp-20x4-tanh; mlp alone is that one), "
     "cnn-CHANNELS (cnn alone is cnn-16), conv4-CHANNELS (the paper's), "
     "resnet-CHANNELSxBLOCKS (resnet alone is resnet-16x2), "
-    "transformer-WIDTHxBLOCKS (transformer alone is transformer-32x2), "
+    + NET_HELP
+    + " (transformer alone is transformer-32x2), "
     "linear; a norm before every activation: mlp-...-bn or -ln, cnn-...-bn or -gn, resnet-...-bn "
     "or -gn; activations: " + ", ".join(sorted(ACTIVATIONS))
 )
@@ -43,7 +44,6 @@ _MLP = re.compile(r"mlp-(\d+)x(\d+)-([a-z]+)(?:-(bn|ln))?")
 _CNN = re.compile(r"cnn-(\d+)(?:-(bn|gn))?")
 _CONV4 = re.compile(r"conv4-(\d+)")
 _RESNET = re.compile(r"resnet-(\d+)x(\d+)(?:-(bn|gn))?")
-_TRANSFORMER = re.compile(r"transformer-(\d+)x(\d+)")
 _SHORT = {
     "mlp": "mlp-20x4-tanh",
     "cnn": "cnn-16",
@@ -228,7 +228,8 @@ def resnet(
 
 def wants_images(name: str) -> bool:
     """Say whether the architecture `name` takes images rather than flat features."""
-    return name.startswith(("cnn", "conv4", "resnet", "transformer"))
+    full = _SHORT.get(name, name)
+    return full.startswith(("cnn", "conv4", "resnet")) or takes_images(full)
 
 
 def build_model(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -257,8 +258,8 @@ def build_model(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Mod
         return conv4(input_shape, classes, int(match[1]))
     if (match := _RESNET.fullmatch(full)) and int(match[1]) > 0:
         return resnet(input_shape, classes, int(match[1]), int(match[2]), match[3])
-    if (match := _TRANSFORMER.fullmatch(full)) and int(match[1]) > 0:
-        return Transformer(input_shape, classes, int(match[1]), int(match[2]))
+    if (net := build_net(full, input_shape, classes)) is not None:
+        return net
     raise ValueError(f"unknown architecture {name!r}; known: {ARCHITECTURE_HELP}.")
 
 

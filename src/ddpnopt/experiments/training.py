@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from ddpnopt.experiments.data import Dataset, load
 from ddpnopt.experiments.models import build_model, initialise, wants_images
 from ddpnopt.experiments.names import lookup
+from ddpnopt.experiments.nets import negative_elbo
 from ddpnopt.experiments.optimizers import Built, OptionValue, build_optimizer
 from ddpnopt.experiments.records import Epoch, RunConfig, RunResult
 from ddpnopt.losses import MMCLoss
@@ -27,16 +29,20 @@ class Objective:
     """A loss, and how its outputs answer.
 
     Attributes:
-        loss: (outputs (B, C), labels (B,)) -> mean loss over the batch.
-        predict: Outputs (B, C) -> class indices (B,).
+        loss: (outputs, labels) -> mean loss over the batch. Outputs are the network's: (B, C), or
+            (B, T, C) for labels (B, T), or several tensors.
+        predict: Outputs -> answers of the labels' shape.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
-    predict: Callable[[Tensor], Tensor]
+    loss: Callable[[Any, Tensor], Tensor]
+    predict: Callable[[Any], Tensor]
 
 
 def _cross_entropy(classes: int, device: torch.device) -> Objective:
-    return Objective(nn.functional.cross_entropy, lambda z: z.argmax(1))
+    def loss(z: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z.flatten(0, -2), labels.flatten())
+
+    return Objective(loss, lambda z: z.argmax(-1))
 
 
 def _mmc(classes: int, device: torch.device) -> Objective:
@@ -45,10 +51,15 @@ def _mmc(classes: int, device: torch.device) -> Objective:
     return Objective(criterion, criterion.predict)
 
 
+def _elbo(classes: int, device: torch.device) -> Objective:
+    return Objective(negative_elbo, lambda outputs: (outputs[0] > 0).float())
+
+
 #: Losses by name, each made from the number of classes and the device.
 LOSSES: dict[str, Callable[[int, torch.device], Objective]] = {
     "cross_entropy": _cross_entropy,
     "mmc": _mmc,
+    "elbo": _elbo,
 }
 
 #: Beginnings of the names of optimizers that must be told a loss they can't recognise.
@@ -127,7 +138,7 @@ class _Run:
         ):
             right += int((self.objective.predict(self.model(x)) == y).sum())
         self.model.train()
-        return loss, right / len(data.y_test)
+        return loss, right / data.y_test.numel()
 
 
 #: Samples evaluated at once.
@@ -166,6 +177,7 @@ def _load(config: RunConfig) -> Dataset:
         images=wants_images(config.architecture),
         folder=config.data,
         train_samples=config.train_samples,
+        test_samples=config.test_samples,
         test_share=config.test_share,
     )
     if config.checksum and data.checksum != config.checksum:

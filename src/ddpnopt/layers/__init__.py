@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Layer rules: one file per family, registered by module type."""
 
-from ddpnopt.layers import bilinear, cells, conv, elementwise, embedding, huggingface, linear
+from ddpnopt.layers import bilinear, cells, conv, elementwise, embedding, huggingface, linear, tied
 from ddpnopt.layers.base import (
     FALLBACK,
     RULES,
@@ -30,4 +30,5 @@ __all__ = [
     "registered",
     "rule_for",
     "rule_of_call",
+    "tied",
 ]

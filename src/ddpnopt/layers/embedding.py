@@ -62,6 +62,21 @@ class LookupRule(LayerRule, ABC):
         weighted = v * (P[index.clamp(min=0)] if isinstance(P, Tensor) else P)
         return torch.einsum("rbtd,sbtd->brs", weighted, together)
 
+    def along(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        change: Mapping[str, Tensor],
+        samples: int,
+    ) -> Tensor:
+        """What the looked-up rows change."""
+        if "weight" not in change:
+            return V.new_zeros(samples, V.shape[0])
+        index, v = self.places(module, x, V, samples)
+        moved = change["weight"][index.clamp(min=0)] * (index != EMPTY)[..., None]
+        return torch.einsum("btd,rbtd->br", moved, v)
+
     def squares(self, module: nn.Module, x: Tensor, V: Tensor, samples: int) -> dict[str, Tensor]:
         """Each row's sum within a sample squared, once."""
         index, v = self.places(module, x, V[None], samples)

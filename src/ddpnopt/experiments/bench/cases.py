@@ -34,12 +34,14 @@ class Net:
         build: Makes the freshly initialised module.
         input_shape: Shape of one sample.
         batch: Samples in a step.
+        loss: (outputs, targets) -> mean loss.
     """
 
     title: str
     build: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
     batch: int
+    loss: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy
 
     def data(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """One batch: inputs (batch, *input_shape), standard normal, and labels (batch,)."""

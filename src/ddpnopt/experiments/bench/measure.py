@@ -54,16 +54,17 @@ class Job:
             self.optimizer = variant.make(self.model)
         self.x, self.y = net.data(device) if data is None else data
         self.clip, self.device, self.loss = variant.clip, device, 0.0
+        self.criterion = net.loss
         self._initial: list[Tensor] = []
 
     def step(self) -> Tensor:
-        """One whole training step: zero_grad, forward, cross-entropy, backward, clip, step.
+        """One whole training step: zero_grad, forward, loss, backward, clip, step.
 
         Returns:
             The loss before the step.
         """
         self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        loss = self.criterion(self.model(self.x), self.y)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
