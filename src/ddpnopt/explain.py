@@ -22,7 +22,10 @@ from ddpnopt.replay import preserved
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
 
-HEADINGS = ("layer", "type", "rule", "treatment", "parameters", "extra MFLOP", "extra KiB", "why")
+HEADINGS = (
+    *("layer", "type", "rule", "treatment", "parameters", "extra MFLOP", "extra KiB"),
+    *("state made by", "joined behind it", "why"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Row:
         flops: Operations that a closed-loop step adds for this layer's own policy: the Gram product
             and the re-weighted weight gradient (the added passes are the model's: `pass_flops`).
         memory: Extra bytes kept until the step: the gradients at its state and its output.
+        state: After which layers the tensors were made that cross the cut in front of it; one for
+            a chain, and "?" where something crosses that can't be followed (the policy there is the
+            open loop's).
+        joins: Those whose tensors are used behind it, before the next layer: by a sum, a product, a
+            concatenation.
     """
 
     name: str
@@ -50,6 +58,8 @@ class Row:
     parameters: int
     flops: int = 0
     memory: int = 0
+    state: tuple[str, ...] = ()
+    joins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class Explanation:
                 f"{row.parameters:,}",
                 f"{row.flops / 1e6:.3f}",
                 f"{row.memory / 1024:.1f}",
+                " + ".join(row.state),
+                " + ".join(row.joins),
                 row.reason,
             )
             for row in self.rows
@@ -205,6 +217,8 @@ def _stages(trajectory: Trajectory) -> Iterator[Row]:
     counted: set[int] = set()
     for index, stage in enumerate(trajectory.stages):
         module, rule = stage.module, stage.rule
+        if not stage.name and isinstance(module, nn.Identity):
+            continue  # an output that is made behind the last layer
         treatment, reason = "feedback", ""
         if refused:
             treatment, reason = "refused", refused
@@ -227,7 +241,29 @@ def _stages(trajectory: Trajectory) -> Iterator[Row]:
             sum(p.numel() for p in own),
             flops,
             memory,
+            *_cut(trajectory, index),
         )
+
+
+def _cut(trajectory: Trajectory, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What crosses the cut in front of a stage, and what joins behind it, by their makers."""
+    stages, stage = trajectory.stages, trajectory.stages[index]
+    if trajectory.path is None:
+        before = [s.name for s in stages[:index] if not s.plain]
+        return tuple(before[-1:]), ()
+    names = {s.time: s.name or "(model)" for s in reversed(stages)}
+    own = {x.data_ptr() for x in stage.inputs}
+    state: dict[str, None] = {}
+    joins: dict[str, None] = {}
+    for one in trajectory.crossings:
+        maker = names.get(one.born, "(input)")
+        if one.at(stage.time):
+            state[maker] = None
+        if one.used == stage.time and one.y.data_ptr() not in own:
+            joins[maker] = None
+    if any(span.at(stage.time) for span in trajectory.blind):
+        state["?"] = None
+    return tuple(state), tuple(joins)
 
 
 def _unseen(model: nn.Module, trajectory: Trajectory) -> Iterator[Row]:

@@ -74,6 +74,13 @@ class Notices:
                 f"({', '.join(dict.fromkeys(repr(s.name) for s in stages[:at]))}), without "
                 f"layer-wise feedback: {reason}"
             )
+        lost = [s.name for s in trajectory.active if any(b.at(s.time) for b in trajectory.blind)]
+        if lost:
+            self.say(
+                f"{', '.join(map(repr, lost))} take their open-loop policy: a tensor that crosses in "
+                "front of them is overwritten in place, or made by a function that can't be "
+                "followed, so what earlier layers change there is not seen"
+            )
         for stage in stages[at:]:
             if stage.plain and stage.plain != FROZEN:
                 reasons.setdefault(stage.plain, {})[f"'{stage.name}'"] = None
