@@ -31,6 +31,8 @@ from ddpnopt.watch import Watch
 #: The first passes of each structure are probed for mixing, each at another sample, and then
 #: one in so many.
 PROBES, PROBE_EVERY = 3, 64
+#: Structures that are remembered.
+MOST = 512
 
 
 class Classifier:
@@ -166,6 +168,8 @@ class Classifier:
             self._again(trajectory, ledger, marks, found)
             self._probe(trajectory, ledger, taps, found)
         if conclusive or found.start:
+            if len(self._mixing) > MOST:
+                self._mixing.clear()
             self._mixing[trajectory.key] = replace(found, count=known.count + 1)
 
     def _again(

@@ -49,6 +49,7 @@ class Crossing:
         apart: It does not fall into samples (a table of positions, a temperature), or has been
             overwritten: it has no part in q.
         wanted: It is part of the state of some layer in feedback.
+        beside: It is used between the layers of that step, not (only) by the layer itself.
         layout: How its samples lie.
     """
 
@@ -63,6 +64,7 @@ class Crossing:
     fresh_Z: dict[str, Tensor] = field(default_factory=dict)
     apart: bool = False
     wanted: bool = False
+    beside: bool = False
     layout: str = ROWS
 
     def may_lie(self, layout: str) -> bool:
@@ -233,21 +235,25 @@ def other_path() -> UnsupportedModelError:
     )
 
 
+#: Arguments of a call that are compared as they are.
+PLAIN = (int, float, str, slice, torch.dtype, torch.device, type(None), type(Ellipsis))
+
+
 class Path:
-    """The calls of a pass: which functions, and by whose results they were given.
+    """The calls of a pass: which functions, given whose results, and with what options.
 
     A pass that is run again must take the same path, or its tensors are compared with others.
     """
 
     def __init__(self) -> None:
-        self.steps: list[tuple[Any, tuple[int, ...]]] = []
+        self.steps: list[tuple[Any, tuple[Any, ...]]] = []
         self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def step(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A call as it can be told from others; before it runs, as it may overwrite its input."""
         return func, tuple(self._numbers([*args, *kwargs.values()] if kwargs else args))
 
-    def _numbers(self, given: Iterable[Any]) -> Iterator[int]:
+    def _numbers(self, given: Iterable[Any]) -> Iterator[Any]:
         for one in given:
             if isinstance(one, Tensor):
                 known = self._made.get(id(one))
@@ -255,6 +261,8 @@ class Path:
                     yield known[1]
             elif isinstance(one, tuple | list):
                 yield from self._numbers(one)
+            elif isinstance(one, PLAIN):
+                yield one
 
     def same(self, before: Tensor, after: Tensor) -> None:
         """A tensor has taken another's place."""

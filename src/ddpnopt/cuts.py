@@ -21,10 +21,10 @@ from ddpnopt.arguments import ordered, tensors_of
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import Hook, probing
 from ddpnopt.layers import rule_for
+from ddpnopt.modes import Quiet, quiet
 from ddpnopt.replay import Replay, preserved
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
-from ddpnopt.watch import Quiet, quiet
 
 Handle = torch.utils.hooks.RemovableHandle
 #: Modules without memory or randomness: each a fixed function of the one tensor it is given.

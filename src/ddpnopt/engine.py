@@ -162,7 +162,7 @@ class Engine:
     def forget_passes(self) -> None:
         """Drop the recorded passes."""
         if self.recorder is not None:
-            self.recorder.arrivals.drop()
+            self.recorder.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives a step, as tensors and plain values."""

@@ -252,14 +252,13 @@ def _cut(trajectory: Trajectory, index: int) -> tuple[tuple[str, ...], tuple[str
         before = [s.name for s in stages[:index] if not s.plain]
         return tuple(before[-1:]), ()
     names = {s.time: s.name or "(model)" for s in reversed(stages)}
-    own = {x.data_ptr() for x in stage.inputs}
     state: dict[str, None] = {}
     joins: dict[str, None] = {}
     for one in trajectory.crossings:
         maker = names.get(one.born, "(input)")
         if one.at(stage.time):
             state[maker] = None
-        if one.used == stage.time and one.y.data_ptr() not in own:
+        if one.used == stage.time and one.beside:
             joins[maker] = None
     if any(span.at(stage.time) for span in trajectory.blind):
         state["?"] = None

@@ -31,7 +31,8 @@ class Hook:
             or torch._C._get_tracing_state() is not None
         ):
             return None
-        return getattr(recorder, self.method)(self.name, *args)
+        with torch._C.DisableTorchFunction():  # what hooks do is no part of anybody's pass
+            return getattr(recorder, self.method)(self.name, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         """An inert hook."""

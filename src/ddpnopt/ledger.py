@@ -290,9 +290,9 @@ class Ledger:
         """Mark the stages in front of ``start`` as mixed, and find B from the others.
 
         B is the number of rows of the output, or of an active stage of which the output's are a
-        multiple (positions folded into the batch), if ``samples`` does not say it. Of layers that
-        begin a branch (embeddings of tokens and of positions, which all samples may share) those
-        with most rows count.
+        multiple (positions folded into the batch), if ``samples`` does not say it: of the layers
+        that begin the net, where there are such (of embeddings of tokens and of positions, which
+        all samples may share, those with most rows), or of all.
         """
         assert trajectory.z is not None
         for stage in trajectory.stages[:start]:
@@ -301,10 +301,12 @@ class Ledger:
         if last == 0:
             for stage in trajectory.stages:
                 stage.plain = stage.plain or "the batch is empty"
-        pairs = list(zip(trajectory.stages, self.states, strict=True))
-        widest = max((s.rows for s, state in pairs if state is None), default=0)
-        own = [s.rows for s, state in pairs if not s.plain and (state or s.rows == widest)]
-        rows = [n for n in own if n and last % n == 0]
+        active = list(zip(trajectory.stages, self.states, strict=True))
+        widest = max((s.rows for s, state in active if state is None), default=0)
+        active = [pair for pair in active if not pair[0].plain]
+        first = [s.rows for s, state in active if state is None and s.rows == widest]
+        # Rows may be routed to layers in between, in any number.
+        rows = [n for n in first or [s.rows for s, _ in active] if n and last % n == 0]
         samples = trajectory.samples = samples or min([last, *rows])
         for stage in trajectory.stages:
             second = stage.x.dim() > 1 and stage.x.shape[1] == samples and stage.may_lie(SECOND)

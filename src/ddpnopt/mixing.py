@@ -121,5 +121,8 @@ def _comes_first(
     """
     if isinstance(one, Stage):
         first = ledger.states[trajectory.stages.index(one)] is None
-        return first and one.x.dim() == 1 and one.rows != trajectory.samples
+        if not first or one.x.dim() != 1:
+            return False
+        consecutive = bool((one.x.diff() == 1).all())  # the positions themselves
+        return consecutive or one.rows != trajectory.samples
     return edge is not None and not ledger.depends(trajectory, edge)

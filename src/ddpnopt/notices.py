@@ -77,8 +77,8 @@ class Notices:
         lost = [s.name for s in trajectory.active if any(b.at(s.time) for b in trajectory.blind)]
         if lost:
             self.say(
-                f"{', '.join(map(repr, lost))} take their open-loop policy: a tensor that crosses in "
-                "front of them is overwritten in place, or made by a function that can't be "
+                f"{', '.join(map(repr, lost))} take their open-loop policy: a tensor that crosses "
+                "in front of them is overwritten in place, or made by a function that can't be "
                 "followed, so what earlier layers change there is not seen"
             )
         for stage in stages[at:]:

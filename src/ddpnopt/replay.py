@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.modes import rebuilt
 from ddpnopt.randomness import Randomness, cuda_in_use
 from ddpnopt.typing import Tensor
 from ddpnopt.watch import Retrace
@@ -29,8 +30,8 @@ def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
         if not alias.is_inference():
             watched.append((alias, alias._version))
         return alias
-    if type(value) in (tuple, list):
-        return type(value)(frozen(v, watched) for v in value)
+    if isinstance(value, tuple | list):
+        return rebuilt(value, [frozen(v, watched) for v in value])
     if type(value) is dict:
         return {k: frozen(v, watched) for k, v in value.items()}
     return value

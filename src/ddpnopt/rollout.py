@@ -7,6 +7,7 @@ dx = x^ - x, and takes its own step u* = u + du(dx).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -149,7 +150,7 @@ def _replay(
     if moved is not None and trajectory.path is not None:
         replay.trace = Retrace(moved, trajectory.path)
         replay.trace.functional = {k: one for k, one in functional.items() if one[0] in layers}
-        replay.trace.layers = replay
+        replay.trace.layers = weakref.proxy(replay)  # which holds the trace
     return replay
 
 

@@ -24,13 +24,13 @@ from ddpnopt.classification import Classifier
 from ddpnopt.inert import Anchor, Hook, probes
 from ddpnopt.layers import reason_against, rule_for
 from ddpnopt.ledger import Ledger
+from ddpnopt.modes import quiet
 from ddpnopt.parameters import parameters
 from ddpnopt.recording import Executed
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import Anatomy, held_weight
 from ddpnopt.typing import Tensor
-from ddpnopt.watch import quiet
 from ddpnopt.watching import Watching
 
 
@@ -78,6 +78,7 @@ class Recorder:
         self.anatomy = Anatomy(model, trainable)
         self._attach()
         weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, self.watching.end)
 
     # Structure of the model -----------------------------------------------------------------
 
@@ -106,6 +107,11 @@ class Recorder:
     def detach(self) -> None:
         """Remove every hook and forget everything recorded."""
         _remove(self._handles)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the recorded passes, and what an interrupted one has left."""
+        self.watching.end()
         self.arrivals.drop()
 
     @property
@@ -217,6 +223,7 @@ class Recorder:
         """Before a layer: a time step begins."""
         if self.watching.watch is not None and self._recording():
             self.watching.watch.time += 1
+            self.watching.watch.inside = True
 
     def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: its weight asks for no gradient while the layer runs."""
@@ -235,6 +242,8 @@ class Recorder:
 
     def _record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After a layer: note its state, and ask for its gradients."""
+        if self.watching.watch is not None:
+            self.watching.watch.inside = False
         with quiet(self.watching.watch):
             held = self._held.pop(name, None)
             if held is not None:

@@ -8,92 +8,30 @@ pass is run again, the same tensors are known by the number of the call that mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ddpnopt.crossing import Crossing, Moved, Path, Span, other_path
-from ddpnopt.functional import COMPOSITE, Layers, unfolded
+from ddpnopt.modes import Quiet, floating, rebuilt
 from ddpnopt.typing import Tensor
-
-#: Attributes of a tensor that are functions of it.
-VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
-#: Methods that only tell something about a tensor.
-QUERIES = frozenset(
-    {"size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "type"}
-    | {"is_contiguous", "is_floating_point", "is_complex", "element_size", "get_device", "__len__"}
-    | {"detach", "__hash__", "__bool__", "item", "tolist", "data_ptr", "__repr__", "__format__"}
-    | {"register_hook", "retain_grad", "requires_grad_", "backward", "is_inference", "numpy"}
-)
-
 
 #: The time step of what was made before the pass, or of parameters alone, by unknown means.
 OUTSIDE = -1
 
 
-class Quiet(TorchFunctionMode):
-    """A mode that can be switched off where it stands: one left behind does no harm."""
+class _Watches(threading.local):
+    """Those that see a pass now: a model inside another's, or two optimizers on one."""
 
-    on = True
-    #: Layers that run as functions, by the identity of their weight, and who is told.
-    functional: Mapping[int, tuple[str, nn.Module]] = {}
-    layers: Layers | None = None
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A dense layer runs."""
-        name, module = self.functional.get(id(weight), ("", None))
-        if module is None or self.layers is None or not isinstance(x, Tensor):
-            made: Tensor = self.call(F.linear, (x, weight, bias), {})
-            return made
-        with quiet(self):
-            self.layers.begin(name, module, x)
-        made = self.call(F.linear, (x, weight, bias), {})
-        with quiet(self):
-            return self.layers.end(name, module, x, made)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Call the function; what is only asked of a tensor is no call."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if self.on and func in COMPOSITE:
-            with self:
-                return unfolded(func)(*args, **kwargs)
-        if self.on and func is F.linear and self.layers is not None:
-            args = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
-            return self.linear(*args)
-        if name == "__get__":
-            if getattr(func.__self__, "__name__", "") not in VIEWS:
-                return func(*args, **kwargs)
-        elif name in QUERIES or name == "__set__":
-            return func(*args, **kwargs)
-        return self.call(func, args, kwargs) if self.on else func(*args, **kwargs)
-
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function that computes."""
-        raise NotImplementedError
+    def __init__(self) -> None:
+        self.active: list[Watch] = []
 
 
-@contextmanager
-def quiet(watch: Quiet | None) -> Iterator[None]:
-    """Within the block calls of our own are not watched."""
-    if watch is None:
-        yield
-        return
-    before, watch.on = watch.on, False
-    try:
-        with torch._C.DisableTorchFunction():  # or each call would be asked about
-            yield
-    finally:
-        watch.on = before
+_watches = _Watches()
 
 
 class Watch(Quiet):
@@ -121,8 +59,22 @@ class Watch(Quiet):
         self.edges: list[GradientEdge] = []
         self._times: dict[Node, int] = {}
         self._calls: dict[tuple[Node, int], tuple[int, int]] = {}
-        self._taps: dict[tuple[Node, int], tuple[int, Tensor]] = {}
+        self._taps: dict[tuple[Node, int], tuple[Crossing, Tensor]] = {}
+        #: A layer runs.
+        self.inside = False
         self._told = 0
+
+    def begin(self) -> None:
+        """See every call from here on."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+        _watches.active.append(self)
+
+    def end(self) -> None:
+        """See no more, wherever in the stack of modes it stands: an interrupt may have left it."""
+        self.on, self.layers = False, None
+        self.path.close()
+        _watches.active[:] = [one for one in _watches.active if one is not self]
+        self.leave_stack()
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Tap what comes from an earlier time step, and note what is made."""
@@ -178,14 +130,29 @@ class Watch(Quiet):
         if known is not None:
             self._calls[new, after.output_nr] = known
 
+    def alias(self, y: Tensor, tap: Tensor) -> None:
+        """Another watch has put a view of a tensor in its place."""
+        old, new = y.grad_fn, tap.grad_fn
+        assert old is not None and new is not None
+        self.path.same(y, tap)
+        if old in self._times:
+            self._times[new] = self._times[old]
+        if (old, y.output_nr) in self._calls:
+            self._calls[new, tap.output_nr] = self._calls[old, y.output_nr]
+
     def leave(self, output: Any) -> Any:
         """Tap what leaves the pass with its output: it is used behind the last layer."""
         if not self.tapping:
             return output
         self.time += 1
-        return tree_map_only(Tensor, self._left, output)
+        values, structure = tree_flatten(output)
+        used = [self._left(value) for value in values]
+        same = all(a is b for a, b in zip(used, values, strict=True))
+        return output if same else tree_unflatten(used, structure)
 
-    def _left(self, value: Tensor) -> Tensor:
+    def _left(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
         node = value.grad_fn
         made_last = node is None or self._times.get(node, self.time) >= self.time - 1
         return value if made_last else self._use(value, {})
@@ -209,10 +176,10 @@ class Watch(Quiet):
             if tap is not value:
                 tapped[id(tap)] = value, tap, tap._version
             return tap
-        if type(value) in (tuple, list):
+        if isinstance(value, tuple | list):
             parts = [self._use(one, tapped) for one in value]
             same = all(a is b for a, b in zip(parts, value, strict=True))
-            return value if same else type(value)(parts)
+            return value if same else rebuilt(value, parts)
         if type(value) is dict:
             return {key: self._use(one, tapped) for key, one in value.items()}
         return value
@@ -228,17 +195,22 @@ class Watch(Quiet):
         """The view of a tensor that stands for its use in this time step."""
         key = node, y.output_nr
         known = self._taps.get(key)
-        if known is not None and known[0] == self.time:
+        if known is not None and known[0].used == self.time:
+            known[0].beside = known[0].beside or not self.inside
             return known[1]
         call = self._calls.get(key)
         if call is None or type(y) is not Tensor or _wrapped(y):
             self.blind.append(Span(born, self.time))
             return y
-        tap = y.view_as(y)
+        with torch._C.DisableTorchFunction():  # nobody else's business
+            tap = y.view_as(y)
+            one = Crossing(call, born, self.time, y.detach(), y._version, beside=not self.inside)
         assert tap.grad_fn is not None
         self._times[tap.grad_fn] = self.time
-        one = Crossing(call, born, self.time, y.detach(), y._version)
-        self._taps[key] = self.time, tap
+        for other in _watches.active:
+            if other is not self:
+                other.alias(y, tap)
+        self._taps[key] = one, tap
         self.crossings.append(one)
         self.edges.append(get_gradient_edge(tap))
         self.hook(one, tap)
@@ -301,15 +273,6 @@ class Retrace(Quiet):
             self.path.made(results, number)
             self.moved.meet(number, results)
         return made
-
-
-def floating(made: Any) -> Sequence[Tensor]:
-    """The floating-point tensors in a call's result, in order."""
-    if isinstance(made, Tensor):
-        return (made,) if made.is_floating_point() or made.is_complex() else ()
-    if isinstance(made, tuple | list):
-        return [t for one in made for t in floating(one)]
-    return ()
 
 
 def _wrapped(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ import weakref
 from functools import partial
 
 from torch import nn
-from torch.overrides import _get_current_function_mode
 
 from ddpnopt.arrivals import Arrivals, gradient_at_crossing
 from ddpnopt.crossing import Crossing
@@ -52,17 +51,14 @@ class Watching:
             return
         hook = partial(_await_crossing, weakref.ref(arrivals))
         self.watch = Watch(hook, tapping=self.closed_loop)
-        self.watch.functional, self.watch.layers = functional, layers
-        self.watch.__enter__()  # type: ignore[no-untyped-call]
+        self.watch.functional, self.watch.layers = functional, weakref.proxy(layers)
+        self.watch.begin()
 
     def end(self) -> Watch | None:
         """The pass is over: its calls are seen no more."""
         watch, self.watch = self.watch, None
         if watch is not None:
-            watch.on, watch.layers = False, None
-            watch.path.close()
-            if _get_current_function_mode() is watch:  # type: ignore[no-untyped-call]
-                watch.__exit__(None, None, None)
+            watch.end()
         return watch
 
     def look(

@@ -23,6 +23,7 @@ from torch import nn
 
 from ddpnopt.borrowed import Update
 from ddpnopt.cuts import Cut, cut
+from ddpnopt.engine import Engine
 from ddpnopt.hyperparameters import curvature_options
 from ddpnopt.inert import probing
 from ddpnopt.linearise import cast_state
@@ -31,6 +32,12 @@ from ddpnopt.stages import Trajectory
 from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
+
+
+class _ChainOnly(Engine):
+    """The regulariser compares each layer with the next: it is for chains."""
+
+    graphs = False
 
 
 class SGDVGR(DDPNOpt):
@@ -58,6 +65,8 @@ class SGDVGR(DDPNOpt):
         >>> opt = SGDVGR(model, lr=0.1, strength=0.1)
         >>> opt.zero_grad(); criterion(model(x), y).backward(); opt.step()
     """
+
+    _engine_type = _ChainOnly
 
     def __init__(
         self,

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT
+"""A mode of torch functions that sees the calls of a pass, and stays out of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+
+from ddpnopt.functional import COMPOSITE, Layers, unfolded
+from ddpnopt.typing import Tensor
+
+#: Attributes of a tensor that are functions of it.
+VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})
+#: Methods that only tell something about a tensor.
+QUERIES = frozenset(
+    {"size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "type"}
+    | {"is_contiguous", "is_floating_point", "is_complex", "element_size", "get_device", "__len__"}
+    | {"detach", "__hash__", "__bool__", "item", "tolist", "data_ptr", "__repr__", "__format__"}
+    | {"register_hook", "retain_grad", "requires_grad_", "backward", "is_inference", "numpy"}
+)
+
+
+class Quiet(TorchFunctionMode):
+    """A mode that can be switched off where it stands: one left behind does no harm."""
+
+    on = True
+    #: Layers that run as functions, by the identity of their weight, and who is told.
+    functional: Mapping[int, tuple[str, nn.Module]] = {}
+    layers: Layers | None = None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A dense layer runs."""
+        name, module = self.functional.get(id(weight), ("", None))
+        if module is None or self.layers is None or not isinstance(x, Tensor):
+            made: Tensor = self.call(F.linear, (x, weight, bias), {})
+            return made
+        with quiet(self):
+            self.layers.begin(name, module, x)
+        made = self.call(F.linear, (x, weight, bias), {})
+        with quiet(self):
+            return self.layers.end(name, module, x, made)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function; what is only asked of a tensor is no call."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.on and func in COMPOSITE:
+            with self:
+                return unfolded(func)(*args, **kwargs)
+        if self.on and func is F.linear and self.layers is not None:
+            args = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
+            return self.linear(*args)
+        if name == "__get__":
+            if getattr(func.__self__, "__name__", "") not in VIEWS:
+                return func(*args, **kwargs)
+        elif name in QUERIES or name == "__set__":
+            return func(*args, **kwargs)
+        return self.call(func, args, kwargs) if self.on else func(*args, **kwargs)
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that computes."""
+        raise NotImplementedError
+
+    def leave_stack(self) -> None:
+        """Stand no more in the stack of modes, wherever that is."""
+        if all(mode is not self for mode in _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+            return
+        above = []
+        while (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
+            above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def quiet(watch: Quiet | None) -> Iterator[None]:
+    """Within the block calls of our own are not watched."""
+    if watch is None:
+        yield
+        return
+    before, watch.on = watch.on, False
+    try:
+        with torch._C.DisableTorchFunction():  # or each call would be asked about
+            yield
+    finally:
+        watch.on = before
+
+
+def rebuilt(value: Any, parts: list[Any]) -> Any:
+    """A tuple or list of the same kind with other members."""
+    make = getattr(value, "_make", type(value))
+    return make(parts)
+
+
+def floating(made: Any) -> Sequence[Tensor]:
+    """The floating-point tensors in a call's result, in order."""
+    if isinstance(made, Tensor):
+        return (made,) if made.is_floating_point() or made.is_complex() else ()
+    if isinstance(made, tuple | list):
+        return [t for one in made for t in floating(one)]
+    return ()
