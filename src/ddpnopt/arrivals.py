@@ -124,7 +124,10 @@ class Arrivals:
         if trajectory.pending is not None:
             trajectory.cost, trajectory.error = trajectory.pending
             trajectory.pending = None
-        if trajectory.heads:
+        for stage, head in trajectory.heads.items():
+            if head.crossing is not None:
+                head.crossing.fresh_g = stage.fresh_G
+        if trajectory.columns:
             fill_columns(trajectory)
         trajectory.arrived, trajectory.columns = [], 0
         if trajectory.fresh_front is not None:

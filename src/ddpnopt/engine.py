@@ -194,17 +194,16 @@ class Engine:
         with torch.no_grad():
             if not bool(G.isfinite().all()):
                 return  # GradScaler probes with overflows: the last decision stands
-            before = len(trajectory.arrived)
             try:
-                cost = self.outputs.cost(trajectory, stage, G)
+                found, cost = self.outputs.cost(trajectory, stage, G)
             except TerminalError as error:
                 trajectory.pending = (None, error)
                 return
         if trajectory.pending[1] is None:
             trajectory.pending = (cost, None)
-        if len(trajectory.arrived) > before and not all(s.plain for s in trajectory.stages):
-            z = trajectory.z if main else trajectory.heads[stage]
-            linearise(trajectory, z, link, trajectory.arrived[-1][0], self.options.value)
+        if found is not None and not all(s.plain for s in trajectory.stages):
+            z = trajectory.z if main else trajectory.heads[stage].z
+            linearise(trajectory, z, link, found, self.options.value)
 
     def _at_boundary(self, trajectory: Trajectory, G: Tensor, edge: GradientEdge) -> None:
         """The gradient has arrived where the samples' mixing begins: weight them there."""

@@ -6,7 +6,6 @@ All three are found from the autograd graph of the pass itself, not from the use
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -86,8 +85,8 @@ class Ledger:
         self._skips: list[tuple[int, int]] = []
         self._reentrant: int | None = None
         self._ahead: list[tuple[int, int]] = []
-        self._used: set[int] = set()
-        self._ends: dict[int, weakref.ref[Tensor]] = {}
+        #: Outputs that no later layer has used yet.
+        self._ends: dict[int, Tensor] = {}
         #: Identities of layers' parameters that something else uses, too.
         self.elsewhere: set[int] = set()
 
@@ -120,12 +119,12 @@ class Ledger:
                 continue
             seen.add(node)
             if node in self._latest:
-                self._used.add(self._outputs[node])
+                self._ends.pop(self._outputs[node], None)
                 continue
             source = self._outputs.get(node)
             leaf = id(getattr(node, "variable", None))
             if source is not None:
-                self._used.add(source)
+                self._ends.pop(source, None)
             elif (source := self._leaves.get(leaf)) is not None:
                 self.elsewhere.add(leaf)
             if source is None and leaf in self._own:
@@ -144,17 +143,16 @@ class Ledger:
             self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
             self._outputs.update({node: index for node in self._latest})
             self._leaves.update({id(p): index for p in own})
-            self._ends[index] = weakref.ref(out)
+            self._ends[index] = out.detach()
 
     def heads(self) -> dict[int, Tensor]:
         """Layers before the last whose output no later one uses, and that output."""
-        found = {}
-        for index, ref in self._ends.items():
-            out = ref()
-            last = index == len(self.edges) - 1
-            if not last and index not in self._used and out is not None and out.requires_grad:
-                found[index] = out.detach()
-        return found
+        last = len(self.edges) - 1
+        return {i: z for i, z in self._ends.items() if i != last and self.edges[i] is not None}
+
+    def behind(self, edge: GradientEdge) -> set[int]:
+        """The layers that a recorded tensor is made from, at first hand."""
+        return self._sources(edge.node)
 
     def joined(self, outputs: Sequence[Tensor]) -> Tensor | None:
         """An output that is made from the last layer's and others' together."""
@@ -162,15 +160,14 @@ class Ledger:
         if any(node in self._latest for node in nodes):
             return None
         for output in outputs:
-            sources = self._sources(output)
+            sources = self._sources(output.grad_fn)
             last = {self._outputs[node] for node in self._latest}
             if last & sources and sources - last:
                 return output
         return None
 
-    def _sources(self, output: Tensor) -> set[int]:
-        """The layers that a tensor is made from, at first hand."""
-        stack: list[Node | None] = [output.grad_fn]
+    def _sources(self, node: Node | None) -> set[int]:
+        stack = [node]
         seen: set[Node] = set()
         found: set[int] = set()
         while stack:

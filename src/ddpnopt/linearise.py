@@ -107,6 +107,9 @@ def _pull_to_crossings(trajectory: Trajectory, link: Link, columns: Tensor) -> N
     before, trajectory.columns = trajectory.columns, trajectory.columns + len(columns)
     if not link.stage.plain:
         _append(link.stage.fresh_Z, "Z_h", columns, before)
+    head = trajectory.heads.get(link.stage)
+    if head is not None and head.crossing is not None:
+        _append(head.crossing.fresh_Z, "Z", columns, before)
     if not targets:
         return
     seed = columns[:, 0] if link.stage.unbatched else columns
@@ -141,10 +144,17 @@ def _padded(Z: Tensor, columns: int, like: Tensor) -> Tensor:
 
 def fill_columns(trajectory: Trajectory) -> None:
     """Zero columns of the outputs that a stage or crossing has no part in."""
-    kept = [*(s.fresh_Z for s in trajectory.stages), *(c.fresh_Z for c in trajectory.crossings)]
-    for columns in kept:
-        for name, Z in columns.items():
-            columns[name] = _padded(Z, trajectory.columns, Z)
+    columns = trajectory.columns
+    for stage in trajectory.stages:
+        if stage.fresh_G is not None and stage.rule is not None:
+            _fill(stage.fresh_Z, "Z_h", columns, stage.fresh_G)
+    for one in trajectory.crossings:
+        if one.fresh_g is not None:
+            _fill(one.fresh_Z, "Z", columns, one.fresh_g)
+
+
+def _fill(kept: dict[str, Tensor], name: str, columns: int, like: Tensor) -> None:
+    kept[name] = _padded(kept.get(name, like[None][:0]), columns, like[None])
 
 
 def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: int) -> None:

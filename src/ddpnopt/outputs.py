@@ -31,8 +31,10 @@ class Outputs:
         self.main = Recogniser(terminal)
         self.others: dict[str, Recogniser] = {}
 
-    def cost(self, trajectory: Trajectory, stage: Stage, G: Tensor) -> Cost | None:
-        """The cost of all outputs whose gradient has arrived; None where none is recognised.
+    def cost(
+        self, trajectory: Trajectory, stage: Stage, G: Tensor
+    ) -> tuple[Cost | None, Cost | None]:
+        """An output's own cost, and that of all whose gradient has arrived; None if unrecognised.
 
         An output beside the last whose loss is not recognised (a penalty on a latent code) counts
         with its gradient, and without curvature.
@@ -56,12 +58,11 @@ class Outputs:
         else:
             recogniser = self.others.setdefault(stage.name, Recogniser(self.terminal))
             try:
-                found = recogniser(trajectory.heads[stage], G, axis, trajectory.samples)
+                found = recogniser(trajectory.heads[stage].z, G, axis, trajectory.samples)
             except TerminalError:
                 found = None
-        if found is not None:
-            trajectory.arrived.append((found, G))
-        return joint(trajectory.arrived) if trajectory.arrived else None
+        trajectory.arrived.append((found, G))
+        return found, joint(trajectory.arrived, trajectory.samples)
 
     def state_dict(self) -> dict[str, Any]:
         """The recognisers' memories."""

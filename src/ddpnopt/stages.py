@@ -151,6 +151,19 @@ def whole(stage: Stage, samples: int) -> Stage:
     )
 
 
+@dataclass(frozen=True)
+class Head:
+    """An output beside the last.
+
+    Attributes:
+        z: Its value (an alias).
+        crossing: It is part of the state from its layer to the loss; None in open loop.
+    """
+
+    z: Tensor
+    crossing: Crossing | None
+
+
 @dataclass(eq=False)
 class Front:
     """What one backward pass has found at its boundary.
@@ -197,8 +210,8 @@ class Trajectory:
             0 for none, the number of stages for the output.
         front, fresh_front: What has been found there.
         crossings: What crosses the cuts in front of its layers, where branches do.
-        heads: Layers beside the last whose output goes to the loss alone, with that output.
-        arrived: The recognised costs of a backward pass that has not ended, and their gradients.
+        heads: Layers beside the last whose output goes to the loss alone.
+        arrived: The outputs' costs in a backward pass that has not ended, and their gradients.
         columns: Columns of the terminal factors of the outputs that have arrived.
         blind: Where something crosses that can't be followed.
         path: Its calls of torch functions, where they were watched.
@@ -220,8 +233,8 @@ class Trajectory:
     front: Front | None = None
     fresh_front: Front | None = None
     crossings: list[Crossing] = field(default_factory=list)
-    heads: dict[Stage, Tensor] = field(default_factory=dict)
-    arrived: list[tuple[Cost, Tensor]] = field(default_factory=list)
+    heads: dict[Stage, Head] = field(default_factory=dict)
+    arrived: list[tuple[Cost | None, Tensor]] = field(default_factory=list)
     columns: int = 0
     blind: list[Span] = field(default_factory=list)
     path: Path | None = None

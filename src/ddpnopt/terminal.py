@@ -66,7 +66,7 @@ def concatenated(costs: list[Cost]) -> Cost:
     )
 
 
-def joint(parts: list[tuple[Cost, Tensor]]) -> Cost:
+def joint(parts: list[tuple[Cost | None, Tensor]], samples: int) -> Cost | None:
     """The cost of several outputs whose losses are summed, from each one's cost and gradient.
 
     Along the joint gradient, an output's share of its square is |G_h|^2 / sum |G|^2. With w the
@@ -74,24 +74,31 @@ def joint(parts: list[tuple[Cost, Tensor]]) -> Cost:
 
         kappa = sum_h share_h^2 kappa_h w / w_h,    Lambda = sum_h share_h Lambda_h.
 
-    Its factor's columns are those of the outputs, one after another: each is pulled back from its
-    own output, as it arrives.
+    An output whose loss is not known counts as linear: kappa_h = 0, Lambda_h = 1. The factor's
+    columns are those of the outputs, one after another: each is pulled back from its own output, as
+    it arrives.
+
+    Args:
+        parts: The outputs' costs, None for one that is not known, and their gradients.
+        samples: B.
+
+    Returns:
+        None where none is known.
     """
-    if len(parts) == 1:
-        return parts[0][0]
-    costs = [cost for cost, _ in parts]
-    wide = costs[0].w.dtype
-    squares = torch.stack([G.to(wide).reshape(len(c.w), -1).square().sum(1) for c, G in parts])
-    tiny = torch.finfo(wide).tiny
+    costs = [cost for cost, _ in parts if cost is not None]
+    if len(parts) == 1 or not costs:
+        return costs[0] if costs else None
+    wide, tiny = costs[0].w.dtype, torch.finfo(costs[0].w.dtype).tiny
+    squares = torch.stack([G.to(wide).reshape(samples, -1).square().sum(1) for _, G in parts])
     shares = squares / squares.sum(0).clamp(min=tiny)
+    own = [share for share, (cost, _) in zip(shares, parts, strict=True) if cost is not None]
+    pairs = list(zip(own, costs, strict=True))
     w = torch.stack([cost.w for cost in costs]).amax(0)
     kappa = [
         torch.where(share > 0, share.square() * c.kappa * (w / c.w.clamp(min=tiny)), 0.0)
-        for share, c in zip(shares, costs, strict=True)
+        for share, c in pairs
     ]
-    bounded = [
-        share * c.excess for share, c in zip(shares, costs, strict=True) if c.excess is not None
-    ]
+    bounded = [share * c.excess for share, c in pairs if c.excess is not None]
 
     def factor(rank: int | None) -> Tensor:
         raise TerminalError(

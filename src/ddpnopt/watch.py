@@ -157,6 +157,16 @@ class Watch(Quiet):
         made_last = node is None or self._times.get(node, self.time) >= self.time - 1
         return value if made_last else self._use(value, {})
 
+    def head(self, edge: GradientEdge, born: int, z: Tensor) -> Crossing | None:
+        """An output that stays alive from its layer to the loss."""
+        call = self._calls.get((edge.node, edge.output_nr))
+        if call is None or not self.tapping:
+            return None
+        one = Crossing(call, born, self.time, z, z._version)
+        self.crossings.append(one)
+        self.edges.append(edge)
+        return one
+
     def fresh_taps(self) -> tuple[tuple[Crossing, GradientEdge], ...]:
         """What has crossed since the last call."""
         start, self._told = self._told, len(self.crossings)

@@ -13,7 +13,7 @@ from ddpnopt.crossing import Crossing
 from ddpnopt.cuts import in_order
 from ddpnopt.functional import Layers
 from ddpnopt.ledger import Ledger
-from ddpnopt.stages import Trajectory
+from ddpnopt.stages import Head, Stage, Trajectory
 from ddpnopt.structure import Anatomy
 from ddpnopt.typing import Tensor
 from ddpnopt.watch import Watch, branches
@@ -73,7 +73,7 @@ class Watching:
         names = tuple(s.name for s in trajectory.stages)
         found = len(set(names)) < len(names) or ledger.branched or bool(anatomy.shared)
         if self.graphs:
-            trajectory.heads = {trajectory.stages[i]: z for i, z in ledger.heads().items()}
+            trajectory.heads = _heads(trajectory, watch, ledger)
         found = found or bool(trajectory.heads)
         if watch is not None:
             times = [stage.time for stage in trajectory.stages]
@@ -89,6 +89,22 @@ class Watching:
             self.branching = found or self.branching or (False if sure else None)
             if len(self._chains) > 1:  # another may come that is none
                 self.branching = True
+
+
+def _heads(trajectory: Trajectory, watch: Watch | None, ledger: Ledger) -> dict[Stage, Head]:
+    """The outputs beside the last. Whatever is made of one on its way to the loss is that one."""
+    found, ends = {}, ledger.heads()
+    if watch is not None and ends:
+        pairs = list(zip(watch.crossings, watch.edges, strict=True))
+        made = [(pair, ledger.behind(pair[1])) for pair in pairs]
+        pairs = [pair for pair, sources in made if not sources or sources - set(ends)]
+        watch.crossings, watch.edges = [one for one, _ in pairs], [tap for _, tap in pairs]
+    for index, z in ends.items():
+        stage, edge = trajectory.stages[index], ledger.edges[index]
+        assert edge is not None
+        crossing = watch.head(edge, stage.time, z) if watch is not None else None
+        found[stage] = Head(z, crossing)
+    return found
 
 
 def _await_crossing(ref: weakref.ref[Arrivals], one: Crossing, tap: Tensor) -> None:

@@ -140,13 +140,17 @@ class Joint:
         return (along / G.square().sum(1).square())[:, None, None] * G[:, :, None] * G[:, None]
 
     def lines(self, z: Tensor) -> list[LineModel]:
-        """kappa = g^T H g / |g|^4 of the joint loss; its slope far along the gradient."""
-        slope = vmap(grad(self.plain))
-        g, H = slope(z, self.used, *self.targets), len(z) * self.hessian(z)
+        """kappa = g^T H g / |g|^4 of the joint loss, and how far its slope can rise along g."""
+
+        def bounded(z: Tensor, used: Tensor, *y: Tensor) -> Tensor:
+            return self.plain(z, used, *y, known=True)
+
+        g = vmap(grad(self.plain))(z, self.used, *self.targets)
         square = g.square().sum(1)
-        kappa = torch.einsum("bi,bij,bj->b", g, H, g) / square.square()
-        if any(one.loss == "squared" for one in self.outputs):
+        kappa = torch.einsum("bi,bij,bj->b", g, len(z) * self.hessian(z), g) / square.square()
+        if any(one.loss == "squared" and one.known for one in self.outputs):
             return [LineModel(float(k), None) for k in kappa]
+        slope = vmap(grad(bounded))
         far = slope(z + 1e4 * g / square[:, None], self.used, *self.targets)
-        steepest = (far * g).sum(1) / square
-        return [LineModel(float(k), float(s) - 1) for k, s in zip(kappa, steepest, strict=True)]
+        rise = ((far - slope(z, self.used, *self.targets)) * g).sum(1) / square
+        return [LineModel(float(k), float(e)) for k, e in zip(kappa, rise, strict=True)]
