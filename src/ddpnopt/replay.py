@@ -84,7 +84,6 @@ class Call:
         """Run the module again, without the autocast weight cache; with ``grad``, record it."""
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(_slow_attention())
             for device, (enabled, dtype) in self.autocast.items():
                 # A cached half-precision copy of a weight would be the old weight's.
                 stack.enter_context(
@@ -95,17 +94,6 @@ class Call:
             self.module(*self.args, **self.kwargs)
         if trace is not None:
             trace.check()
-
-
-@contextmanager
-def _slow_attention() -> Iterator[None]:
-    """Without gradients torch's encoder layers run one fused function instead of their parts."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
@@ -144,9 +132,13 @@ def preserved(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> I
     outside = Randomness.capture()
     for module, name, buffer in buffers:
         module._buffers[name] = copies[id(buffer)]
+    # Without gradients torch's encoder layers would run one fused function instead of their parts.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         set_training(modules, training)
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
