@@ -16,6 +16,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probes, probing
 from ddpnopt.linearise import fill_columns, pulled
 from ddpnopt.ranks import several
@@ -129,12 +130,21 @@ class Arrivals:
                 head.crossing.fresh_g = stage.fresh_G
         if trajectory.columns:
             fill_columns(trajectory)
-        trajectory.arrived, trajectory.columns = [], 0
+        if trajectory.columns and len(trajectory.arrived) > 1 and trajectory in self.completed:
+            trajectory.error = UnsupportedModelError(
+                "several backward passes through the outputs of one pass: with this value function "
+                "add the losses and call backward once, or use value='moreau'"
+            )
+        trajectory.columns = 0
+        if not self.adds_up:
+            trajectory.arrived = {}
         if trajectory.fresh_front is not None:
             before = trajectory.front if self.adds_up else None
             trajectory.front, trajectory.fresh_front = trajectory.fresh_front.plus(before), None
         for stage in trajectory.stages:
             add = self.adds_up
+            if not add:  # what this pass has not reached is not its business
+                stage.G = stage.g_x = stage.Z_h = stage.Z_x = stage.J = None
             if stage.fresh_G is not None:
                 stage.G = stage.G + stage.fresh_G if add and stage.G is not None else stage.fresh_G
             if stage.fresh_g_x is not None:
@@ -151,7 +161,7 @@ class Arrivals:
     def _discard(self) -> None:
         for trajectory in self._during:
             trajectory.pending = trajectory.fresh_front = None
-            trajectory.arrived, trajectory.columns = [], 0
+            trajectory.arrived, trajectory.columns = {}, 0
             for stage in trajectory.stages:
                 stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
             for one in trajectory.crossings:

@@ -151,6 +151,11 @@ def weigh(
     inside = [p for p in parameters if p.requires_grad and id(p) not in owned]
     rows = (G[None] if stage.unbatched else G).to(torch.promote_types(G.dtype, torch.float32))
     Z = None
+    if value.linearization == "factor" and trajectory.heads:
+        raise UnsupportedModelError(
+            "a model that mixes samples (BatchNorm in training mode) and has several outputs: this "
+            "value function can't weight the layers in front; use value='moreau' or 'gauss_newton'"
+        )
     if value.linearization == "factor":
         Z = _columns(trajectory, cost.factor(value.rank)).to(rows.dtype)
     K = _gain(step, edge, G, rows, inside)

@@ -61,8 +61,8 @@ class Outputs:
                 found = recogniser(trajectory.heads[stage].z, G, axis, trajectory.samples)
             except TerminalError:
                 found = None
-        trajectory.arrived.append((found, G))
-        return found, joint(trajectory.arrived, trajectory.samples)
+        trajectory.arrived[stage] = found, G
+        return found, joint(list(trajectory.arrived.values()), trajectory.samples)
 
     def state_dict(self) -> dict[str, Any]:
         """The recognisers' memories."""

@@ -211,7 +211,7 @@ class Trajectory:
         front, fresh_front: What has been found there.
         crossings: What crosses the cuts in front of its layers, where branches do.
         heads: Layers beside the last whose output goes to the loss alone.
-        arrived: The outputs' costs in a backward pass that has not ended, and their gradients.
+        arrived: The costs of the outputs whose gradients have arrived, and those gradients.
         columns: Columns of the terminal factors of the outputs that have arrived.
         blind: Where something crosses that can't be followed.
         path: Its calls of torch functions, where they were watched.
@@ -234,7 +234,7 @@ class Trajectory:
     fresh_front: Front | None = None
     crossings: list[Crossing] = field(default_factory=list)
     heads: dict[Stage, Head] = field(default_factory=dict)
-    arrived: list[tuple[Cost | None, Tensor]] = field(default_factory=list)
+    arrived: dict[Stage, tuple[Cost | None, Tensor]] = field(default_factory=dict)
     columns: int = 0
     blind: list[Span] = field(default_factory=list)
     path: Path | None = None
@@ -259,7 +259,7 @@ class Trajectory:
     def forget_gradients(self) -> None:
         """Back to how the forward pass left it: its gradients have been used or thrown away."""
         self.cost = self.error = self.pending = self.front = self.fresh_front = None
-        self.arrived, self.columns = [], 0
+        self.arrived, self.columns = {}, 0
         for stage in self.stages:
             stage.G = stage.g_x = stage.fresh_G = stage.fresh_g_x = None
             stage.Z_h = stage.Z_x = stage.J = None

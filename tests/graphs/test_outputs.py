@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.value import GaussNewton, LowRank, Moreau
 from oracles.common import data
 from oracles.graph import Net, Program
@@ -308,3 +309,28 @@ def test_feedback_off_is_sgd() -> None:
         theirs.step()
     for one, other in zip(mine.parameters(), net.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("value", [Moreau(), GaussNewton(), LowRank()])
+def test_one_backward_pass_for_each_head(order: tuple[int, int], value: object) -> None:
+    """Equal to one for the sum; with columns for each output, refused by name."""
+    nets = [Heads("plain"), Heads("plain")]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, y = data(0)
+    for net, apart in zip(nets, (False, True), strict=True):
+        opt = DDPNOpt(net, lr=0.5, value=value)
+        found = net(x)
+        losses = [0.3 * F.cross_entropy(found[0], y), F.cross_entropy(found[1], y)]
+        if not apart:
+            sum(losses).backward()
+        else:
+            losses[order[0]].backward(retain_graph=True)
+            losses[order[1]].backward()
+        if apart and isinstance(value, LowRank):
+            with pytest.raises(UnsupportedModelError, match="add the losses"):
+                opt.step()
+            return
+        opt.step()
+    for mine, its in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
