@@ -157,7 +157,7 @@ def weigh(
             "value function can't weight the layers in front; use value='moreau' or 'gauss_newton'"
         )
     if value.linearization == "factor":
-        Z = _columns(trajectory, cost.factor(value.rank)).to(rows.dtype)
+        Z = _columns(trajectory, cost, value.rank).to(rows.dtype)
     K = _gain(step, edge, G, rows, inside)
     front = Boundary(rows, Z, trajectory.samples, K, step.borrowed.strength(inside))
     policy = recursion.back(front, bottom=True)
@@ -172,18 +172,19 @@ def weigh(
     return Front(corrections, both[0].sum(), coefficient, policy.S)
 
 
-def _columns(trajectory: Trajectory, at_output: Tensor) -> Tensor:
+def _columns(trajectory: Trajectory, cost: Cost, rank: int | None) -> Tensor:
     """The terminal factor's columns at the boundary."""
     if trajectory.boundary == len(trajectory.stages):
-        return at_output
+        return cost.factor(rank)
     stage = trajectory.stages[trajectory.boundary]
     if trajectory.path is None:
         return stage.fresh_Z["Z_x"]
     uses = (one.fresh_Z for one in trajectory.crossings if one.at(stage.time))
     found = total(one["Z"] for one in uses if one)
-    return (
-        torch.zeros_like(stage.x).expand(len(at_output), *stage.x.shape) if found is None else found
-    )
+    if found is None:
+        columns = cost.factor(rank)
+        found = columns.new_zeros(len(columns), *stage.x.shape)
+    return found
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ QUERIES = frozenset(
 )
 
 
-class Quiet(TorchFunctionMode):
+class Quiet(TorchFunctionMode, ABC):
     """A mode that can be switched off where it stands: one left behind does no harm."""
 
     on = True
@@ -70,9 +71,9 @@ class Quiet(TorchFunctionMode):
             return func(*args, **kwargs)
         return self.call(func, args, kwargs) if self.on else func(*args, **kwargs)
 
+    @abstractmethod
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that computes."""
-        raise NotImplementedError
 
     def leave_stack(self) -> None:
         """Stand no more in the stack of modes, wherever that is."""

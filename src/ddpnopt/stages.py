@@ -115,40 +115,34 @@ def whole(stage: Stage, samples: int) -> Stage:
     if len(parts) < 2 and not stage.repeats:
         return stage
 
-    def joined(tensors: list[Tensor], axis: int) -> Tensor:
-        split = [_split(t, axis, samples) for t in tensors]
-        return torch.cat(split, axis + 1).flatten(axis, axis + 1)
-
     first = parts[0]
     assert first.rule is not None
-    if any(one.module is not first.module for one in parts):
+    rule, module = first.rule, first.module
+    if any(one.module is not module for one in parts):
         rule, module, x, G, Z_h = tied.tied(parts, samples)
-        return replace(
-            first,
-            rule=rule,
-            module=module,
-            x=x,
-            inputs=(x,),
-            rows=samples,
-            G=G,
-            Z_h=Z_h,
-            time=stage.time,
-            layout=ROWS,
-            repeats=stage.repeats,
-        )
-    x = joined([one.x for one in parts], 0)
-    Z = [one.Z_h for one in parts if one.Z_h is not None]
+    else:
+        x = _joined([one.x for one in parts], samples, 0)
+        G = _joined([one.G for one in parts if one.G is not None], samples, 0)
+        Z = [one.Z_h for one in parts if one.Z_h is not None]
+        Z_h = _joined(Z, samples, 1) if Z else None
     return replace(
         first,
+        rule=rule,
+        module=module,
         x=x,
-        inputs=first.rule.unpack(first.module, x),
-        rows=sum(one.rows for one in parts),
-        G=joined([one.G for one in parts if one.G is not None], 0),
-        Z_h=joined(Z, 1) if Z else None,
+        inputs=rule.unpack(module, x),
+        rows=G.shape[0],
+        G=G,
+        Z_h=Z_h,
         time=stage.time,
         layout=ROWS,
         repeats=stage.repeats,
     )
+
+
+def _joined(tensors: list[Tensor], samples: int, axis: int) -> Tensor:
+    split = [_split(t, axis, samples) for t in tensors]
+    return torch.cat(split, axis + 1).flatten(axis, axis + 1)
 
 
 @dataclass(frozen=True)

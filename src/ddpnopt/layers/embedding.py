@@ -21,7 +21,7 @@ EMPTY = -1
 class LookupRule(LayerRule, ABC):
     """A sample's gradient is sparse: v[t] is added to row index[t] for each of its positions t."""
 
-    parameters = ("weight",)
+    parameters: tuple[str, ...] = ("weight",)
     holds_weight = True
 
     @abstractmethod

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from ddpnopt.layers.base import LayerRule, register
@@ -28,27 +27,9 @@ class Conv1DRule(LinearRule):
         assert isinstance(module.weight, Tensor)
         return V @ module.weight.mT
 
-    def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
-        """x^T V and the sum of V over the batch."""
-        x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
-        return {"weight": x.T @ V, "bias": V.sum(0)}
-
-    def onto(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        V: Tensor,
-        gradients: Mapping[str, Tensor],
-        scale: float,
-    ) -> dict[str, Tensor]:
-        """The sum fused into the product."""
-        x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
-        found = {}
-        if "weight" in gradients:
-            found["weight"] = torch.addmm(gradients["weight"], x.T, V, alpha=scale)
-        if "bias" in gradients:
-            found["bias"] = gradients["bias"].add(V.sum(0), alpha=scale)
-        return found
+    def weight_factors(self, x: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """x^T V, the transpose of a dense layer's."""
+        return x.T, V
 
     def curvature(
         self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int

@@ -31,10 +31,15 @@ class LinearRule(MatrixRule):
         assert isinstance(module.weight, Tensor)
         return V @ module.weight
 
+    def weight_factors(self, x: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is the weight's gradient, in its own layout."""
+        return V.T, x
+
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """V^T x and the sum of V over the batch."""
         x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
-        gradient = {"weight": V.T @ x}
+        left, right = self.weight_factors(x, V)
+        gradient = {"weight": left @ right}
         if module.bias is not None:
             gradient["bias"] = V.sum(0)
         return gradient
@@ -51,7 +56,8 @@ class LinearRule(MatrixRule):
         x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
         found = {}
         if "weight" in gradients:
-            found["weight"] = torch.addmm(gradients["weight"], V.T, x, alpha=scale)
+            left, right = self.weight_factors(x, V)
+            found["weight"] = torch.addmm(gradients["weight"], left, right, alpha=scale)
         if "bias" in gradients:
             found["bias"] = gradients["bias"].add(V.sum(0), alpha=scale)
         return found

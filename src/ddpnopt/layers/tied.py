@@ -95,7 +95,7 @@ class TiedRule(LookupRule):
     diagonal of the same Fisher matrix.
     """
 
-    parameters = ("weight", "bias")  # type: ignore[assignment]
+    parameters = ("weight", "bias")
 
     def places(
         self, module: nn.Module, x: Tensor, V: Tensor, samples: int
