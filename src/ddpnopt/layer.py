@@ -127,7 +127,7 @@ class Layer:
             else:
                 assert stage.g_x is not None
                 g_x = cast_state(stage.g_x, self.dtype).reshape(samples, -1)
-                parts.append(torch.bmm(g_x[:, None], change[:, :, None])[:, 0])
+                parts.append((g_x * change).sum(1, keepdim=True))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State, inverse_where, larger
+from ddpnopt.curvature.base import Curvature, State, larger, seen
 from ddpnopt.typing import Tensor
 
 
@@ -59,7 +59,8 @@ class AdamW(Curvature):
         that never had a gradient does not move (0, not inf).
         """
         assert moment is not None
-        return inverse_where(moment, self._denominator(moment, state.get("step", 0) + 1))
+        M = seen(moment).sqrt_().div_(self._correction(state.get("step", 0) + 1)).add_(self.eps)
+        return M.reciprocal_()
 
     def update(
         self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
@@ -69,13 +70,13 @@ class AdamW(Curvature):
         step = state.get("step", 0) + 1
         m = state.get("exp_avg")
         m = (torch.zeros_like(d) if m is None else m).lerp(d, 1 - self.betas[0])
-        M = self._denominator(moment, step)
+        M = moment.sqrt().div_(self._correction(step)).add_(self.eps)
         p.addcdiv_(m, M, value=-lr / (1 - self.betas[0] ** step))
         return {"step": step, "exp_avg": m, "exp_avg_sq": moment}
 
-    def _denominator(self, moment: Tensor, step: int) -> Tensor:
-        correction = float((1 - self.betas[1] ** step) ** 0.5)
-        return moment.sqrt().div_(correction).add_(self.eps)
+    def _correction(self, step: int) -> float:
+        """Of sqrt(v) for having begun at 0."""
+        return float((1 - self.betas[1] ** step) ** 0.5)
 
     def follow(
         self, state: State, gradient: Tensor, d: Tensor, moment: Tensor | None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State, inverse_where, larger
+from ddpnopt.curvature.base import Curvature, State, larger, seen
 from ddpnopt.typing import Tensor
 
 SECOND_MOMENTS = ("batch", "per_sample")
@@ -65,8 +65,7 @@ class RMSprop(Curvature):
         With eps = 0 and v = 0 the limit of s = g^2 / M is 0, since g^2 <= v / (1 - alpha).
         """
         assert moment is not None
-        M = moment.sqrt().add_(self.eps)
-        return inverse_where(moment, M)
+        return seen(moment).sqrt_().add_(self.eps).reciprocal_()
 
     def update(
         self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float

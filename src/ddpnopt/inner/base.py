@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from ddpnopt.curvature.base import larger
 from ddpnopt.hyperparameters import Hyper
 from ddpnopt.typing import Tensor
 
@@ -57,7 +56,7 @@ class Reader(ABC):
 
 def excess(plain: Tensor, d: Tensor) -> Tensor:
     """max(plain^2, d^2) - d^2: exactly 0 where the re-weighted gradient is not smaller."""
-    return larger(plain, d).square_().sub_(d.square())
+    return plain.square().sub_(d.square()).clamp_(min=0)
 
 
 def feed_average(v: Tensor, decay: float, plain: Tensor, d: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ddpnopt.curvature import AdamW as AdamWCurvature
 from ddpnopt.curvature import RMSprop as RMSpropCurvature
-from ddpnopt.curvature.base import Curvature, inverse_where
+from ddpnopt.curvature.base import Curvature, seen
 from ddpnopt.curvature.base import State as ReadState
 from ddpnopt.hyperparameters import Hyper
 from ddpnopt.inner.base import Group, Reader, State, excess, feed_average
@@ -102,8 +102,8 @@ class _RMSprop(RMSpropCurvature):
         mean = state.get("grad_avg") if self.centered else None
         if mean is None or moment is None:
             return super().inverse(state, moment)
-        variance = (moment - mean.square()).clamp_(min=0)
-        return inverse_where(moment, variance.sqrt_().add_(self.eps))
+        variance = seen(moment).sub_(mean.square()).clamp_(min=0)
+        return variance.sqrt_().add_(self.eps).reciprocal_()
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Adagrad(_Read):
     def inverse(self, state: ReadState, moment: Tensor | None) -> Tensor:
         """1 / (sqrt(sum) + eps)."""
         assert moment is not None
-        return inverse_where(moment, moment.sqrt().add_(self.eps))
+        return seen(moment).sqrt_().add_(self.eps).reciprocal_()
 
 
 class Adagrad(Reader):
@@ -206,7 +206,7 @@ class _Adamax(_Read):
     def inverse(self, state: ReadState, moment: Tensor | None) -> Tensor:
         """1 / u."""
         assert moment is not None
-        return inverse_where(moment, moment.clone())
+        return seen(moment).reciprocal_()
 
 
 class Adamax(Reader):
