@@ -17,9 +17,11 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
+
+from ddpnopt.experiments.atomic import PART, replacing
 
 #: Number of the layout of what a file holds.
 FORMAT = 1
@@ -28,8 +30,8 @@ _SEAL = re.compile(rb"\nddpnopt checkpoint, sha256 ([0-9a-f]{64})\n")
 _SEAL_LENGTH = len(b"\nddpnopt checkpoint, sha256 \n") + 64
 _NAME = re.compile(r"step-(\d{9,})\.pt")
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
-#: Ends of the names of files under way, and of those that were set aside.
-_PART, _ASIDE = ".part", ".damaged"
+#: End of the names of files that were set aside.
+_ASIDE = ".damaged"
 
 
 class CheckpointError(ValueError):
@@ -55,17 +57,6 @@ class _Sealing:
         self._file.flush()
 
 
-def _to_disk(folder: Path) -> None:
-    """Make a rename in `folder` last; not every system lets a folder be opened."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint; it is on disk when this returns, and never there in part.
 
@@ -78,21 +69,15 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         TypeError: Something in it is neither tensor nor plain value.
     """
     _check_plain(state, "state")
-    part = path.with_name(path.name + _PART)
     content = {"kind": _KIND, "format": FORMAT, "state": dict(state)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with replacing(path) as file:
             sealing = _Sealing(file)
-            torch.save(content, sealing)
+            torch.save(content, cast(IO[bytes], sealing))
             file.write(f"\n{_KIND}, sha256 {sealing.digest.hexdigest()}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _to_disk(path.parent)
     # A stream that can't be written on makes torch's archive raise a RuntimeError of its own.
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(
             f"the checkpoint {path} can't be written: {error}; look at the folder's permissions "
             "and free space. Earlier checkpoints are as they were: --resume goes on from the last"
@@ -143,7 +128,7 @@ def _check_plain(node: object, where: str) -> None:
             _check_plain(key, f"{where}: its keys")
             _check_plain(value, f"{where}[{key!r}]")
     elif type(node) in (list, tuple):
-        for number, value in enumerate(node):  # type: ignore[arg-type, var-annotated]
+        for number, value in enumerate(node):  # type: ignore[arg-type]
             _check_plain(value, f"{where}[{number}]")
     elif not (isinstance(node, torch.Tensor) or type(node) in _PLAIN):
         raise TypeError(f"{where} is a {type(node).__name__}: neither tensor nor plain value")
@@ -287,6 +272,6 @@ class Checkpoints:
         write_checkpoint(path, state)
         stale = [p for p in self.files()[self.keep :] if p != path]
         # What a killed process was writing is worth nothing.
-        for old in [*stale, *self.folder.glob(f"step-*.pt{_PART}")]:
+        for old in [*stale, *self.folder.glob(f"step-*.pt{PART}")]:
             old.unlink(missing_ok=True)
         return path

@@ -151,7 +151,9 @@ class RunState:
                 f"{self.config.epochs} are asked for"
             )
         here = self._makers()
-        changed = [f"{k} {made_by.get(k)}, here {v}" for k, v in here.items() if made_by.get(k) != v]
+        changed = [
+            f"{k} {made_by.get(k)}, here {v}" for k, v in here.items() if made_by.get(k) != v
+        ]
         if changed:
             checkpoints.tell(
                 f"{path} was made by another version or elsewhere ({'; '.join(changed)}): the rest "
@@ -224,7 +226,7 @@ def generators(device: torch.device) -> dict[str, Any]:
         device: A GPU's generator is among them if this is one.
     """
     # As a dictionary, NumPy's state is plain but for its words.
-    state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    state: dict[str, Any] = np.random.get_state(legacy=False)
     words, position = state["state"]["key"], state["state"]["pos"]
     return {
         "torch": torch.get_rng_state(),

@@ -276,9 +276,7 @@ def _train(
 ) -> RunResult:
     config, device = run.config, run.data.y_train.device
     keeper = Keeper(
-        RunState(
-            config, run.model, run.built.optimizer, run.scheduler, device, run.data.checksum
-        ),
+        RunState(config, run.model, run.built.optimizer, run.scheduler, device, run.data.checksum),
         checkpoints,
     )
     progress, reason = keeper.start(), ""
