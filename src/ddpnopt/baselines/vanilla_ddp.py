@@ -9,7 +9,7 @@ a size that fits the memory, and a feedforward that is halved until the loss has
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -293,6 +293,33 @@ class VanillaDDP(DDPNOpt):
     def rejected(self) -> int:
         """Steps in which no step length was accepted; the weights stayed."""
         return self._search.rejected
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in `ddpnopt.DDPNOpt`, with what the search has found and the loss once known."""
+        state = super().state_dict()
+        known = self.engine.outputs.main.terminal if self.options.terminal == "auto" else ""
+        state["ddpnopt"]["search"] = {
+            "alpha": self.alpha,
+            "rejected": self.rejected,
+            "terminal": known,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: The state is another optimizer's, or of a newer format.
+        """
+        found = (state_dict.get("ddpnopt") or {}).get("search")
+        if found is None:
+            raise ValueError(
+                "load_state_dict: no 'search'; expected the state_dict of a VanillaDDP"
+            )
+        super().load_state_dict(state_dict)
+        self._search.alpha, self._search.rejected = found["alpha"], found["rejected"]
+        if self.options.terminal == "auto":
+            self.engine.outputs.main.terminal = found["terminal"] or "auto"
 
 
 def _evaluated(closure: Callable[[], float], recorder: Recorder, parameters: list[Tensor]) -> float:

@@ -3,35 +3,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 
 from ddpnopt.experiments.bench_command import EPILOG as bench_epilog
 from ddpnopt.experiments.bench_command import bench_command
-from ddpnopt.experiments.cluster import ClusterError
-from ddpnopt.experiments.data import DATASETS, describe
+from ddpnopt.experiments.command_options import (
+    DATASET_HELP,
+    OPTIMIZER_HELP,
+    ArchOption,
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    EpochsOption,
+    JobsOption,
+    OptionsOption,
+    OutOption,
+    SamplesOption,
+    ScaleOption,
+    console,
+    readable_errors,
+    stopping_errors,
+)
+from ddpnopt.experiments.data import describe
 from ddpnopt.experiments.explain_command import explain_command
-from ddpnopt.experiments.models import ARCHITECTURE_HELP
-from ddpnopt.experiments.optimizers import OPTIMIZERS
 from ddpnopt.experiments.plot_command import EPILOG as plot_epilog
 from ddpnopt.experiments.plot_command import plot_command
 from ddpnopt.experiments.pool import processes
-from ddpnopt.experiments.report import print_optimizers, write_comparison, write_run
+from ddpnopt.experiments.report import print_optimizers, write_comparison
 from ddpnopt.experiments.report_command import EPILOG as report_epilog
 from ddpnopt.experiments.report_command import report_command
 from ddpnopt.experiments.reproduce.command import reproduce_command
 from ddpnopt.experiments.specs import parse_optimizer, parse_option, parse_rates
-from ddpnopt.experiments.store import SqliteStore, StoreError
-from ddpnopt.experiments.sweep import Contender, SweepError, grid, sweep
-from ddpnopt.experiments.training import Epoch, RunConfig, check
-from ddpnopt.experiments.training import train as run_training
+from ddpnopt.experiments.store import SqliteStore
+from ddpnopt.experiments.sweep import Contender, grid, sweep
+from ddpnopt.experiments.train_command import EPILOG as train_epilog
+from ddpnopt.experiments.train_command import train_command
+from ddpnopt.experiments.training import RunConfig, check
 from ddpnopt.experiments.tune_command import EPILOG as tune_epilog
 from ddpnopt.experiments.tune_command import tune_command
 
@@ -43,132 +53,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
 )
-console = Console()
-
-DATASET_HELP = ", ".join(DATASETS)
-DatasetOption = Annotated[str, typer.Option("--dataset", "-d", help=f"One of: {DATASET_HELP}.")]
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        metavar="DIR",
-        help="Folder with the files of mnist, fashion-mnist, svhn, cifar-10 or cifar-100; without "
-        "it they are fetched from OpenML.",
-    ),
-]
-SamplesOption = Annotated[
-    int | None,
-    typer.Option("--train-samples", min=1, help="Training samples to draw; all if not given."),
-]
-ArchOption = Annotated[str, typer.Option("--arch", "-a", help=ARCHITECTURE_HELP + ".")]
-BatchOption = Annotated[int, typer.Option("--batch", "-b", min=1, help="Samples per step.")]
-EpochsOption = Annotated[int, typer.Option("--epochs", "-e", min=1, help="Passes over the data.")]
-ScaleOption = Annotated[
-    str, typer.Option("--scale", help="Scaling of inputs: standard, pooled, unit or none.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")]
-JobsOption = Annotated[
-    int, typer.Option("--jobs", "-j", min=-1, help="Parallel processes; -1: all cores.")
-]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for results.")]
-OptionsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option",
-        "-O",
-        metavar="KEY=VALUE",
-        help="Optimizer option, repeatable: momentum=0.9, grad_clip=1, feedback=open_loop, "
-        "value=low_rank, value.backup=riccati, curvature.alpha=0.9.",
-    ),
-]
-OPTIMIZER_HELP = (
-    "Optimizer, with its own options after a colon (sgd-clip:grad_clip=0.5,momentum=0.9). One of: "
-    + ", ".join(OPTIMIZERS)
-    + "."
-)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Show a wrong name or number as one message, not as a traceback."""
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise typer.BadParameter(f"{where}: {first['msg']}") from error
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-@contextmanager
-def _sweep_errors() -> Iterator[None]:
-    """Show what ended a sweep as one message; the finished runs are stored."""
-    try:
-        yield
-    except (ClusterError, StoreError, SweepError) as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-@app.command(
-    epilog="Example: [bold]ddpnopt train --dataset digits --arch mlp-20x4-tanh "
-    "--optimizer ddpnopt --lr 0.4 --option feedback=open_loop --out results/train[/]"
-)
-def train(
-    dataset: DatasetOption = "digits",
-    arch: ArchOption = "mlp-20x4-tanh",
-    optimizer: Annotated[str, typer.Option("--optimizer", "-m", help=OPTIMIZER_HELP)] = "ddpnopt",
-    lr: Annotated[float, typer.Option("--lr", "-l", help="Learning rate.")] = 0.1,
-    option: OptionsOption = None,
-    epochs: EpochsOption = 5,
-    batch: BatchOption = 8,
-    seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed.")] = 0,
-    scale: ScaleOption = "standard",
-    device: DeviceOption = "cpu",
-    data: DataOption = None,
-    train_samples: SamplesOption = None,
-    threads: Annotated[
-        int,
-        typer.Option("--threads", min=1, help="CPU threads; small networks are fastest with 1."),
-    ] = 1,
-    out: OutOption = Path("results/train"),
-) -> None:
-    """Train one network; write its record (JSON), its curve (CSV) and a plot (PNG)."""
-    with _readable_errors():
-        name, options = parse_optimizer(optimizer)
-        options.update(parse_option(text) for text in option or [])
-        config = RunConfig(
-            dataset=dataset,
-            scale=scale,
-            architecture=arch,
-            optimizer=name,
-            lr=lr,
-            options=options,
-            batch=batch,
-            epochs=epochs,
-            seed=seed,
-            device=device,
-            data=data,
-            train_samples=train_samples,
-        )
-        check(config)
-
-    torch.set_num_threads(threads)
-    with console.status(f"{config.label} on {dataset}, lr {lr:g}"):
-
-        def show(record: Epoch) -> None:
-            console.print(
-                f"epoch {record.epoch}/{epochs}: training loss {record.train_loss:.4f}, "
-                f"test accuracy {100 * record.test_accuracy:.1f} %, {record.seconds:.2f} s"
-            )
-
-        result = run_training(config, show)
-    if result.diverged:
-        console.print(f"[yellow]diverged: {result.reason}[/]")
-    for path in write_run(result, out):
-        console.print(f"written: {path}", soft_wrap=True, highlight=False)
-
+app.command("train", epilog=train_epilog)(train_command)
 
 DaskOption = Annotated[
     str | None,
@@ -243,7 +128,7 @@ def compare(
     out: OutOption = Path("results/compare"),
 ) -> None:
     """Compare optimizers over learning rates and seeds; resumes where it was interrupted."""
-    with _readable_errors():
+    with readable_errors():
         contenders = _contenders(optimizer, lr, option)
         base = RunConfig(
             architecture=arch,
@@ -257,7 +142,7 @@ def compare(
         configs = _comparison(base, dataset or ["digits"], contenders, seeds)
         processes(jobs)
         store = SqliteStore(out / "store.sqlite")
-    with _sweep_errors():
+    with stopping_errors():
         runs = sweep(
             configs,
             store,
@@ -285,9 +170,9 @@ def demo(
     """Train SGD, SGD + clipping, RMSprop, Adam and DDPNOpt on WINE and DIGITS (3 minutes)."""
     from ddpnopt.experiments.demo import run_demo
 
-    with _readable_errors():
+    with readable_errors():
         processes(jobs)
-    with _sweep_errors():
+    with stopping_errors():
         written = run_demo(out, jobs=jobs, budget=budget, seeds=seeds, console=console)
     for path in written:
         console.print(f"written: {path}", soft_wrap=True, highlight=False)

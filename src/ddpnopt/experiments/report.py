@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from ddpnopt.experiments.atomic import replacing
 from ddpnopt.experiments.plots import best_rates, plot_curves, plot_rates
 from ddpnopt.experiments.summary import by_optimizer, by_rate
 from ddpnopt.experiments.sweep import frame
@@ -28,11 +30,14 @@ def write_run(result: RunResult, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     record, curve = folder / "result.json", folder / "curve.csv"
-    record.write_text(result.model_dump_json(indent=2) + "\n")
-    with curve.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["epoch", "train_loss", "test_accuracy", "seconds"])
-        writer.writerows([e.epoch, e.train_loss, e.test_accuracy, e.seconds] for e in result.epochs)
+    with replacing(record) as file:
+        file.write(f"{result.model_dump_json(indent=2)}\n".encode())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["epoch", "train_loss", "test_accuracy", "seconds"])
+    writer.writerows([e.epoch, e.train_loss, e.test_accuracy, e.seconds] for e in result.epochs)
+    with replacing(curve) as file:
+        file.write(text.getvalue().encode())
     title = f"{result.config.label}, learning rate {result.config.lr:g}"
     return [record, curve, plot_curves(frame([result]), folder / "curve.png", title)]
 

@@ -7,18 +7,22 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from ddpnopt.experiments.checkpoints import Checkpoints
 from ddpnopt.experiments.data import Dataset, load
 from ddpnopt.experiments.models import build_model, initialise, wants_images
 from ddpnopt.experiments.names import lookup
 from ddpnopt.experiments.nets import negative_elbo
 from ddpnopt.experiments.optimizers import Built, OptionValue, build_optimizer
 from ddpnopt.experiments.records import Epoch, RunConfig, RunResult
+from ddpnopt.experiments.run_state import Keeper, Progress, RunState, seeded
+from ddpnopt.experiments.schedules import Scheduler, build_scheduler
 from ddpnopt.losses import MMCLoss
 
 __all__ = ["LOSSES", "Epoch", "Objective", "RunConfig", "RunResult", "check", "train"]
@@ -76,22 +80,6 @@ class _Diverged(Exception):
     """Ends an epoch whose loss is no longer finite."""
 
 
-@dataclass
-class _Seen:
-    """What an epoch's steps saw: losses, and norms of the updates where they are recorded."""
-
-    losses: list[float]
-    updates: list[float]
-
-    @property
-    def loss(self) -> float:
-        return sum(self.losses) / len(self.losses) if self.losses else math.nan
-
-    @property
-    def update(self) -> float:
-        return sum(self.updates) / len(self.updates) if self.updates else math.nan
-
-
 @dataclass(frozen=True)
 class _Run:
     """The parts of a run that stay the same over its epochs."""
@@ -99,25 +87,61 @@ class _Run:
     config: RunConfig
     model: nn.Module
     built: Built
+    scheduler: Scheduler | None
     data: Dataset
     objective: Objective
 
-    def steps(self, order: Tensor, seen: _Seen) -> None:
-        """Train through one permutation of the training part."""
-        for index in torch.split(order, self.config.batch):
-            self.built.optimizer.zero_grad()
-            outputs = self.model(self.data.x_train[index])
-            loss = self.objective.loss(outputs, self.data.y_train[index])
-            seen.losses.append(loss.item())
-            if not math.isfinite(seen.losses[-1]):
-                raise _Diverged(f"non-finite loss {seen.losses[-1]}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            if self.built.grad_clip is not None:
-                clip_grad_norm_(self.model.parameters(), self.built.grad_clip)
-            before = self._weights() if self.config.record_updates else None
-            self.built.optimizer.step()
-            if before is not None:
-                seen.updates.append(float(torch.linalg.vector_norm(self._weights() - before)))
+    def epoch(self, progress: Progress, stepped: Callable[[], None]) -> None:
+        """Train through the rest of one permutation of the training part.
+
+        Args:
+            progress: How far the run has come; goes on with every step.
+            stepped: Called after every step.
+        """
+        order, _ = progress.shuffled(len(self.data.y_train))
+        batches = torch.split(order.to(self.data.y_train.device), self.config.batch)
+        for index in batches[len(progress.losses) :]:
+            start, cpu_start = time.perf_counter(), time.process_time()
+            try:
+                self._step(index, progress)
+            finally:
+                progress.seconds += time.perf_counter() - start
+                progress.cpu_seconds += time.process_time() - cpu_start
+            progress.steps += 1
+            stepped()
+
+    def _step(self, index: Tensor, progress: Progress) -> None:
+        """One step on the samples of `index`."""
+        self.built.optimizer.zero_grad()
+        outputs = self.model(self.data.x_train[index])
+        loss = self.objective.loss(outputs, self.data.y_train[index])
+        progress.losses.append(loss.item())
+        if not math.isfinite(progress.losses[-1]):
+            raise _Diverged(f"non-finite loss {progress.losses[-1]}")
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.built.grad_clip is not None:
+            clip_grad_norm_(self.model.parameters(), self.built.grad_clip)
+        before = self._weights() if self.config.record_updates else None
+        self.built.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if before is not None:
+            progress.updates.append(float(torch.linalg.vector_norm(self._weights() - before)))
+
+    def close(self, progress: Progress) -> Epoch:
+        """Measure at the end of an epoch, and make the next one the epoch under way."""
+        loss, accuracy = self.measure()
+        record = Epoch(
+            epoch=len(progress.epochs) + 1,
+            train_loss=loss,
+            test_accuracy=accuracy,
+            seconds=progress.seconds,
+            cpu_seconds=progress.cpu_seconds,
+            running_loss=_mean(progress.losses),
+            update_norm=_mean(progress.updates),
+        )
+        progress.close(record, len(self.data.y_train))
+        return record
 
     def _weights(self) -> Tensor:
         # In double precision: an update far below the weights must not drown in their rounding.
@@ -143,6 +167,10 @@ class _Run:
 
 #: Samples evaluated at once.
 _PART = 2048
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def resolve_device(name: str) -> torch.device:
@@ -194,7 +222,9 @@ def _build(config: RunConfig, data: Dataset, device: torch.device) -> _Run:
     initialise(model, config.initialisation)
     model = model.to(device)
     built = build_optimizer(config.optimizer, model, config.lr, _options(config))
-    return _Run(config, model, built, data, objective)
+    steps = math.ceil(len(data.y_train) / config.batch) * config.epochs
+    scheduler = build_scheduler(config.schedule, built.optimizer, steps)
+    return _Run(config, model, built, scheduler, data, objective)
 
 
 def check(config: RunConfig) -> None:
@@ -212,68 +242,63 @@ def check(config: RunConfig) -> None:
         _build(config, data, torch.device("cpu"))
 
 
-def train(config: RunConfig, on_epoch: Callable[[Epoch], None] | None = None) -> RunResult:
+def train(
+    config: RunConfig,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> RunResult:
     """Train one network.
 
-    Data, weights and order of the samples follow from `config.seed` alone; torch's global
-    generator is left as it was.
+    Data, weights and order of the samples follow from `config.seed` alone; the global generators of
+    torch, NumPy and Python start from it, and are left as they were.
 
     Args:
         config: What to run.
         on_epoch: Called after every epoch, for progress displays.
+        checkpoints: Where to write checkpoints and whether to go on from one: the result is that of
+            the uninterrupted run to the bit, but for its times. None: nothing is written.
 
     Returns:
         The result. Divergence is a result, never an exception.
 
     Raises:
         ValueError: Unknown names or options.
+        CheckpointError: A checkpoint can't be written, read or used (a `ValueError`).
     """
     device = resolve_device(config.device)
     data = _load(config).to(device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.seed)
-        return _train(_build(config, data, device), on_epoch)
+    with seeded(config.seed, device):
+        return _train(_build(config, data, device), on_epoch, checkpoints)
 
 
-def _train(run: _Run, on_epoch: Callable[[Epoch], None] | None) -> RunResult:
-    config, data = run.config, run.data
-    order = torch.Generator().manual_seed(config.seed)
-    records: list[Epoch] = []
-    reason = ""
-    for number in range(1, config.epochs + 1):
-        permutation = torch.randperm(len(data.y_train), generator=order).to(data.y_train.device)
-        seen = _Seen([], [])
-        start, cpu_start = time.perf_counter(), time.process_time()
+def _train(
+    run: _Run, on_epoch: Callable[[Epoch], None] | None, checkpoints: Checkpoints | None
+) -> RunResult:
+    config, device = run.config, run.data.y_train.device
+    keeper = Keeper(
+        RunState(config, run.model, run.built.optimizer, run.scheduler, device, run.data.checksum),
+        checkpoints,
+    )
+    progress, reason = keeper.start(), ""
+    while not reason and len(progress.epochs) < config.epochs:
         try:
-            run.steps(permutation, seen)
+            run.epoch(progress, partial(keeper.stepped, progress))
         except (_Diverged, FloatingPointError) as error:
             reason = str(error) or type(error).__name__
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-        loss, accuracy = run.measure()
-        if not reason and not math.isfinite(loss):
-            reason = f"non-finite training loss {loss}"
-        records.append(
-            Epoch(
-                epoch=number,
-                train_loss=loss,
-                test_accuracy=accuracy,
-                seconds=seconds,
-                cpu_seconds=cpu,
-                running_loss=seen.loss,
-                update_norm=seen.update,
-            )
-        )
+        record = run.close(progress)
+        if not reason and not math.isfinite(record.train_loss):
+            reason = f"non-finite training loss {record.train_loss}"
         if on_epoch is not None:
-            on_epoch(records[-1])
-        if reason:
-            break
+            on_epoch(record)
+        if not reason:
+            keeper.closed(progress)
+    records = progress.epochs
     return RunResult(
         config=config,
         epochs=tuple(records),
         train_loss=records[-1].train_loss,
         test_accuracy=records[-1].test_accuracy,
-        chance=data.chance,
+        chance=run.data.chance,
         seconds=sum(r.seconds for r in records),
         diverged=bool(reason),
         reason=reason,
