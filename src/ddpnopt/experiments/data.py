@@ -66,7 +66,9 @@ class Dataset:
 
     @property
     def chance(self) -> float:
-        """Accuracy of always answering the test part's largest class, in [0, 1]."""
+        """Accuracy of always answering the test part's largest class, in [0, 1]; 0 for numbers."""
+        if self.classes == 1:
+            return 0.0
         counts = torch.bincount(self.y_test.flatten().long(), minlength=self.classes)
         return float(counts.max() / counts.sum())
 
@@ -262,6 +264,7 @@ def load(
     train_samples: int | None = None,
     test_samples: int | None = None,
     cache: Path | None = None,
+    label_noise: float = 0.0,
 ) -> Dataset:
     """Load a data set, split it and scale it with the training part's statistics.
 
@@ -283,6 +286,7 @@ def load(
         train_samples: Number of training samples to draw; None: all.
         test_samples: Number of test samples to draw; None: all.
         cache: Folder in which downloads are kept; None: scikit-learn's data folder.
+        label_noise: Share of the training labels that are drawn anew from all classes, by the seed.
 
     Returns:
         The split data, float32 inputs and int64 labels on the CPU.
@@ -296,8 +300,20 @@ def load(
     fit = lookup(SCALES, scale, "scale")
     request = _Request(name, seed, test_share, folder, cache, train_samples, test_samples)
     if name in TASKS:
-        return _task(request)
-    return _scaled(DATASETS[name](request), name, fit, images)
+        return _noisy(_task(request), label_noise, seed)
+    return _noisy(_scaled(DATASETS[name](request), name, fit, images), label_noise, seed)
+
+
+def _noisy(data: Dataset, share: float, seed: int) -> Dataset:
+    """Draw a share of the training labels anew."""
+    if not share:
+        return data
+    if data.y_train.is_floating_point():
+        raise ValueError(f"label_noise={share:g}: data set {data.name!r} has no classes")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(data.classes, data.y_train.shape, generator=generator)
+    hit = torch.rand(data.y_train.shape, generator=generator) < share
+    return replace(data, y_train=torch.where(hit, drawn, data.y_train))
 
 
 def _scaled(

@@ -2,12 +2,14 @@
 """The optimizers that can be compared: one registry, from names to factories.
 
 An option is a plain value. Options named `value.<option>` and `curvature.<option>` go to
-DDPNOpt's value and curvature objects; `grad_clip` (any optimizer) is the threshold of
-`torch.nn.utils.clip_grad_norm_` in the training loop.
+DDPNOpt's value and curvature objects; any optimizer may have what the training loop does to the
+gradients: `grad_clip`, the threshold of `torch.nn.utils.clip_grad_norm_`, `unit_clip`, that of
+adaptive clipping, and `sharpness`, SAM's radius.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ from ddpnopt.experiments.names import call, lookup, split
 from ddpnopt.experiments.wrapped_optimizers import INNERS, feedback
 from ddpnopt.value import VALUES
 
+#: Options of the training loop, which any optimizer may have.
+LOOP_OPTIONS = ("grad_clip", "unit_clip", "sharpness")
 OptionValue = bool | int | float | str | None
 Options = dict[str, OptionValue]
 Factory = Callable[[nn.Module, float, Options], torch.optim.Optimizer]
@@ -48,6 +52,24 @@ def _torch(kind: Callable[..., torch.optim.Optimizer]) -> Factory:
         built: torch.optim.Optimizer = call(
             kind, model.parameters(), lr, options={"foreach": True, **options}
         )
+        return built
+
+    return build
+
+
+def _schedule_free(name: str) -> Factory:
+    """An optimizer of the package schedulefree, of the extra "frameworks"."""
+
+    def build(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+        try:
+            package = importlib.import_module("schedulefree")
+        except ImportError as error:
+            raise ValueError(f"{name} needs `pip install schedulefree`") from error
+        arguments: Options = {"foreach": False, **options}
+        built: torch.optim.Optimizer = call(
+            getattr(package, name), model.parameters(), lr, options=arguments
+        )
+        built.train()  # type: ignore[attr-defined]
         return built
 
     return build
@@ -126,6 +148,12 @@ def _wrapped() -> dict[str, OptimizerChoice]:
 OPTIMIZERS: dict[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(_torch(torch.optim.SGD), "SGD"),
     "sgd-clip": OptimizerChoice(_torch(torch.optim.SGD), "SGD + clip", {"grad_clip": 1.0}),
+    "sgd-agc": OptimizerChoice(_torch(torch.optim.SGD), "SGD + adaptive clip", {"unit_clip": 0.02}),
+    "sam": OptimizerChoice(_torch(torch.optim.SGD), "SAM", {"sharpness": 0.05}),
+    "sgd-schedule-free": OptimizerChoice(_schedule_free("SGDScheduleFree"), "schedule-free SGD"),
+    "adamw-schedule-free": OptimizerChoice(
+        _schedule_free("AdamWScheduleFree"), "schedule-free AdamW", {"weight_decay": 0.0}
+    ),
     "momentum": OptimizerChoice(_torch(torch.optim.SGD), "SGD momentum", {"momentum": 0.9}),
     "rmsprop": OptimizerChoice(_torch(torch.optim.RMSprop), "RMSprop"),
     "adam": OptimizerChoice(_torch(torch.optim.Adam), "Adam"),
@@ -177,10 +205,19 @@ class Built:
     Attributes:
         optimizer: The optimizer.
         grad_clip: Threshold for `clip_grad_norm_`, in units of the loss's gradient; None: off.
+        unit_clip: Threshold for `rival_steps.clip_by_unit`; None: off.
+        sharpness: Radius of `rival_steps.sharpened`; None: off.
     """
 
     optimizer: torch.optim.Optimizer
     grad_clip: float | None
+    unit_clip: float | None = None
+    sharpness: float | None = None
+
+    @property
+    def averaged(self) -> Any:
+        """The optimizer, where it has weights of its own to answer with (`eval` and `train`)."""
+        return self.optimizer if hasattr(self.optimizer, "eval") else None
 
 
 def build_optimizer(
@@ -202,11 +239,16 @@ def build_optimizer(
     """
     choice = lookup(OPTIMIZERS, name, "optimizer")
     merged: Options = {**choice.defaults, **(options or {})}
-    grad_clip = merged.pop("grad_clip", None)
-    if grad_clip is not None and (isinstance(grad_clip, (bool, str)) or not float(grad_clip) > 0.0):
-        raise ValueError(f"grad_clip must be a positive number, got {grad_clip!r}")
-    threshold = None if grad_clip is None else float(grad_clip)
-    return Built(choice.build(model, lr, merged), threshold)
+    loop = {option: _positive(option, merged.pop(option, None)) for option in LOOP_OPTIONS}
+    return Built(choice.build(model, lr, merged), **loop)
+
+
+def _positive(option: str, value: OptionValue) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, (bool, str)) or not float(value) > 0.0:
+        raise ValueError(f"{option} must be a positive number, got {value!r}")
+    return float(value)
 
 
 def label_of(name: str, options: Mapping[str, OptionValue] | None = None) -> str:

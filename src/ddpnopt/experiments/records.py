@@ -30,6 +30,7 @@ class RunConfig(BaseModel):
         train_samples: Number of training samples to draw by the seed; None: all.
         test_samples: Number of test samples to draw by the seed; None: all.
         schedule: The learning rate over the steps, see `ddpnopt.experiments.schedules.SCHEDULES`.
+        label_noise: Share of the training labels that are drawn anew from all classes, by the seed.
         initialisation: Weights at the start, see `ddpnopt.experiments.models.INITIALISATIONS`.
         loss: What is trained on, see `ddpnopt.experiments.training.LOSSES`.
         test_share: Share of the samples held out of data sets that come without a test part.
@@ -56,6 +57,7 @@ class RunConfig(BaseModel):
     train_samples: int | None = Field(default=None, ge=1)
     test_samples: int | None = Field(default=None, ge=1)
     schedule: str = "constant"
+    label_noise: float = Field(default=0.0, ge=0.0, lt=1.0)
     initialisation: str = "torch"
     loss: str = "cross_entropy"
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)

@@ -22,6 +22,7 @@ LENGTH = 32
 NODES = 16
 
 _NOUNS = ("dog", "child", "king", "sailor", "river", "stone", "garden", "teacher", "song", "house")
+_LIVING = ("dog", "child", "king", "sailor", "teacher")
 _VERBS = ("see", "hear", "find", "follow", "remember", "praise", "leave")
 _RESTS = ("sleep", "wait", "sing", "vanish", "shine")
 _ADJECTIVES = ("old", "small", "quiet", "green", "lonely", "bright")
@@ -187,8 +188,51 @@ def binary_digits(count: int, seed: int) -> Samples:
     return Samples(x, x, 2, "scikit-learn")
 
 
+def sentences(count: int, seed: int) -> Samples:
+    """Sentences cut or filled to `LENGTH` characters; four classes to be told apart.
+
+    The class is what the sentence is about, a living being or a thing, and whether there are
+    several of them.
+
+    Args:
+        count: Number of sentences.
+        seed: Seed of the text.
+
+    Returns:
+        x (count, LENGTH), int64; y (count,), int64.
+    """
+    rng, x, y = random.Random(seed), [], []
+    for _ in range(count):
+        subject, plural = _noun_phrase(rng, 0)
+        noun = next(n for n in _NOUNS if _IRREGULAR.get(n, n + "s") in subject or n in subject)
+        line = f"{subject} {_verb_phrase(rng, plural, 0)}"
+        x.append(encode(line[:LENGTH].ljust(LENGTH)))
+        y.append(2 * int(noun in _LIVING) + int(plural))
+    return Samples(torch.stack(x), torch.tensor(y), 4)
+
+
+def friedman(count: int, seed: int) -> Samples:
+    """Friedman's first regression problem: a sine, a square and two linear terms of 10 inputs.
+
+    Args:
+        count: Number of samples.
+        seed: Seed of inputs and noise.
+
+    Returns:
+        x (count, 10) and y (count, 1), float32, of mean 0 and variance 1.
+    """
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(count, noise=1.0, random_state=seed)
+    y = (y - y.mean()) / y.std()
+    inputs = (torch.as_tensor(x) - 0.5) * 12**0.5
+    return Samples(inputs.float(), torch.as_tensor(y).float()[:, None], 1, "scikit-learn")
+
+
 #: Makers (number of samples, seed) of the tasks, by name.
 TASKS: dict[str, Callable[[int, int], Samples]] = {
+    "sentences": sentences,
+    "friedman": friedman,
     "grammar": grammar,
     "graphs": graphs,
     "digits-binary": binary_digits,

@@ -21,6 +21,7 @@ from ddpnopt.experiments.names import lookup
 from ddpnopt.experiments.nets import negative_elbo
 from ddpnopt.experiments.optimizers import Built, OptionValue, build_optimizer
 from ddpnopt.experiments.records import Epoch, RunConfig, RunResult
+from ddpnopt.experiments.rival_steps import clip_by_unit, sharpened
 from ddpnopt.experiments.run_state import Keeper, Progress, RunState, seeded
 from ddpnopt.experiments.schedules import Scheduler, build_scheduler
 from ddpnopt.losses import MMCLoss
@@ -36,10 +37,12 @@ class Objective:
         loss: (outputs, labels) -> mean loss over the batch. Outputs are the network's: (B, C), or
             (B, T, C) for labels (B, T), or several tensors.
         predict: Outputs -> answers of the labels' shape.
+        right: (answers, labels) -> how right each answer is, at most 1.
     """
 
     loss: Callable[[Any, Tensor], Tensor]
     predict: Callable[[Any], Tensor]
+    right: Callable[[Tensor, Tensor], Tensor] = torch.eq
 
 
 def _cross_entropy(classes: int, device: torch.device) -> Objective:
@@ -59,20 +62,29 @@ def _elbo(classes: int, device: torch.device) -> Objective:
     return Objective(negative_elbo, lambda outputs: (outputs[0] > 0).float())
 
 
+def _mse(classes: int, device: torch.device) -> Objective:
+    # Targets have variance 1: the mean over a test part is the share of it that is explained.
+    return Objective(
+        nn.functional.mse_loss, lambda z: z, lambda z, y: 1.0 - (z - y).square().clamp(max=1e6)
+    )
+
+
 #: Losses by name, each made from the number of classes and the device.
 LOSSES: dict[str, Callable[[int, torch.device], Objective]] = {
     "cross_entropy": _cross_entropy,
     "mmc": _mmc,
     "elbo": _elbo,
+    "mse": _mse,
 }
 
 #: Beginnings of the names of optimizers that must be told a loss they can't recognise.
-_TOLD = ("ddpnopt", "vanilla-ddp")
+_TOLD = ("ddpnopt", "vanilla-ddp", "feedback")
+_UNKNOWABLE = ("mmc", "mse")
 
 
 def _options(config: RunConfig) -> dict[str, OptionValue]:
-    if config.loss == "mmc" and config.optimizer.startswith(_TOLD):
-        return {"terminal": "mmc", **config.options}
+    if config.loss in _UNKNOWABLE and config.optimizer.startswith(_TOLD):
+        return {"terminal": config.loss, **config.options}
     return config.options
 
 
@@ -119,14 +131,26 @@ class _Run:
         if not math.isfinite(progress.losses[-1]):
             raise _Diverged(f"non-finite loss {progress.losses[-1]}")
         loss.backward()  # type: ignore[no-untyped-call]
-        if self.built.grad_clip is not None:
-            clip_grad_norm_(self.model.parameters(), self.built.grad_clip)
+        self._treat(index)
         before = self._weights() if self.config.record_updates else None
         self.built.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
         if before is not None:
             progress.updates.append(float(torch.linalg.vector_norm(self._weights() - before)))
+
+    def _treat(self, index: Tensor) -> None:
+        """What a rival does to the gradients between backward pass and step."""
+        built, parameters = self.built, list(self.model.parameters())
+        if built.sharpness is not None:
+            with sharpened(parameters, built.sharpness):
+                self.built.optimizer.zero_grad()
+                outputs = self.model(self.data.x_train[index])
+                self.objective.loss(outputs, self.data.y_train[index]).backward()  # type: ignore[no-untyped-call]
+        if built.grad_clip is not None:
+            clip_grad_norm_(parameters, built.grad_clip)
+        if built.unit_clip is not None:
+            clip_by_unit(parameters, built.unit_clip)
 
     def close(self, progress: Progress) -> Epoch:
         """Measure at the end of an epoch, and make the next one the epoch under way."""
@@ -151,7 +175,10 @@ class _Run:
     def measure(self) -> tuple[float, float]:
         """Return (training loss, test accuracy) with the weights as they are."""
         self.model.eval()
-        data, loss, right = self.data, 0.0, 0
+        averaged = self.built.averaged
+        if averaged is not None:  # schedule-free methods answer with averaged weights
+            averaged.eval()
+        data, loss, right = self.data, 0.0, 0.0
         # In parts: the activations of a large set's images would fill the memory.
         for x, y in zip(
             torch.split(data.x_train, _PART), torch.split(data.y_train, _PART), strict=True
@@ -160,8 +187,10 @@ class _Run:
         for x, y in zip(
             torch.split(data.x_test, _PART), torch.split(data.y_test, _PART), strict=True
         ):
-            right += int((self.objective.predict(self.model(x)) == y).sum())
+            right += float(self.objective.right(self.objective.predict(self.model(x)), y).sum())
         self.model.train()
+        if averaged is not None:
+            averaged.train()
         return loss, right / data.y_test.numel()
 
 
@@ -207,6 +236,7 @@ def _load(config: RunConfig) -> Dataset:
         train_samples=config.train_samples,
         test_samples=config.test_samples,
         test_share=config.test_share,
+        label_noise=config.label_noise,
     )
     if config.checksum and data.checksum != config.checksum:
         raise ValueError(

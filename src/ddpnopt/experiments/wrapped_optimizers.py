@@ -63,11 +63,15 @@ def feedback(name: str) -> Callable[[nn.Module, float, dict[str, Any]], torch.op
     return partial(_feedback, INNERS[name][1])
 
 
+#: Options of the wrapper.
+_OWN = ("feedback", "mode", "terminal")
+
+
 def _feedback(
     inner: Inner, model: nn.Module, lr: float, options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     value_options, rest = split(options, "value")
-    own: dict[str, Any] = {key: rest.pop(key) for key in ("feedback", "mode") if key in rest}
+    own: dict[str, Any] = {key: rest.pop(key) for key in _OWN if key in rest}
     value = lookup(VALUES, str(rest.pop("value", "moreau")), "value function")
     own["value"] = call(value, options=value_options)
     return ddpnopt.Feedback(model, inner(model, lr, rest), **own)

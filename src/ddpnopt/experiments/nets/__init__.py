@@ -7,7 +7,7 @@ They need torch alone, and serve the examples, the study of `any_network` and th
 from ddpnopt.experiments.nets.densenet import DenseNet
 from ddpnopt.experiments.nets.graph import GraphNet
 from ddpnopt.experiments.nets.inception import Inception
-from ddpnopt.experiments.nets.language import LanguageModel
+from ddpnopt.experiments.nets.language import LanguageModel, TextClassifier
 from ddpnopt.experiments.nets.names import NET_HELP, build_net, takes_images
 from ddpnopt.experiments.nets.recurrent import Recurrent
 from ddpnopt.experiments.nets.resnet import ResNet, resnet18, resnet20, resnet50
@@ -24,6 +24,7 @@ __all__ = [
     "Recurrent",
     "ResNet",
     "SelfAttention",
+    "TextClassifier",
     "Transformer",
     "TransformerBlock",
     "build_net",

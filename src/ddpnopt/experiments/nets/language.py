@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A small language model in the style of GPT-2, its head tied to the embedding."""
+"""Networks for text: a language model in the style of GPT-2, and one that classifies."""
 
 from __future__ import annotations
 
@@ -41,4 +41,31 @@ class LanguageModel(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         x = self.embed(tokens) + self.position(places)
         logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+
+class TextClassifier(nn.Module):
+    """Embeddings of tokens and places, pre-norm blocks, and a dense layer on their mean.
+
+    Args:
+        vocabulary: Number of tokens V.
+        length: Length T of a sequence.
+        classes: Number of outputs.
+        width: Features of a token.
+        blocks: Number of blocks.
+    """
+
+    def __init__(
+        self, vocabulary: int, length: int, classes: int, width: int = 32, blocks: int = 1
+    ) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*[TransformerBlock(width, own=True) for _ in range(blocks)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T), int64 -> (B, classes)."""
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        x = self.embed(tokens) + self.position(places)
+        logits: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
         return logits

@@ -13,11 +13,12 @@ from torch import nn
 from ddpnopt.experiments.nets.densenet import DenseNet
 from ddpnopt.experiments.nets.graph import GraphNet
 from ddpnopt.experiments.nets.inception import Inception
-from ddpnopt.experiments.nets.language import LanguageModel
+from ddpnopt.experiments.nets.language import LanguageModel, TextClassifier
 from ddpnopt.experiments.nets.recurrent import Recurrent
 from ddpnopt.experiments.nets.resnet import resnet18, resnet20, resnet50
 from ddpnopt.experiments.nets.transformer import Transformer
 from ddpnopt.experiments.nets.vae import VAE
+from ddpnopt.experiments.tasks import ALPHABET
 
 Shape = tuple[int, ...]
 
@@ -25,7 +26,7 @@ NET_HELP = (
     "resnet20-WIDTH-NORM, resnet18-WIDTH-NORM and resnet50-WIDTH-NORM (norm bn, gn or none; "
     "resnet20-8s2-gn begins with a stride of 2), inception-WIDTH, densenet-GROWTH, "
     "transformer-WIDTHxBLOCKS, encoder-WIDTHxBLOCKS (the same with attention of dense layers), "
-    "gru-WIDTH and lstm-WIDTH, gpt-WIDTHxBLOCKS (text), vae-WIDTH, graphnet-WIDTH (graphs)"
+    "gru-WIDTH and lstm-WIDTH, gpt-WIDTHxBLOCKS and text-WIDTHxBLOCKS (text), vae-WIDTH, graphnet-WIDTH (graphs)"
 )
 
 
@@ -78,6 +79,13 @@ _KINDS = (
     _Kind(
         r"gpt-(\d+)x(\d+)",
         lambda shape, classes, g: LanguageModel(classes, shape[0], int(g[0]), int(g[1])),
+        images=False,
+    ),
+    _Kind(
+        r"text-(\d+)x(\d+)",
+        lambda shape, classes, g: TextClassifier(
+            len(ALPHABET), shape[0], classes, int(g[0]), int(g[1])
+        ),
         images=False,
     ),
     _Kind(r"vae-(\d+)", lambda shape, _, g: VAE(prod(shape), int(g[0])), images=False),
