@@ -26,7 +26,8 @@ NET_HELP = (
     "resnet20-WIDTH-NORM, resnet18-WIDTH-NORM and resnet50-WIDTH-NORM (norm bn, gn or none; "
     "resnet20-8s2-gn begins with a stride of 2), inception-WIDTH, densenet-GROWTH, "
     "transformer-WIDTHxBLOCKS, encoder-WIDTHxBLOCKS (the same with attention of dense layers), "
-    "gru-WIDTH and lstm-WIDTH, gpt-WIDTHxBLOCKS and text-WIDTHxBLOCKS (text), vae-WIDTH, graphnet-WIDTH (graphs)"
+    "gru-WIDTH and lstm-WIDTH, gpt-WIDTHxBLOCKS and text-WIDTHxBLOCKS (text), vae-WIDTH, "
+    "graphnet-WIDTH (graphs)"
 )
 
 

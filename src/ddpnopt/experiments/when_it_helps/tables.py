@@ -269,8 +269,8 @@ def details(v: Verdict) -> str:
 def render(found: Sequence[Verdict], seeds: range, fresh: range) -> str:
     """The study as Markdown."""
     text = [
-        f"Rates chosen on seeds {seeds[0]} to {seeds[-1]}, on which the good rates and the share of "
-        "failed runs were measured, too; means and differences are of the fresh seeds "
+        f"Rates chosen on seeds {seeds[0]} to {seeds[-1]}, on which the good rates and the share "
+        "of failed runs were measured, too; means and differences are of the fresh seeds "
         f"{fresh[0]} to {fresh[-1]} at the chosen rates, paired, with their standard error, in "
         "points; bold: more than two standard errors from 0. Good rates: the unbroken stretch "
         f"around the best one within {POINTS:g} points of the family's best mean, highest over "
