@@ -15,9 +15,15 @@ from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import sweep
 from ddpnopt.experiments.when_it_helps.figure import draw
 from ddpnopt.experiments.when_it_helps.problems import PROBLEMS, quick
-from ddpnopt.experiments.when_it_helps.tables import choosing, confirming, render, verdicts
+from ddpnopt.experiments.when_it_helps.tables import (
+    choosing,
+    confirming,
+    render,
+    render_details,
+    verdicts,
+)
 
-#: Marks of the tables in `docs/defaults.md`.
+#: Marks of the tables in `docs/defaults.md` and `docs/when_it_helps.md`.
 MARK = "when-it-helps"
 
 
@@ -32,6 +38,12 @@ def main(
         list[str] | None, typer.Option(help="Only these: " + ", ".join(PROBLEMS) + ".")
     ] = None,
     run: Annotated[bool, typer.Option(help="Run what is missing.")] = True,
+    versions: Annotated[
+        bool,
+        typer.Option(
+            "--all-versions", help="Show runs of other versions of the code, too; runs nothing."
+        ),
+    ] = False,
     published: Annotated[
         bool, typer.Option("--publish", help="Write tables and figure into the documentation.")
     ] = False,
@@ -52,7 +64,7 @@ def main(
         if not problem or name in problem
     }
     first, second = range(seeds), range(100, 100 + fresh)
-    if run:
+    if run and not versions:
         for name, one in chosen.items():
             contenders = one.contenders()
             configs = [c for x in contenders for c in choosing(one.base, x, first)]
@@ -60,7 +72,8 @@ def main(
             results = {r.config.key: r for r in store.results()}
             shown = [c for x in contenders for c in confirming(one.base, x, first, second, results)]
             sweep(shown, store, jobs=jobs, title=f"{name}, fresh seeds", console=console)
-    found = verdicts(chosen, first, second, {r.config.key: r for r in store.results()})
+    stored = store.results(all_versions=versions)
+    found = verdicts(chosen, first, second, {r.config.key: r for r in stored})
     text = render(found, first, second)
     if small:
         text = f"QUICK RUN: a few steps, small data; not a result.\n\n{text}"
@@ -69,9 +82,10 @@ def main(
     if found:
         console.print(f"written: {draw(found, figure)}", soft_wrap=True, highlight=False)
     if published:
-        page = docs / "defaults.md"
-        page.write_text(update_page(page.read_text(), text, MARK))
-        console.print(f"written: {page}", soft_wrap=True, highlight=False)
+        for name, part in (("defaults.md", text), ("when_it_helps.md", render_details(found))):
+            page = docs / name
+            page.write_text(update_page(page.read_text(), part, MARK))
+            console.print(f"written: {page}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -266,17 +266,70 @@ def details(v: Verdict) -> str:
     return table([*header, f"mean at {listed}", "failed", "time x", "in its time"], rows)
 
 
-def render(found: Sequence[Verdict], seeds: range, fresh: range) -> str:
-    """The study as Markdown."""
-    text = [
+def _against(pairs: Sequence[tuple[float, float]]) -> str:
+    """How many differences are significant, in both directions."""
+    better = sum(mean > 2 * error and mean >= 0.1 for mean, error in pairs)
+    worse = sum(-mean > 2 * error and mean <= -0.1 for mean, error in pairs)
+    average = float(np.mean([mean for mean, _ in pairs]))
+    return f"{better} better, {worse} worse, {average:+.1f}"
+
+
+def _failed(found: Sequence[Verdict], depth: int) -> str:
+    return f"{100 * np.mean([v.depths[depth].failed(v.family.lrs) for v in found]):.0f} %"
+
+
+def counts(found: Sequence[Verdict]) -> str:
+    """All networks and borrowed optimizers in figures, those that mix samples apart."""
+    groups = {
+        "samples kept apart": [v for v in found if not v.problem.mixes],
+        "behind BatchNorm": [v for v in found if v.problem.mixes],
+    }
+    rows = []
+    for name, some in groups.items():
+        if not some:
+            continue
+        for depth, title in ((1, "open loop"), (2, "closed loop")):
+            own = [(v, v.depths[depth]) for v in some]
+            wider = sum(v.factor(m) >= 3 * v.factor(v.depths[0]) > 0 for v, m in own)
+            only = sum(v.factor(m) > 0 == v.factor(v.depths[0]) for v, m in own)
+            rival = sum(v.factor(m) > v.factor(v.widest_rival) for v, m in own)
+            rows.append(
+                [
+                    f"{name}, {title}",
+                    str(len(some)),
+                    _against([difference(m, v.depths[0]) for v, m in own]),
+                    _against([difference(m, v.best_rival) for v, m in own]),
+                    f"{wider} + {only}",
+                    str(rival),
+                    f"{_failed(some, depth)} (off: {_failed(some, 0)})",
+                ]
+            )
+    header = ["", "cases", "against off", "against the best rival"]
+    header += ["range >= 3x off's + off has none", "wider than every rival's", "failed runs"]
+    return table(header, rows)
+
+
+def _preface(seeds: range, fresh: range) -> str:
+    return (
         f"Rates chosen on seeds {seeds[0]} to {seeds[-1]}, on which the good rates and the share "
         "of failed runs were measured, too; means and differences are of the fresh seeds "
         f"{fresh[0]} to {fresh[-1]} at the chosen rates, paired, with their standard error, in "
         "points; bold: more than two standard errors from 0. Good rates: the unbroken stretch "
         f"around the best one within {POINTS:g} points of the family's best mean, highest over "
-        "lowest; rates are half a decade apart.",
-        summary(found),
-    ]
+        "lowest (-: no rate is good); rates are half a decade apart. Best rival: the borrowed "
+        "optimizer or one of its rivals, by the mean on the choosing seeds."
+    )
+
+
+def render(found: Sequence[Verdict], seeds: range, fresh: range) -> str:
+    """The study as Markdown: in figures, and a row for each network and borrowed optimizer."""
+    parts = [counts(found), _preface(seeds, fresh), summary(found)] if found else []
+    return "\n\n".join(parts) + "\n"
+
+
+def render_details(found: Sequence[Verdict]) -> str:
+    """All optimizers of all families on all networks."""
+    text = []
     for v in found:
-        text += [f"#### {v.problem.heading}: {v.family.title}", details(v)]
+        text += [f"### {v.problem.heading}: {v.family.title}", details(v)]
     return "\n\n".join(text) + "\n"
