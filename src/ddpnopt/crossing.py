@@ -247,6 +247,8 @@ class Path:
 
     def __init__(self) -> None:
         self.steps: list[tuple[Any, tuple[Any, ...]]] = []
+        #: How many belong to the call that is run again; None for all.
+        self.end: int | None = None
         self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def step(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

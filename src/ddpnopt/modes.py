@@ -30,6 +30,11 @@ QUERIES = frozenset(
     | {"detach", "__hash__", "__bool__", "item", "tolist", "data_ptr", "__repr__", "__format__"}
     | {"register_hook", "retain_grad", "requires_grad_", "backward", "is_inference", "numpy"}
 )
+#: Operators that write to their first argument; methods that do end in an underscore.
+WRITING = frozenset(
+    {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__"}
+    | {"__ifloordiv__", "__imod__", "__ipow__"}
+)
 
 
 class Quiet(TorchFunctionMode, ABC):
@@ -98,6 +103,21 @@ def quiet(watch: Quiet | None) -> Iterator[None]:
             yield
     finally:
         watch.on = before
+
+
+def overwritten(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that a call is going to write to, if it says so by its name or an argument."""
+    name = getattr(func, "__name__", "")
+    writes = name in WRITING or (name[-1:] == "_" and name[-2:] != "__" and name != "detach_")
+    if not (writes or kwargs.get("inplace") is True):
+        return None
+    first = args[0] if args else kwargs.get("input")
+    return first if isinstance(first, Tensor) else None
+
+
+def results(made: Any, first: Tensor | None) -> Sequence[Tensor]:
+    """What a call has made: its result, or what it has written to if it returns nothing."""
+    return floating(first if made is None and first is not None else made)
 
 
 def rebuilt(value: Any, parts: list[Any]) -> Any:

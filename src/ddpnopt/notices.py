@@ -81,6 +81,12 @@ class Notices:
                 "in front of them is overwritten in place, or made by a function that can't be "
                 "followed, so what earlier layers change there is not seen"
             )
+        if trajectory.cut_short is not None:
+            self.say(
+                f"layers ran again, or first, behind the call of '{trajectory.cut_short}', which "
+                "was taken for the whole pass: this step is the open loop's; from the next pass on "
+                "what calls it is run again"
+            )
         for stage in stages[at:]:
             if stage.plain and stage.plain != FROZEN:
                 reasons.setdefault(stage.plain, {})[f"'{stage.name}'"] = None

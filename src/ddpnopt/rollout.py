@@ -18,12 +18,12 @@ from ddpnopt.cuts import cut, hook_replays
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.layer import Layer
 from ddpnopt.replay import Replay, interleave, preserved
+from ddpnopt.retrace import Retrace
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
-from ddpnopt.watch import Retrace
 
 #: Moves the layers in feedback: (recorder, step with its layers built, its passes).
 Method = Callable[[Recorder, Step, Sequence[Trajectory]], None]

@@ -209,6 +209,7 @@ class Trajectory:
         columns: Columns of the terminal factors of the outputs that have arrived.
         blind: Where something crosses that can't be followed.
         path: Its calls of torch functions, where they were watched.
+        cut_short: A module whose call was taken for all of the pass, until layers ran behind it.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -232,6 +233,7 @@ class Trajectory:
     columns: int = 0
     blind: list[Span] = field(default_factory=list)
     path: Path | None = None
+    cut_short: str | None = None
 
     @property
     def executions(self) -> list[Stage]:

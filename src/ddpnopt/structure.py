@@ -28,6 +28,7 @@ class Anatomy:
         functional: Layers that run as functions, with their paths, by the identity of their weight.
         shared: Identities of parameters that several modules hold.
         own: Identities of the layers' parameters.
+        partial: Identities of modules a call of which has been found not to run every layer's uses.
     """
 
     def __init__(self, model: nn.Module, trainable: Callable[[Tensor], bool]) -> None:
@@ -51,6 +52,7 @@ class Anatomy:
         self._inside: dict[int, list[nn.Module]] = {id(model): self.modules}
         self.shared: set[int] = set()
         self.own: set[int] = set()
+        self.partial: set[int] = set()
         self._owners: set[int] = set()
         self._outer: dict[int, nn.Module] = {}
         self._state: tuple[tuple[int, bool], ...] = ()
@@ -121,8 +123,8 @@ class Anatomy:
                 self._outer[id(module)] = outer
 
     def owns_all(self, module: nn.Module) -> bool:
-        """Whether a module contains every layer, as of the last `refresh`."""
-        return id(module) in self._owners
+        """Whether a module contains every layer, as of the last `refresh`, in one call."""
+        return id(module) in self._owners and id(module) not in self.partial
 
 
 def held_weight(module: nn.Module) -> nn.Parameter | None:

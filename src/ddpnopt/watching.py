@@ -54,6 +54,11 @@ class Watching:
         self.watch.functional, self.watch.layers = functional, weakref.proxy(layers)
         self.watch.begin()
 
+    def call_ends(self) -> None:
+        """The call that can be run again is over; the pass may go on, to a loss."""
+        if self.watch is not None:
+            self.watch.path.end = len(self.watch.path.steps)
+
     def end(self) -> Watch | None:
         """The pass is over: its calls are seen no more."""
         watch, self.watch = self.watch, None
