@@ -144,7 +144,8 @@ class Recorder:
             return
         if self._open is None or not self._depth:
             self._begin(owned=True)
-            self.watching.begin(self.arrivals, self, self.anatomy)
+            assert self._open is not None
+            self.watching.begin(self._open, self.arrivals, self, self.anatomy)
         assert self._open is not None
         self._depth.append(module)
         if self.closed_loop and not any(s.rule for s in self._open.stages):
@@ -322,6 +323,8 @@ class Recorder:
         )
         number = out.output_nr
         upstream = Link(stage, edges, None, self._link, number, taps) if self.links else None
+        if self.watching.watch is not None:
+            self.watching.watch.goes_in(stage, get_gradient_edge(out), stage.time)
         ref = weakref.ref(self.arrivals)
         hook = partial(gradient_at_h, ref, trajectory, stage, upstream)
         out.register_hook(hook)  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ddpnopt.accounts import Part, Sources
 from ddpnopt.crossing import Crossing, Path, Span
 from ddpnopt.inert import Same
 from ddpnopt.modes import Quiet, overwritten, rebuilt, results
@@ -41,7 +42,8 @@ class Watch(Quiet):
     """The nominal pass.
 
     Args:
-        hook: Called with a new crossing and its tap, to ask for the tap's gradient.
+        hook: Called with a new crossing, its tap and what goes into the step that has made it, to
+            ask for the tap's gradient.
         tapping: What crosses is asked for; otherwise only functions that are layers are seen.
 
     Attributes:
@@ -52,7 +54,11 @@ class Watch(Quiet):
         blind: Time steps between which something crossed that can't be followed.
     """
 
-    def __init__(self, hook: Callable[[Crossing, Tensor], None], tapping: bool = True) -> None:
+    def __init__(
+        self,
+        hook: Callable[[Crossing, Tensor, Sources], None],
+        tapping: bool = True,
+    ) -> None:
         super().__init__()
         self.path = Path()
         self.hook, self.tapping = hook, tapping
@@ -63,6 +69,8 @@ class Watch(Quiet):
         self._times: dict[Node, int] = {}
         self._calls: dict[tuple[Node, int], tuple[int, int]] = {}
         self._taps: dict[tuple[Node, int], tuple[Crossing, Tensor]] = {}
+        #: What goes into each time step: its layer's output, and tensors of earlier steps.
+        self._sources: dict[int, list[tuple[Part, GradientEdge]]] = {}
         #: A layer runs.
         self.inside = False
         self._told = 0
@@ -146,6 +154,10 @@ class Watch(Quiet):
             self._times[edge.node] = self._times[key[0]]
         if key in self._calls:
             self._calls[edge.node, edge.output_nr] = self._calls[key]
+
+    def goes_in(self, part: Part, edge: GradientEdge, time: int) -> None:
+        """A part of what a time step is made from."""
+        self._sources.setdefault(time, []).append((part, edge))
 
     def leave(self, output: Any) -> Any:
         """Tap what leaves the pass with its output: it is used behind the last layer."""
@@ -271,7 +283,8 @@ class Watch(Quiet):
                 other.alias(key, edge)
         self.crossings.append(one)
         self.edges.append(edge)
-        self.hook(one, tap)
+        self.hook(one, tap, self._sources.get(one.born, ()))
+        self.goes_in(one, edge, self.time)
 
     def _found(self, node: Node) -> int:
         """The time step of a node that no call has shown: now, if it was made in this pass."""

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from ddpnopt.accounts import Sources
 from ddpnopt.arrivals import Arrivals, gradient_at_crossing
 from ddpnopt.crossing import Crossing
 from ddpnopt.cuts import in_order
@@ -44,12 +45,16 @@ class Watching:
         self.branching: bool | None = None if self.closed_loop and self.graphs else False
         self._chains: dict[tuple[str, ...], int] = {}
 
-    def begin(self, arrivals: Arrivals, layers: Layers, anatomy: Anatomy) -> None:
+    def begin(
+        self, trajectory: Trajectory, arrivals: Arrivals, layers: Layers, anatomy: Anatomy
+    ) -> None:
         """A pass begins: see its calls, where branches or layers that run as functions may be."""
         functional = anatomy.functional if self.graphs else {}
         if self.branching is False and not functional:
             return
-        hook = partial(_await_crossing, weakref.ref(arrivals))
+        hook = partial(
+            _await_crossing, weakref.ref(arrivals), weakref.ref(trajectory), trajectory.to_verify
+        )
         self.watch = Watch(hook, tapping=self.closed_loop)
         self.watch.functional, self.watch.layers = functional, weakref.proxy(layers)
         self.watch.begin()
@@ -86,6 +91,7 @@ class Watching:
             if found or self.branching:
                 trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
                 trajectory.path = watch.path
+                trajectory.accounted = trajectory.to_verify
         if self.graphs:
             trajectory.to_verify = trajectory.to_verify and self.closed_loop and not found
         if self.graphs and self.closed_loop:
@@ -112,7 +118,15 @@ def _heads(trajectory: Trajectory, watch: Watch | None, ledger: Ledger) -> dict[
     return found
 
 
-def _await_crossing(ref: weakref.ref[Arrivals], one: Crossing, tap: Tensor) -> None:
+def _await_crossing(
+    ref: weakref.ref[Arrivals],
+    trajectory: weakref.ref[Trajectory],
+    accounted: bool,
+    one: Crossing,
+    tap: Tensor,
+    sources: Sources,
+) -> None:
     """Ask for the gradient of one use of a tensor."""
-    hook = partial(gradient_at_crossing, ref, one)
+    # Edges of what is older than the tap: no cycle.
+    hook = partial(gradient_at_crossing, ref, trajectory, one, sources if accounted else None)
     tap.register_hook(hook)  # type: ignore[no-untyped-call]
