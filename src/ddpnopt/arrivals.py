@@ -93,8 +93,9 @@ class Arrivals:
             one.fresh_g = G if one.fresh_g is None else one.fresh_g + G
         if trajectory is not None and trajectory.accounted and sources is not None:
             self._settle(trajectory, one, G)
-            made = GradientEdge(*torch._C._current_autograd_node().next_functions[0])
-            self._accounts.add(made, G, sources)
+            node, number = torch._C._current_autograd_node().next_functions[0]
+            assert node is not None
+            self._accounts.add(GradientEdge(node, number), G, sources)
 
     def _settle(self, trajectory: Trajectory, part: Part, G: Tensor) -> None:
         """On a pass that is looked at: does what is known account for a gradient?"""

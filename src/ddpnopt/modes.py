@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.overrides import (
     TorchFunctionMode,
@@ -18,7 +17,7 @@ from torch.overrides import (
     _push_mode,
 )
 
-from ddpnopt.functional import COMPOSITE, Layers, unfolded
+from ddpnopt.functional import COMPOSITE, Layers, product, unfolded
 from ddpnopt.typing import Tensor
 
 #: Attributes of a tensor that are functions of it.
@@ -45,15 +44,19 @@ class Quiet(TorchFunctionMode, ABC):
     functional: Mapping[int, tuple[str, nn.Module]] = {}
     layers: Layers | None = None
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A dense layer runs."""
-        name, module = self.functional.get(id(weight), ("", None))
-        if module is None or self.layers is None or not isinstance(x, Tensor):
-            made: Tensor = self.call(F.linear, (x, weight, bias), {})
-            return made
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module] | None:
+        """The layer that a product with this weight is, with its name; None if it is none."""
+        return self.functional.get(id(weight))
+
+    def _product(
+        self, x: Tensor, layer: tuple[str, nn.Module], func: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """A layer runs as a function."""
+        assert self.layers is not None
+        name, module = layer
         with quiet(self):
             self.layers.begin(name, module, x)
-        made = self.call(F.linear, (x, weight, bias), {})
+        made = self.call(func, args, kwargs)
         with quiet(self):
             return self.layers.end(name, module, x, made)
 
@@ -66,9 +69,11 @@ class Quiet(TorchFunctionMode, ABC):
         if self.on and func in COMPOSITE:
             with self:
                 return unfolded(func)(*args, **kwargs)
-        if self.on and func is F.linear and self.layers is not None:
-            args = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
-            return self.linear(*args)
+        if self.on and self.layers is not None:
+            given = product(func, args, kwargs)
+            layer = self.dense(given[1], given[2]) if given is not None else None
+            if given is not None and layer is not None and isinstance(given[0], Tensor):
+                return self._product(given[0], layer, func, args, kwargs)
         if name == "__get__":
             if getattr(func.__self__, "__name__", "") not in VIEWS:
                 return func(*args, **kwargs)

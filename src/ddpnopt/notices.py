@@ -59,9 +59,10 @@ class Notices:
             trainable: Whether a parameter belongs to the optimizer.
             weighted: The samples are weighted in front of a mixing; else that is plain, too.
         """
-        if trajectory.key in self._told:
+        case = trajectory.key, tuple([stage.plain for stage in trajectory.stages])
+        if case in self._told:
             return
-        self._told.add(trajectory.key)
+        self._told.add(case)
         reasons: dict[str, dict[str, None]] = {}
         at, stages = trajectory.boundary if weighted else 0, trajectory.stages
         if at:

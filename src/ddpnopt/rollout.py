@@ -108,7 +108,7 @@ def rollout(
         for handle in hooks:
             stack.callback(handle.remove)
         replays = [
-            _replay(trajectory, one, layers, recorder.anatomy.functional)
+            _replay(trajectory, one, layers, recorder.anatomy.functions)
             for trajectory, one in zip(trajectories, moved, strict=True)
         ]
         if len(replays) == 1:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -71,6 +72,9 @@ class Watch(Quiet):
         self._taps: dict[tuple[Node, int], tuple[Crossing, Tensor]] = {}
         #: What goes into each time step: its layer's output, and tensors of earlier steps.
         self._sources: dict[int, list[tuple[Part, GradientEdge]]] = {}
+        #: The layer that a product with a weight and a bias is, behind another's use of the weight.
+        self.head_of: Callable[[Tensor, Tensor | None], tuple[str, nn.Module] | None]
+        self.head_of = lambda weight, bias: None
         #: A layer runs.
         self.inside = False
         self._told = 0
@@ -86,6 +90,11 @@ class Watch(Quiet):
         self.path.close()
         _watches.active[:] = [one for one in _watches.active if one is not self]
         self.leave_stack()
+
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module] | None:
+        """Outside the modules, too, where another layer's weight is multiplied by."""
+        found = super().dense(weight, bias)
+        return self.head_of(weight, bias) if found is None and not self.inside else found
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Tap what comes from an earlier time step, and note what is made."""

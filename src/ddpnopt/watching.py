@@ -42,21 +42,23 @@ class Watching:
 
     def forget(self) -> None:
         """The model has other layers than before."""
-        self.branching: bool | None = None if self.closed_loop and self.graphs else False
+        self.branching: bool | None = None if self.graphs else False
         self._chains: dict[tuple[str, ...], int] = {}
 
     def begin(
         self, trajectory: Trajectory, arrivals: Arrivals, layers: Layers, anatomy: Anatomy
     ) -> None:
         """A pass begins: see its calls, where branches or layers that run as functions may be."""
-        functional = anatomy.functional if self.graphs else {}
-        if self.branching is False and not functional:
+        functions = anatomy.functions if self.graphs else {}
+        if self.branching is False and not functions:
             return
         hook = partial(
             _await_crossing, weakref.ref(arrivals), weakref.ref(trajectory), trajectory.to_verify
         )
         self.watch = Watch(hook, tapping=self.closed_loop)
-        self.watch.functional, self.watch.layers = functional, weakref.proxy(layers)
+        self.watch.layers = weakref.proxy(layers)
+        if self.graphs:
+            self.watch.functional, self.watch.head_of = anatomy.functional, anatomy.head_of
         self.watch.begin()
 
     def call_ends(self) -> None:
@@ -87,18 +89,18 @@ class Watching:
         found = found or bool(trajectory.heads)
         if watch is not None:
             times = [stage.time for stage in trajectory.stages]
-            found = found or branches(watch.crossings, times) or bool(anatomy.functional)
-            if found or self.branching:
+            found = found or branches(watch.crossings, times) or bool(anatomy.functions)
+            if (found or self.branching) and (self.closed_loop or anatomy.functions):
                 trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
                 trajectory.path = watch.path
-                trajectory.accounted = trajectory.to_verify
+                trajectory.accounted = trajectory.to_verify and self.closed_loop
         if self.graphs:
             trajectory.to_verify = trajectory.to_verify and self.closed_loop and not found
-        if self.graphs and self.closed_loop:
+            found = found if self.closed_loop else bool(anatomy.functions)
             self._chains[names] = self._chains.get(names, 0) + (not found)
             sure = self._chains[names] >= SURE or in_order(model, anatomy.hooked.values())
             self.branching = found or self.branching or (False if sure else None)
-            if len(self._chains) > 1:  # another may come that is none
+            if self.closed_loop and len(self._chains) > 1:  # another may come that is none
                 self.branching = True
 
 
