@@ -160,7 +160,7 @@ def _foresee(layer: Layer, change: Mapping[str, Tensor], moved: Sequence[Moved |
         for later in stage.repeats:
             if one is not None and later.G is not None:
                 q = layer.predicted(later, samples, change)
-                one.foresee(stage.time, later.time, q)
+                one.foresee(later.time, q)
 
 
 def _changes(
