@@ -53,6 +53,8 @@ class Arrivals:
         self.completed: list[Trajectory] = []
         #: Gets a gradient where a model has no parameter that does (no biases, no weights').
         self.token = torch.zeros((), requires_grad=True)
+        #: A backward pass of the model has been seen.
+        self.reached = False
         self._accounts = Accounts()
         self._during: list[Trajectory] = []
         self._before: list[tuple[Tensor, tuple[int, int] | None]] = []
@@ -136,6 +138,7 @@ class Arrivals:
             self._discard()
             return
         during, self._during = self._during, []
+        self.reached = self.reached or bool(during)
         for trajectory in during:
             self._keep(trajectory)
             if trajectory not in self.completed:

@@ -54,13 +54,13 @@ class Classifier:
     ) -> None:
         self.arrivals, self.trainable = arrivals, trainable
         self.graphs, self.closed_loop = graphs, closed_loop
-        self.passes, self.verified = 0, False
+        self.passes = 0
         self._doubts: dict[tuple[Any, ...], str] = {}
         self._mixing: dict[tuple[Any, ...], Probe] = {}
 
     def due(self) -> bool:
         """Whether the next pass is to be verified: the first with a backward pass, and others."""
-        return not self.verified or self.passes % PROBE_EVERY == 0
+        return not self.arrivals.reached or self.passes % PROBE_EVERY == 0
 
     def classify(
         self,

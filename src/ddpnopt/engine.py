@@ -230,8 +230,6 @@ class Engine:
         if self.options.feedback is not False:
             for trajectory in trajectories:
                 verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
-            if self.recorder is not None and trajectories:
-                self.recorder.classifier.verified = True
         if self.in_backward and trajectories and several():
             reweigh(self, trajectories, self.ranks)
         elif self.in_backward and trajectories and all(map(usable, trajectories)):

@@ -19,8 +19,11 @@ from ddpnopt.structure import Anatomy
 from ddpnopt.typing import Tensor
 from ddpnopt.watch import Watch, branches
 
-#: So many passes of one structure have to be chains before they are no longer watched.
+#: So many passes of one structure have to be chains before they are no longer watched; of several
+#: structures, each so many times their number.
 SURE = 8
+#: With more structures than these, each pass is watched.
+MOST = 16
 
 
 class Watching:
@@ -97,11 +100,28 @@ class Watching:
         if self.graphs:
             trajectory.to_verify = trajectory.to_verify and self.closed_loop and not found
             found = found if self.closed_loop else bool(anatomy.functions)
-            self._chains[names] = self._chains.get(names, 0) + (not found)
-            sure = self._chains[names] >= SURE or in_order(model, anatomy.hooked.values())
-            self.branching = found or self.branching or (False if sure else None)
-            if self.closed_loop and len(self._chains) > 1:  # another may come that is none
-                self.branching = True
+            self._settle(found, names, in_order(model, anatomy.hooked.values()))
+
+    def _settle(self, found: bool, names: tuple[str, ...], ordered: bool) -> None:
+        """Watch the next pass, too?
+
+        Where each of several structures has been a chain often enough, a pass of yet another one
+        is seen to be no chain by its graph alone; what crosses is watched from the next pass on.
+
+        Args:
+            found: This pass was no chain.
+            names: Its structure.
+            ordered: The model runs its layers one after another, whatever it is given.
+        """
+        chains = self._chains
+        if names in chains or len(chains) <= MOST:
+            chains[names] = chains.get(names, 0) + (not found)
+        many = len(chains) > MOST
+        sure = ordered and len(chains) == 1
+        sure = sure or all(passes >= SURE * len(chains) for passes in chains.values())
+        if many:
+            sure = not self.closed_loop  # where all that is looked for is a layer run as a function
+        self.branching = found or self.branching or (False if sure else None)
 
 
 def _heads(trajectory: Trajectory, watch: Watch | None, ledger: Ledger) -> dict[Stage, Head]:
