@@ -115,7 +115,9 @@ def weight_gram(
         return torch.einsum("rbgto,sbgto->brs", K @ V, V) * gain
     step = max(1, AT_ONCE // max(1, columns * groups * outputs * inputs))
     parts = []
-    for u, v in zip(U.split(step), V.split(step, 1), strict=True):  # as large as the weight each
+    for u, v in zip(
+        torch.split(U, step), torch.split(V, step, 1), strict=True
+    ):  # as large as the weight each
         G = sample_gradients(u, v)
         parts.append(torch.einsum("rbgoi,sbgoi->brs", G * gain, G))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

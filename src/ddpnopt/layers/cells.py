@@ -221,7 +221,7 @@ class CellRule(LayerRule, ABC):
         V = V.reshape(V.shape[0], -1, V.shape[-1])
         parts = [
             self._pulled(module, one, v)
-            for one, v in zip(x.split(rows_at), V.split(rows_at, 1), strict=True)
+            for one, v in zip(torch.split(x, rows_at), torch.split(V, rows_at, 1), strict=True)
         ]
         ih, hh = (torch.cat(side, 1) for side in zip(*((p.ih, p.hh) for p in parts), strict=True))
         first, second, *_ = self.unpack(module, x)
