@@ -306,7 +306,8 @@ class Recorder:
         )
         own = parameters(call.module)
         boundary = call.rule is not None and any(map(self.trainable, own))
-        self._ledger.enter(len(trajectory.stages), own, call.inputs, [out], boundary)
+        opaque = call.rule is None or call.rule.general
+        self._ledger.enter(len(trajectory.stages), own, call.inputs, [out], boundary, opaque)
         trajectory.stages.append(stage)
         self._last, trajectory.z_version = out, -1 if out.is_inference() else out._version
         if out.requires_grad:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -212,10 +213,51 @@ class Computed(Model):
         return F.linear(self.body(tokens), self.embed.weight, torch.ones(VOCABULARY).double())
 
 
-@pytest.mark.parametrize("form", [Elsewhere, Computed])
+class Decoder(nn.Module):
+    """A layer of its own kind, with a bias, that is given a weight or has it without saying so."""
+
+    def __init__(self, weight: nn.Parameter | None) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(VOCABULARY, dtype=torch.float64))
+        self.known = [weight]
+
+    def forward(self, h: Tensor, weight: Tensor | None = None) -> Tensor:
+        """A dense layer."""
+        return F.linear(h, weight if self.known[0] is None else self.known[0], self.bias)
+
+
+class Given(Model):
+    """The weight is an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder(None)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Of another module."""
+        made: Tensor = self.decoder(self.body(tokens), self.embed.weight)
+        return made
+
+
+class Hidden(Model):
+    """The weight is in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Decoder(self.embed.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Nobody sees it."""
+        made: Tensor = self.decoder(self.body(tokens))
+        return made
+
+
+@pytest.mark.parametrize("form", [Elsewhere, Computed, Given, Hidden])
 def test_what_is_not_followed_is_said(form: type[Model]) -> None:
-    with pytest.warns(DDPNOptWarning, match="'embed' take.* plain step"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         iterate(form(), steps=1)
+    assert any("'embed'" in str(one.message) and "plain step" in str(one.message) for one in caught)
 
 
 class OnlyFunctions(nn.Module):

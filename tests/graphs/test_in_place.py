@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,45 @@ def test_two_optimizers_watch_at_once(name: str) -> None:
     assert len(others) == 2
     for mine, its in zip(written.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_accumulated_passes_are_one_batch(name: str) -> None:
+    (whole, inputs), parts = both(name)
+    y = torch.tensor([0, 2, 1, 1, 0])
+    first, second = DDPNOpt(whole, lr=0.3), DDPNOpt(parts, lr=0.3)
+    (F.cross_entropy(whole(*inputs), y, reduction="sum") / 5).backward()
+    for rows in (slice(0, 2), slice(2, 5)):
+        z = parts(*(x[rows] for x in inputs))
+        (F.cross_entropy(z, y[rows], reduction="sum") / 5).backward()
+    first.step()
+    second.step()
+    for mine, its in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_pass_leaves_nothing_behind(name: str) -> None:
+    """No cycle through the nodes of what is overwritten, nor through what a first pass looks at."""
+    (_, inputs), model = both(name)
+    opt = DDPNOpt(model, lr=0.3)
+    recorder = opt.engine.recorder
+    assert recorder is not None
+    loss, *_ = problem(inputs, "cross_entropy")
+    gc.collect()
+    gc.disable()
+    try:
+        z = model(*inputs)
+        assert recorder.latest is not None
+        del z
+        assert recorder.latest is None
+        total = loss(model(*inputs))
+        total.backward()
+        opt.step()
+        del total
+        assert recorder.latest is None
+    finally:
+        gc.enable()
 
 
 def test_explain_shows_no_blind_cut() -> None:
