@@ -338,3 +338,16 @@ def test_vanilla_ddps_cost_grows_with_the_batch_and_the_width(tmp_path: Path) ->
         assert big > small > costs["sgd", 4, 16]["mib"]
         exponent = math.log2(big / small)
         assert measured[form, "memory", "B"] == pytest.approx(exponent) and 0.5 < exponent < 2.5
+
+
+def test_the_cost_of_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual step of a chain is an unwatched one in the end, and the table has all cells."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import graph_cost
+
+    monkeypatch.setattr(graph_cost, "WARM", 2)
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 10)]
+    for kind in (graph_cost.Chain, graph_cost.Alternating):
+        cells = graph_cost.measure(lambda kind=kind: kind(layers), (3, 4), 3)
+        assert list(cells) == ["unwatched", "usual", "watched"]
+        assert all(float(text.split()[0]) > 0 for text in cells.values())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
+from ddpnopt.accounts import Accounts, Part, Sources, maker, unseen
 from ddpnopt.crossing import Crossing
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probes, probing
@@ -52,6 +53,9 @@ class Arrivals:
         self.completed: list[Trajectory] = []
         #: Gets a gradient where a model has no parameter that does (no biases, no weights').
         self.token = torch.zeros((), requires_grad=True)
+        #: A backward pass of the model has been seen.
+        self.reached = False
+        self._accounts = Accounts()
         self._during: list[Trajectory] = []
         self._before: list[tuple[Tensor, tuple[int, int] | None]] = []
         self._task: int | None = None
@@ -59,6 +63,7 @@ class Arrivals:
     def at_h(self, trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor) -> None:
         """A gradient has arrived at a stage's output."""
         self._begin()
+        self._settle(trajectory, stage, G)
         last = stage is trajectory.stages[-1] or stage in trajectory.heads
         if stage.rule is None and not last:
             return
@@ -78,12 +83,28 @@ class Arrivals:
         G = stage.arranged(G.detach())
         stage.fresh_g_x = G if stage.fresh_g_x is None else stage.fresh_g_x + G
 
-    def at_crossing(self, one: Crossing, G: Tensor) -> None:
+    def at_crossing(
+        self, trajectory: Trajectory | None, one: Crossing, sources: Sources | None, G: Tensor
+    ) -> None:
         """A gradient has arrived at one use of a tensor."""
+        if not one.wanted and sources is None:
+            return
+        self._begin()
+        G = G.detach()
         if one.wanted:
-            self._begin()
-            G = G.detach()
             one.fresh_g = G if one.fresh_g is None else one.fresh_g + G
+        if trajectory is not None and trajectory.accounted and sources is not None:
+            self._settle(trajectory, one, G)
+            node, number = torch._C._current_autograd_node().next_functions[0]
+            assert node is not None
+            self._accounts.add(GradientEdge(node, number), G, sources)
+
+    def _settle(self, trajectory: Trajectory, part: Part, G: Tensor) -> None:
+        """On a pass that is looked at: does what is known account for a gradient?"""
+        if not trajectory.accounted or trajectory.unaccounted or unseen(trajectory, part):
+            return
+        if not self._accounts.settles(part, G.detach()):
+            trajectory.unaccounted = maker(trajectory, part)
 
     def at_boundary_state(self, trajectory: Trajectory, output: int, G: Tensor) -> None:
         """A gradient has arrived at the state in front of which samples are weighted once."""
@@ -100,6 +121,7 @@ class Arrivals:
         self._task = task
         self.drop_stale()
         self._discard()  # of a backward pass that failed half-way
+        self._accounts.clear()
         self._before = [(p, _identity(p)) for p in (*self.expected(), self.token)]
         self.started()
         engine = torch.autograd.Variable._execution_engine
@@ -108,6 +130,7 @@ class Arrivals:
     def end(self) -> None:
         """The backward pass is over: keep what it brought if it changed any p.grad."""
         self._task = None
+        self._accounts.clear()
         changed = any(_identity(p) != before for p, before in self._before)
         self._before = []
         self.token.grad = None
@@ -115,6 +138,7 @@ class Arrivals:
             self._discard()
             return
         during, self._during = self._during, []
+        self.reached = self.reached or bool(during)
         for trajectory in during:
             self._keep(trajectory)
             if trajectory not in self.completed:
@@ -160,7 +184,7 @@ class Arrivals:
 
     def _discard(self) -> None:
         for trajectory in self._during:
-            trajectory.pending = trajectory.fresh_front = None
+            trajectory.pending = trajectory.fresh_front = trajectory.unaccounted = None
             trajectory.arrived, trajectory.columns = {}, 0
             for stage in trajectory.stages:
                 stage.fresh_G, stage.fresh_g_x, stage.fresh_Z = None, None, {}
@@ -213,11 +237,17 @@ def gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, G: Tensor) -> None:
         arrivals.at_x(stage, G)
 
 
-def gradient_at_crossing(ref: weakref.ref[Arrivals], one: Crossing, G: Tensor) -> None:
+def gradient_at_crossing(
+    ref: weakref.ref[Arrivals],
+    trajectory: weakref.ref[Trajectory],
+    one: Crossing,
+    sources: Sources | None,
+    G: Tensor,
+) -> None:
     """Hook of one use of a tensor that crosses a cut."""
     arrivals = ref()
     if arrivals is not None and counts():
-        arrivals.at_crossing(one, G)
+        arrivals.at_crossing(trajectory(), one, sources, G)
 
 
 def gradient_at_boundary(

@@ -320,6 +320,13 @@ def verify_once(trajectory: Trajectory, keep_states: bool) -> None:
         trajectory: Its backward pass is over.
         keep_states: The gradients at the states are needed later, too.
     """
+    if trajectory.unaccounted is not None:
+        trajectory.error = trajectory.error or UnsupportedModelError(
+            f"something that is made behind '{trajectory.unaccounted}' reaches the loss on a way "
+            "that can't be seen (a feature that is kept on a module, and has a loss of its own): "
+            "return it from the model, or use feedback='open_loop'"
+        )
+        return
     due, trajectory.to_verify = trajectory.to_verify, False
     if not due or trajectory.error is not None:
         return

@@ -59,8 +59,8 @@ class Classifier:
         self._mixing: dict[tuple[Any, ...], Probe] = {}
 
     def due(self) -> bool:
-        """Whether the next pass is to be verified."""
-        return self.passes % PROBE_EVERY == 0
+        """Whether the next pass is to be verified: the first with a backward pass, and others."""
+        return not self.arrivals.reached or self.passes % PROBE_EVERY == 0
 
     def classify(
         self,

@@ -11,6 +11,7 @@ gradient that arrives through the later uses alone.
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -162,9 +163,11 @@ class Predicted(Sequence[Tensor]):
         )
 
 
-@dataclass(eq=False)
 class Moved:
     """What the state has been found to change, while a pass is run again.
+
+    What is known of it is kept by its last use, one sum for each: a cut is looked at only once, in
+    order, so that what has been used up is dropped.
 
     Args:
         crossings: Of the pass.
@@ -172,18 +175,20 @@ class Moved:
         blind: Where something crosses that can't be followed.
     """
 
-    crossings: Sequence[Crossing]
-    samples: int
-    blind: Sequence[Span] = ()
-    known: dict[Crossing, Tensor] = field(default_factory=dict)
-    foreseen: list[tuple[int, int, Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Sort the tensors by the call that makes them."""
+    def __init__(
+        self, crossings: Iterable[Crossing], samples: int, blind: Sequence[Span] = ()
+    ) -> None:
+        self.samples, self.blind = samples, blind
+        #: By the call that makes them.
         self.wanted: dict[int, list[Crossing]] = {}
-        for one in self.crossings:
+        self._due: list[int] = []
+        self._met = 0
+        self._sums: dict[int, Tensor] = {}
+        for one in crossings:
             if one.g is not None or one.Z is not None:
                 self.wanted.setdefault(one.call[0], []).append(one)
+                self._due.append(one.born)
+        self._due.sort()
 
     def meet(self, number: int, results: Sequence[Tensor]) -> None:
         """A call has made a tensor that is waited for.
@@ -194,9 +199,8 @@ class Moved:
         for one in self.wanted.get(number, ()):
             if one.call[1] >= len(results):
                 raise other_path()
-            found = one.project(results[one.call[1]], self.samples)
-            if found is not None:
-                self.known[one] = found
+            self._met += 1
+            self._add(one.used, one.project(results[one.call[1]], self.samples))
 
     def q(self, time: int) -> Tensor | None:
         """(B, r) at the cut before a layer; None where nothing that can have moved crosses it.
@@ -206,17 +210,22 @@ class Moved:
         Raises:
             UnsupportedModelError: A tensor that crosses it has not been made.
         """
+        if bisect_left(self._due, time) != self._met:
+            raise other_path()
+        for used in [used for used in self._sums if used < time]:
+            del self._sums[used]
         if any(span.at(time) for span in self.blind):
             return None
-        parts = [q for born, used, q in self.foreseen if born < time <= used]
-        here = [one for ones in self.wanted.values() for one in ones if one.at(time)]
-        if any(one not in self.known for one in here):
-            raise other_path()
-        return total([*(self.known[one] for one in here), *parts])
+        return total(self._sums[used] for used in sorted(self._sums))
 
-    def foresee(self, born: int, used: int, q: Float[Tensor, "b r"]) -> None:
-        """Weights have changed that are used again, between two time steps."""
-        self.foreseen.append((born, used, q))
+    def foresee(self, used: int, q: Float[Tensor, "b r"]) -> None:
+        """Weights have changed that are used again, at a later time step."""
+        self._add(used, q)
+
+    def _add(self, used: int, q: Tensor | None) -> None:
+        if q is not None:
+            known = self._sums.get(used)
+            self._sums[used] = q if known is None else known + q
 
 
 def total(parts: Iterable[Tensor]) -> Tensor | None:
@@ -247,6 +256,8 @@ class Path:
 
     def __init__(self) -> None:
         self.steps: list[tuple[Any, tuple[Any, ...]]] = []
+        #: How many belong to the call that is run again; None for all.
+        self.end: int | None = None
         self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def step(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -58,6 +58,21 @@ class Anchor(torch.autograd.Function):
         return gradients[0], torch.zeros(())
 
 
+class Same(torch.autograd.Function):
+    """Identity in place: a node of its own for what is about to be overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        """Return y itself."""
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Pass the gradient on."""
+        return gradients[0]
+
+
 class Probes(threading.local):
     """Whether the library's own backward pass is running in this thread."""
 

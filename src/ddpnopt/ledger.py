@@ -97,6 +97,7 @@ class Ledger:
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
         boundary: bool,
+        opaque: bool = False,
     ) -> None:
         """Enter a stage, and note connections that lead past the layer before it.
 
@@ -110,7 +111,10 @@ class Ledger:
             inputs: Its input tensors.
             outputs: Its output tensors.
             boundary: The layer can take part in feedback.
+            opaque: It may use other layers' parameters.
         """
+        if opaque:
+            self._look_inside(own, inputs, outputs)
         stack: list[Node | None] = [t.grad_fn for t in inputs]
         seen: set[Node] = set()
         while stack:
@@ -144,6 +148,23 @@ class Ledger:
             self._outputs.update({node: index for node in self._latest})
             self._leaves.update({id(p): index for p in own})
             self._ends[index] = out.detach()
+
+    def _look_inside(
+        self, own: Sequence[nn.Parameter], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> None:
+        """Note other layers' parameters that a module of any kind is given, or knows of."""
+        mine = {id(p) for p in own}
+        leaves = {id(t) for t in inputs if t.grad_fn is None}
+        seen: set[Node | None] = {None, *(t.grad_fn for t in inputs)}
+        stack = [t.grad_fn for t in outputs]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaves.add(id(getattr(node, "variable", None)))
+            stack += [child for child, _ in node.next_functions]
+        self.elsewhere |= (leaves & self._own) - mine
 
     def heads(self) -> dict[int, Tensor]:
         """Layers before the last whose output no later one uses, and that output."""

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.overrides import (
     TorchFunctionMode,
@@ -18,7 +17,7 @@ from torch.overrides import (
     _push_mode,
 )
 
-from ddpnopt.functional import COMPOSITE, Layers, unfolded
+from ddpnopt.functional import COMPOSITE, Layers, product, unfolded
 from ddpnopt.typing import Tensor
 
 #: Attributes of a tensor that are functions of it.
@@ -30,6 +29,11 @@ QUERIES = frozenset(
     | {"detach", "__hash__", "__bool__", "item", "tolist", "data_ptr", "__repr__", "__format__"}
     | {"register_hook", "retain_grad", "requires_grad_", "backward", "is_inference", "numpy"}
 )
+#: Operators that write to their first argument; methods that do end in an underscore.
+WRITING = frozenset(
+    {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__"}
+    | {"__ifloordiv__", "__imod__", "__ipow__"}
+)
 
 
 class Quiet(TorchFunctionMode, ABC):
@@ -40,15 +44,19 @@ class Quiet(TorchFunctionMode, ABC):
     functional: Mapping[int, tuple[str, nn.Module]] = {}
     layers: Layers | None = None
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A dense layer runs."""
-        name, module = self.functional.get(id(weight), ("", None))
-        if module is None or self.layers is None or not isinstance(x, Tensor):
-            made: Tensor = self.call(F.linear, (x, weight, bias), {})
-            return made
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module] | None:
+        """The layer that a product with this weight is, with its name; None if it is none."""
+        return self.functional.get(id(weight))
+
+    def _product(
+        self, x: Tensor, layer: tuple[str, nn.Module], func: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """A layer runs as a function."""
+        assert self.layers is not None
+        name, module = layer
         with quiet(self):
             self.layers.begin(name, module, x)
-        made = self.call(F.linear, (x, weight, bias), {})
+        made = self.call(func, args, kwargs)
         with quiet(self):
             return self.layers.end(name, module, x, made)
 
@@ -61,9 +69,11 @@ class Quiet(TorchFunctionMode, ABC):
         if self.on and func in COMPOSITE:
             with self:
                 return unfolded(func)(*args, **kwargs)
-        if self.on and func is F.linear and self.layers is not None:
-            args = (*args, *(kwargs[key] for key in ("input", "weight", "bias") if key in kwargs))
-            return self.linear(*args)
+        if self.on and self.layers is not None:
+            given = product(func, args, kwargs)
+            layer = self.dense(given[1], given[2]) if given is not None else None
+            if given is not None and layer is not None and isinstance(given[0], Tensor):
+                return self._product(given[0], layer, func, args, kwargs)
         if name == "__get__":
             if getattr(func.__self__, "__name__", "") not in VIEWS:
                 return func(*args, **kwargs)
@@ -98,6 +108,21 @@ def quiet(watch: Quiet | None) -> Iterator[None]:
             yield
     finally:
         watch.on = before
+
+
+def overwritten(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that a call is going to write to, if it says so by its name or an argument."""
+    name = getattr(func, "__name__", "")
+    writes = name in WRITING or (name[-1:] == "_" and name[-2:] != "__" and name != "detach_")
+    if not (writes or kwargs.get("inplace") is True):
+        return None
+    first = args[0] if args else kwargs.get("input")
+    return first if isinstance(first, Tensor) else None
+
+
+def results(made: Any, first: Tensor | None) -> Sequence[Tensor]:
+    """What a call has made: its result, or what it has written to if it returns nothing."""
+    return floating(first if made is None and first is not None else made)
 
 
 def rebuilt(value: Any, parts: list[Any]) -> Any:

@@ -59,9 +59,10 @@ class Notices:
             trainable: Whether a parameter belongs to the optimizer.
             weighted: The samples are weighted in front of a mixing; else that is plain, too.
         """
-        if trajectory.key in self._told:
+        case = trajectory.key, tuple([stage.plain for stage in trajectory.stages])
+        if case in self._told:
             return
-        self._told.add(trajectory.key)
+        self._told.add(case)
         reasons: dict[str, dict[str, None]] = {}
         at, stages = trajectory.boundary if weighted else 0, trajectory.stages
         if at:
@@ -80,6 +81,12 @@ class Notices:
                 f"{', '.join(map(repr, lost))} take their open-loop policy: a tensor that crosses "
                 "in front of them is overwritten in place, or made by a function that can't be "
                 "followed, so what earlier layers change there is not seen"
+            )
+        if trajectory.cut_short is not None:
+            self.say(
+                f"layers ran again, or first, behind the call of '{trajectory.cut_short}', which "
+                "was taken for the whole pass: this step is the open loop's; from the next pass on "
+                "what calls it is run again"
             )
         for stage in stages[at:]:
             if stage.plain and stage.plain != FROZEN:

@@ -72,6 +72,9 @@ class Kronecker:
         return replace(self, scale=self.scale * factor)
 
 
+#: Elements of per-sample gradients that are formed together.
+AT_ONCE = 2**21
+
 #: A gain P = eta M^-1: a number for M = I, a tensor of the parameter's shape for a diagonal M.
 Gain = float | Tensor | Kronecker
 
@@ -110,10 +113,14 @@ def weight_gram(
     if not isinstance(gain, Tensor) and pairs <= columns * inputs * outputs:
         K = U @ U.transpose(-1, -2)
         return torch.einsum("rbgto,sbgto->brs", K @ V, V) * gain
-    G = sample_gradients(U, V)
-    if isinstance(gain, Tensor):
-        return torch.einsum("rbgoi,sbgoi->brs", G * gain, G)
-    return torch.einsum("rbgoi,sbgoi->brs", G, G) * gain
+    step = max(1, AT_ONCE // max(1, columns * groups * outputs * inputs))
+    parts = []
+    for u, v in zip(
+        torch.split(U, step), torch.split(V, step, 1), strict=True
+    ):  # as large as the weight each
+        G = sample_gradients(u, v)
+        parts.append(torch.einsum("rbgoi,sbgoi->brs", G * gain, G))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def bias_gram(V: Float[Tensor, "r b g t o"], gain: float | Tensor) -> Float[Tensor, "b r r"]:

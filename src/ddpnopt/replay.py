@@ -19,8 +19,8 @@ from torch import nn
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.modes import rebuilt
 from ddpnopt.randomness import Randomness, cuda_in_use
+from ddpnopt.retrace import Retrace
 from ddpnopt.typing import Tensor
-from ddpnopt.watch import Retrace
 
 
 def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:

@@ -18,12 +18,12 @@ from ddpnopt.cuts import cut, hook_replays
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.layer import Layer
 from ddpnopt.replay import Replay, interleave, preserved
+from ddpnopt.retrace import Retrace
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
-from ddpnopt.watch import Retrace
 
 #: Moves the layers in feedback: (recorder, step with its layers built, its passes).
 Method = Callable[[Recorder, Step, Sequence[Trajectory]], None]
@@ -108,7 +108,7 @@ def rollout(
         for handle in hooks:
             stack.callback(handle.remove)
         replays = [
-            _replay(trajectory, one, layers, recorder.anatomy.functional)
+            _replay(trajectory, one, layers, recorder.anatomy.functions)
             for trajectory, one in zip(trajectories, moved, strict=True)
         ]
         if len(replays) == 1:
@@ -160,7 +160,7 @@ def _foresee(layer: Layer, change: Mapping[str, Tensor], moved: Sequence[Moved |
         for later in stage.repeats:
             if one is not None and later.G is not None:
                 q = layer.predicted(later, samples, change)
-                one.foresee(stage.time, later.time, q)
+                one.foresee(later.time, q)
 
 
 def _changes(

@@ -209,6 +209,9 @@ class Trajectory:
         columns: Columns of the terminal factors of the outputs that have arrived.
         blind: Where something crosses that can't be followed.
         path: Its calls of torch functions, where they were watched.
+        accounted: It is looked at whether the known uses account for the gradients.
+        unaccounted: The layer from which a tensor goes to the loss unseen.
+        cut_short: A module whose call was taken for all of the pass, until layers ran behind it.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -232,6 +235,9 @@ class Trajectory:
     columns: int = 0
     blind: list[Span] = field(default_factory=list)
     path: Path | None = None
+    accounted: bool = False
+    unaccounted: str | None = None
+    cut_short: str | None = None
 
     @property
     def executions(self) -> list[Stage]:
@@ -253,7 +259,7 @@ class Trajectory:
     def forget_gradients(self) -> None:
         """Back to how the forward pass left it: its gradients have been used or thrown away."""
         self.cost = self.error = self.pending = self.front = self.fresh_front = None
-        self.arrived, self.columns = {}, 0
+        self.arrived, self.columns, self.unaccounted = {}, 0, None
         for stage in self.stages:
             stage.G = stage.g_x = stage.fresh_G = stage.fresh_g_x = None
             stage.Z_h = stage.Z_x = stage.J = None

@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ddpnopt.functional import parts
+from ddpnopt.functional import dense, parts
 from ddpnopt.layers import rule_for
+from ddpnopt.layers.embedding import LookupRule
+from ddpnopt.layers.linear import LinearRule
 from ddpnopt.parameters import parameters
 from ddpnopt.typing import Tensor
 
@@ -26,8 +28,11 @@ class Anatomy:
         hooked: Parametrised modules without parametrised children, by path.
         containers: The modules above them (and the model itself), by path.
         functional: Layers that run as functions, with their paths, by the identity of their weight.
+        heads: Products with a weight that a module holds, outside of it, as they have been found:
+            dense layers, with their names, by the identities of weight and bias.
         shared: Identities of parameters that several modules hold.
         own: Identities of the layers' parameters.
+        partial: Identities of modules a call of which has been found not to run every layer's uses.
     """
 
     def __init__(self, model: nn.Module, trainable: Callable[[Tensor], bool]) -> None:
@@ -35,6 +40,9 @@ class Anatomy:
         self.hooked: dict[str, nn.Module] = {}
         self.containers: dict[str, nn.Module] = {}
         self.functional: dict[int, tuple[str, nn.Module]] = {}
+        self.heads: dict[tuple[int, int], tuple[str, nn.Module]] = {}
+        #: Where weights are that a product may be made with: paths of modules.
+        self._weights: dict[int, str] = {}
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
             if name.startswith(inside):
@@ -51,6 +59,7 @@ class Anatomy:
         self._inside: dict[int, list[nn.Module]] = {id(model): self.modules}
         self.shared: set[int] = set()
         self.own: set[int] = set()
+        self.partial: set[int] = set()
         self._owners: set[int] = set()
         self._outer: dict[int, nn.Module] = {}
         self._state: tuple[tuple[int, bool], ...] = ()
@@ -77,7 +86,34 @@ class Anatomy:
     @property
     def named(self) -> dict[str, nn.Module]:
         """All modules that may be layers."""
-        return {**self.hooked, **dict(self.functional.values())}
+        return {**self.hooked, **dict(self.functions.values())}
+
+    @property
+    def functions(self) -> dict[int, tuple[str, nn.Module]]:
+        """All layers that run as functions, with their names, by the identity of their weight."""
+        if not self.heads:
+            return self.functional
+        return {**self.functional, **{id(one[1].weight): one for one in self.heads.values()}}
+
+    def head_of(self, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module] | None:
+        """The dense layer that a product with a module's weight is, outside that module.
+
+        Args:
+            weight: (o, i).
+            bias: (o,), or None.
+
+        Returns:
+            Its name and the layer; None where the weight is no embedding's or dense layer's, or the
+            bias no parameter.
+        """
+        key = id(weight), id(bias)
+        known = key in self.heads or id(weight) not in self._weights
+        if not known and isinstance(weight, nn.Parameter):
+            if bias is None or isinstance(bias, nn.Parameter):
+                name = f"F.linear({self._weights[id(weight)]}.weight)"
+                self.heads[key] = name, dense(weight, bias)
+                self._count()
+        return self.heads.get(key)
 
     def receiving(self, weight_gradients: bool) -> list[Tensor]:
         """Parameters that a backward pass gives gradients to.
@@ -103,26 +139,35 @@ class Anatomy:
         )
         if state != self._state:
             self._find_functional()
-            held = [id(p) for module in self.hooked.values() for p in parameters(module)]
-            uses = Counter(held)
-            self.shared = {identity for identity, n in uses.items() if n > 1}
+            self._count()
             layers = self.layers().values()
-            self.own = {id(p) for m in layers for p in parameters(m)}
             wanted = {id(self._outer.get(id(m), m)) for m in layers}
             self._owners = {id(m) for m in self.modules if wanted <= {id(c) for c in m.modules()}}
             self._state = state
 
+    def _count(self) -> None:
+        """Which parameters are layers', and which are several layers'."""
+        modules = [*self.hooked.values(), *(module for _, module in self.heads.values())]
+        uses = Counter(id(p) for module in modules for p in parameters(module))
+        self.shared = {identity for identity, n in uses.items() if n > 1}
+        self.own = {id(p) for m in self.layers().values() for p in parameters(m)}
+
     def _find_functional(self) -> None:
         """Their weights may have been swapped for others."""
-        self.functional, self._outer = {}, {}
+        self.functional, self._outer, self.heads = {}, {}, {}
+        self._weights = {
+            id(module._parameters.get("weight")): path
+            for path, module in self.hooked.items()
+            if isinstance(rule := rule_for(module), LookupRule) or type(rule) is LinearRule
+        }
         for path, outer in self.containers.items():
             for name, module in parts(outer).items():
                 self.functional[id(module.weight)] = (f"{path}.{name}".lstrip("."), module)
                 self._outer[id(module)] = outer
 
     def owns_all(self, module: nn.Module) -> bool:
-        """Whether a module contains every layer, as of the last `refresh`."""
-        return id(module) in self._owners
+        """Whether a module contains every layer, as of the last `refresh`, in one call."""
+        return id(module) in self._owners and id(module) not in self.partial
 
 
 def held_weight(module: nn.Module) -> nn.Parameter | None:

@@ -69,6 +69,8 @@ class Recorder:
         self.watching = Watching(closed_loop, graphs)
         self._open: Trajectory | None = None
         self._depth: list[nn.Module] = []
+        #: The call that would be run again has returned.
+        self._left = False
         self._ledger = Ledger(set())
         self._link: Link | None = None
         self._last: Tensor | None = None
@@ -142,13 +144,15 @@ class Recorder:
             return
         if self._open is None or not self._depth:
             self._begin(owned=True)
-            self.watching.begin(self.arrivals, self, self.anatomy)
+            assert self._open is not None
+            self.watching.begin(self._open, self.arrivals, self, self.anatomy)
         assert self._open is not None
         self._depth.append(module)
         if self.closed_loop and not any(s.rule for s in self._open.stages):
             inside = self.anatomy.inside(module)
             with quiet(self.watching.watch):
                 self._open.call = Call.capture(name, module, args, kwargs, inside)
+            self._left = False
             if self.watching.watch is not None:
                 self.watching.watch.restart()
 
@@ -166,6 +170,7 @@ class Recorder:
         self.arrivals.drop_stale()
         self._open = Trajectory(owned=owned, to_verify=self.classifier.due())
         self._ledger, self._link, self._last = Ledger(self.anatomy.own), None, None
+        self._left = False
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The owner returns: the graph alone keeps the trajectory from here on."""
@@ -173,6 +178,10 @@ class Recorder:
         if self.paused or not self._depth or self._depth[-1] is not module:
             return None
         self._depth.pop()
+        call = self._open.call if self._open is not None else None
+        if call is not None and call.module is module and not self._left:
+            self._left = True
+            self.watching.call_ends()
         if self._depth:
             return None
         if output is not None and self._open is not None:
@@ -288,12 +297,17 @@ class Recorder:
     def _add(self, name: str, call: Executed, out: Tensor) -> None:
         trajectory = self._open
         assert trajectory is not None
+        if self._left and call.rule is not None and trajectory.call is not None:
+            self.anatomy.partial.add(id(trajectory.call.module))
+            trajectory.cut_short = trajectory.call.name
+            trajectory.call = None
         stage = call.stage(
             name, out, self.watching.watch.time if self.watching.watch is not None else 0
         )
         own = parameters(call.module)
         boundary = call.rule is not None and any(map(self.trainable, own))
-        self._ledger.enter(len(trajectory.stages), own, call.inputs, [out], boundary)
+        opaque = call.rule is None or call.rule.general
+        self._ledger.enter(len(trajectory.stages), own, call.inputs, [out], boundary, opaque)
         trajectory.stages.append(stage)
         self._last, trajectory.z_version = out, -1 if out.is_inference() else out._version
         if out.requires_grad:
@@ -310,6 +324,8 @@ class Recorder:
         )
         number = out.output_nr
         upstream = Link(stage, edges, None, self._link, number, taps) if self.links else None
+        if self.watching.watch is not None:
+            self.watching.watch.goes_in(stage, get_gradient_edge(out), stage.time)
         ref = weakref.ref(self.arrivals)
         hook = partial(gradient_at_h, ref, trajectory, stage, upstream)
         out.register_hook(hook)  # type: ignore[no-untyped-call]

@@ -2,8 +2,10 @@
 """Watches the calls of torch functions in a pass: which tensors cross from layer to layer.
 
 In the nominal pass a tensor that is used in a later time step than it was made in is replaced, for
-that use, by a view of itself (a tap): so autograd has the gradient of each use apart. When the
-pass is run again, the same tensors are known by the number of the call that makes them.
+that use, by a view of itself (a tap): so autograd has the gradient of each use apart. Where that
+use overwrites it, it stays what it is and gets a node of its own, and its value is copied. When the
+pass is run again (`retrace.py`), the same tensors are known by the number of the call that makes
+them.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ddpnopt.crossing import Crossing, Moved, Path, Span, other_path
-from ddpnopt.modes import Quiet, floating, rebuilt
+from ddpnopt.accounts import Part, Sources
+from ddpnopt.crossing import Crossing, Path, Span
+from ddpnopt.inert import Same
+from ddpnopt.modes import Quiet, overwritten, rebuilt, results
 from ddpnopt.typing import Tensor
 
 #: The time step of what was made before the pass, or of parameters alone, by unknown means.
@@ -38,7 +43,8 @@ class Watch(Quiet):
     """The nominal pass.
 
     Args:
-        hook: Called with a new crossing and its tap, to ask for the tap's gradient.
+        hook: Called with a new crossing, its tap and what goes into the step that has made it, to
+            ask for the tap's gradient.
         tapping: What crosses is asked for; otherwise only functions that are layers are seen.
 
     Attributes:
@@ -49,7 +55,11 @@ class Watch(Quiet):
         blind: Time steps between which something crossed that can't be followed.
     """
 
-    def __init__(self, hook: Callable[[Crossing, Tensor], None], tapping: bool = True) -> None:
+    def __init__(
+        self,
+        hook: Callable[[Crossing, Tensor, Sources], None],
+        tapping: bool = True,
+    ) -> None:
         super().__init__()
         self.path = Path()
         self.hook, self.tapping = hook, tapping
@@ -60,6 +70,11 @@ class Watch(Quiet):
         self._times: dict[Node, int] = {}
         self._calls: dict[tuple[Node, int], tuple[int, int]] = {}
         self._taps: dict[tuple[Node, int], tuple[Crossing, Tensor]] = {}
+        #: What goes into each time step: its layer's output, and tensors of earlier steps.
+        self._sources: dict[int, list[tuple[Part, GradientEdge]]] = {}
+        #: The layer that a product with a weight and a bias is, behind another's use of the weight.
+        self.head_of: Callable[[Tensor, Tensor | None], tuple[str, nn.Module] | None]
+        self.head_of = lambda weight, bias: None
         #: A layer runs.
         self.inside = False
         self._told = 0
@@ -76,15 +91,25 @@ class Watch(Quiet):
         _watches.active[:] = [one for one in _watches.active if one is not self]
         self.leave_stack()
 
+    def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module] | None:
+        """Outside the modules, too, where another layer's weight is multiplied by."""
+        found = super().dense(weight, bias)
+        return self.head_of(weight, bias) if found is None and not self.inside else found
+
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Tap what comes from an earlier time step, and note what is made."""
         if not self.tapping:
             return func(*args, **kwargs)
         tapped: dict[int, tuple[Tensor, Tensor, int]] = {}
         step = self.path.step(func, args, kwargs)
-        args = self._use(args, tapped)
-        if kwargs:
-            kwargs = {key: self._use(value, tapped) for key, value in kwargs.items()}
+        first = overwritten(func, args, kwargs)
+        if first is not None:
+            with torch._C.DisableTorchFunction():  # nobody else's business
+                self._overwrite(first)
+        if torch.is_grad_enabled():  # else no gradient comes from this use
+            args = self._use(args, tapped)
+            if kwargs:
+                kwargs = {key: self._use(value, tapped) for key, value in kwargs.items()}
         made = func(*args, **kwargs)
         if tapped:
             # A function that returns what it was given has made nothing.
@@ -92,21 +117,23 @@ class Watch(Quiet):
             for _, tap, version in tapped.values():
                 if tap._version != version:  # overwritten by its use
                     self._lose(tap)
-        results = floating(made)
-        if results:
-            self._note(results)
-            self.path.made(results, len(self.path.steps))
+        found = results(made, first)
+        if found:
+            self._note(found, again=first is not None)
+            self.path.made(found, len(self.path.steps))
             self.path.steps.append(step)
         return made
 
-    def _note(self, results: Sequence[Tensor]) -> None:
-        """Number the call's results."""
+    def _note(self, made: Sequence[Tensor], again: bool) -> None:
+        """Number the call's results; ``again``: what has a number already has changed."""
         number = len(self.path.steps)
-        for place, tensor in enumerate(results):
+        for place, tensor in enumerate(made):
             node = tensor.grad_fn
             if node is not None:
                 self._times.setdefault(node, self.time)
-                self._calls.setdefault((node, tensor.output_nr), (number, place))
+                key = node, tensor.output_nr
+                if again or key not in self._calls:
+                    self._calls[key] = number, place
 
     def restart(self) -> None:
         """The pass that can be run again begins here: what has been made before is constant."""
@@ -130,15 +157,16 @@ class Watch(Quiet):
         if known is not None:
             self._calls[new, after.output_nr] = known
 
-    def alias(self, y: Tensor, tap: Tensor) -> None:
-        """Another watch has put a view of a tensor in its place."""
-        old, new = y.grad_fn, tap.grad_fn
-        assert old is not None and new is not None
-        self.path.same(y, tap)
-        if old in self._times:
-            self._times[new] = self._times[old]
-        if (old, y.output_nr) in self._calls:
-            self._calls[new, tap.output_nr] = self._calls[old, y.output_nr]
+    def alias(self, key: tuple[Node, int], edge: GradientEdge) -> None:
+        """Another watch has put an edge of its own in the place of a tensor's."""
+        if key[0] in self._times:
+            self._times[edge.node] = self._times[key[0]]
+        if key in self._calls:
+            self._calls[edge.node, edge.output_nr] = self._calls[key]
+
+    def goes_in(self, part: Part, edge: GradientEdge, time: int) -> None:
+        """A part of what a time step is made from."""
+        self._sources.setdefault(time, []).append((part, edge))
 
     def leave(self, output: Any) -> Any:
         """Tap what leaves the pass with its output: it is used behind the last layer."""
@@ -194,6 +222,38 @@ class Watch(Quiet):
             return {key: self._use(one, tapped) for key, one in value.items()}
         return value
 
+    def _overwrite(self, y: Tensor) -> None:
+        """Before a tensor is written to: what has crossed keeps its value, and so does this use.
+
+        A view writes to all of its base. The base gets a node of its own, the only use of which is
+        the call that comes: there autograd has the gradient of this use alone.
+        """
+        base = y._base if y._base is not None else y
+        node = base.grad_fn
+        if node is None or not _plain(base):
+            return
+        born = self._times.get(node, self.time)
+        for watch in _watches.active:
+            watch._keep(base.untyped_storage().data_ptr())
+        if born in (OUTSIDE, self.time):
+            return
+        key = node, base.output_nr
+        call = self._calls.get(key)
+        if call is None or not torch.is_grad_enabled():
+            self.blind.append(Span(born, self.time))
+            self._times[node] = self.time
+            return
+        value = base.detach().clone()
+        Same.apply(base)  # type: ignore[no-untyped-call]
+        self._cross(base, key, Crossing(call, born, self.time, value, value._version))
+
+    def _keep(self, storage: int) -> None:
+        """What has crossed and lies there is going to be overwritten."""
+        for one in self.crossings:
+            if one.intact() and one.y.untyped_storage().data_ptr() == storage:
+                one.y = one.y.clone()
+                one.version = one.y._version
+
     def _lose(self, tap: Tensor) -> None:
         """A tensor was overwritten by its use: neither its value nor its gradient is to be had."""
         for one in self.crossings:
@@ -209,22 +269,31 @@ class Watch(Quiet):
             known[0].beside = known[0].beside or not self.inside
             return known[1]
         call = self._calls.get(key)
-        if call is None or type(y) is not Tensor or _wrapped(y):
+        if call is None or not _plain(y):
             self.blind.append(Span(born, self.time))
             return y
         with torch._C.DisableTorchFunction():  # nobody else's business
             tap = y.view_as(y)
-            one = Crossing(call, born, self.time, y.detach(), y._version, beside=not self.inside)
-        assert tap.grad_fn is not None
-        self._times[tap.grad_fn] = self.time
+            one = Crossing(call, born, self.time, y.detach(), y._version)
+            for other in _watches.active:
+                if other is not self:
+                    other.path.same(y, tap)
+            self._taps[key] = one, tap
+            self._cross(tap, key, one)
+        return tap
+
+    def _cross(self, tap: Tensor, key: tuple[Node, int], one: Crossing) -> None:
+        """A use has an edge of its own, where another tensor's stood."""
+        one.beside = not self.inside
+        edge = get_gradient_edge(tap)
+        self._times[edge.node] = self.time
         for other in _watches.active:
             if other is not self:
-                other.alias(y, tap)
-        self._taps[key] = one, tap
+                other.alias(key, edge)
         self.crossings.append(one)
-        self.edges.append(get_gradient_edge(tap))
-        self.hook(one, tap)
-        return tap
+        self.edges.append(edge)
+        self.hook(one, tap, self._sources.get(one.born, ()))
+        self.goes_in(one, edge, self.time)
 
     def _found(self, node: Node) -> int:
         """The time step of a node that no call has shown: now, if it was made in this pass."""
@@ -246,48 +315,9 @@ class Watch(Quiet):
         return self.time
 
 
-class Retrace(Quiet):
-    """The pass run again.
-
-    Args:
-        moved: Collects the tensors that are met.
-        path: The nominal pass.
-    """
-
-    def __init__(self, moved: Moved, path: Path) -> None:
-        super().__init__()
-        self.moved, self.nominal, self.path, self.number = moved, path, Path(), 0
-
-    def check(self) -> None:
-        """The pass is over.
-
-        Raises:
-            UnsupportedModelError: It was another one.
-        """
-        if self.number != len(self.nominal.steps):
-            raise other_path()
-
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Number the call's results; look at those that are waited for.
-
-        Raises:
-            UnsupportedModelError: It is not the call that the nominal pass made here.
-        """
-        step = self.path.step(func, args, kwargs)
-        made = func(*args, **kwargs)
-        results = floating(made)
-        if results:
-            number, self.number = self.number, self.number + 1
-            if number >= len(self.nominal.steps) or self.nominal.steps[number] != step:
-                raise other_path()
-            self.path.made(results, number)
-            self.moved.meet(number, results)
-        return made
-
-
-def _wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a transform of torch.func, which has a graph of its own."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+def _plain(y: Tensor) -> bool:
+    """Whether it is a tensor like any other: no transform of torch.func has a graph for it."""
+    return type(y) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(y)
 
 
 def branches(crossings: Iterable[Crossing], states: Sequence[int]) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import nn
 
+from ddpnopt.accounts import Sources
 from ddpnopt.arrivals import Arrivals, gradient_at_crossing
 from ddpnopt.crossing import Crossing
 from ddpnopt.cuts import in_order
@@ -18,8 +19,11 @@ from ddpnopt.structure import Anatomy
 from ddpnopt.typing import Tensor
 from ddpnopt.watch import Watch, branches
 
-#: So many passes of one structure have to be chains before they are no longer watched.
+#: So many passes of one structure have to be chains before they are no longer watched; of several
+#: structures, each so many times their number.
 SURE = 8
+#: With more structures than these, each pass is watched.
+MOST = 16
 
 
 class Watching:
@@ -41,18 +45,29 @@ class Watching:
 
     def forget(self) -> None:
         """The model has other layers than before."""
-        self.branching: bool | None = None if self.closed_loop and self.graphs else False
+        self.branching: bool | None = None if self.graphs else False
         self._chains: dict[tuple[str, ...], int] = {}
 
-    def begin(self, arrivals: Arrivals, layers: Layers, anatomy: Anatomy) -> None:
+    def begin(
+        self, trajectory: Trajectory, arrivals: Arrivals, layers: Layers, anatomy: Anatomy
+    ) -> None:
         """A pass begins: see its calls, where branches or layers that run as functions may be."""
-        functional = anatomy.functional if self.graphs else {}
-        if self.branching is False and not functional:
+        functions = anatomy.functions if self.graphs else {}
+        if self.branching is False and not functions:
             return
-        hook = partial(_await_crossing, weakref.ref(arrivals))
+        hook = partial(
+            _await_crossing, weakref.ref(arrivals), weakref.ref(trajectory), trajectory.to_verify
+        )
         self.watch = Watch(hook, tapping=self.closed_loop)
-        self.watch.functional, self.watch.layers = functional, weakref.proxy(layers)
+        self.watch.layers = weakref.proxy(layers)
+        if self.graphs:
+            self.watch.functional, self.watch.head_of = anatomy.functional, anatomy.head_of
         self.watch.begin()
+
+    def call_ends(self) -> None:
+        """The call that can be run again is over; the pass may go on, to a loss."""
+        if self.watch is not None:
+            self.watch.path.end = len(self.watch.path.steps)
 
     def end(self) -> Watch | None:
         """The pass is over: its calls are seen no more."""
@@ -77,18 +92,36 @@ class Watching:
         found = found or bool(trajectory.heads)
         if watch is not None:
             times = [stage.time for stage in trajectory.stages]
-            found = found or branches(watch.crossings, times) or bool(anatomy.functional)
-            if found or self.branching:
+            found = found or branches(watch.crossings, times) or bool(anatomy.functions)
+            if (found or self.branching) and (self.closed_loop or anatomy.functions):
                 trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
                 trajectory.path = watch.path
+                trajectory.accounted = trajectory.to_verify and self.closed_loop
         if self.graphs:
             trajectory.to_verify = trajectory.to_verify and self.closed_loop and not found
-        if self.graphs and self.closed_loop:
-            self._chains[names] = self._chains.get(names, 0) + (not found)
-            sure = self._chains[names] >= SURE or in_order(model, anatomy.hooked.values())
-            self.branching = found or self.branching or (False if sure else None)
-            if len(self._chains) > 1:  # another may come that is none
-                self.branching = True
+            found = found if self.closed_loop else bool(anatomy.functions)
+            self._settle(found, names, in_order(model, anatomy.hooked.values()))
+
+    def _settle(self, found: bool, names: tuple[str, ...], ordered: bool) -> None:
+        """Watch the next pass, too?
+
+        Where each of several structures has been a chain often enough, a pass of yet another one
+        is seen to be no chain by its graph alone; what crosses is watched from the next pass on.
+
+        Args:
+            found: This pass was no chain.
+            names: Its structure.
+            ordered: The model runs its layers one after another, whatever it is given.
+        """
+        chains = self._chains
+        if names in chains or len(chains) <= MOST:
+            chains[names] = chains.get(names, 0) + (not found)
+        many = len(chains) > MOST
+        sure = ordered and len(chains) == 1
+        sure = sure or all(passes >= SURE * len(chains) for passes in chains.values())
+        if many:
+            sure = not self.closed_loop  # where all that is looked for is a layer run as a function
+        self.branching = found or self.branching or (False if sure else None)
 
 
 def _heads(trajectory: Trajectory, watch: Watch | None, ledger: Ledger) -> dict[Stage, Head]:
@@ -107,7 +140,15 @@ def _heads(trajectory: Trajectory, watch: Watch | None, ledger: Ledger) -> dict[
     return found
 
 
-def _await_crossing(ref: weakref.ref[Arrivals], one: Crossing, tap: Tensor) -> None:
+def _await_crossing(
+    ref: weakref.ref[Arrivals],
+    trajectory: weakref.ref[Trajectory],
+    accounted: bool,
+    one: Crossing,
+    tap: Tensor,
+    sources: Sources,
+) -> None:
     """Ask for the gradient of one use of a tensor."""
-    hook = partial(gradient_at_crossing, ref, one)
+    # Edges of what is older than the tap: no cycle.
+    hook = partial(gradient_at_crossing, ref, trajectory, one, sources if accounted else None)
     tap.register_hook(hook)  # type: ignore[no-untyped-call]

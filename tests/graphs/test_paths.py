@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
-from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.value import LowRank, Moreau
 from oracles.common import assert_unchanged, data, snapshot
 
@@ -273,3 +273,58 @@ def test_path_by_the_data(value: object) -> None:
         assert ran == bool(x.sum() > 0)
         assert not torch.equal(model.a.weight, before["a.weight"])
     assert taken == {True, False}
+
+
+class Alternating(Residual):
+    """Two chains in turn; with a skip if it is told so."""
+
+    short, skip = False, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stem, a and perhaps b, head."""
+        h = torch.tanh(self.stem(x))
+        low = torch.tanh(self.a(h))
+        if not self.short:
+            low = torch.tanh(self.b(low))
+        return self.head(low + h if self.skip else low)
+
+
+def two_steps(model: Alternating, opt: DDPNOpt, seed: int) -> None:
+    """One of each chain."""
+    x, y = data(seed)
+    for model.short in (False, True):
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("value", [Moreau(), LowRank()])
+def test_several_chains_are_watched_no_more(value: object) -> None:
+    """Nor does it matter whether they are; one that is none is said once, and then followed."""
+    model, twin = Alternating(), Alternating()
+    opt, other = (DDPNOpt(m, lr=0.1, value=value) for m in (model, twin))
+    watching, seen = opt.engine.recorder.watching, other.engine.recorder.watching
+    for seed in range(20):
+        seen.branching = True
+        two_steps(model, opt, seed)
+        two_steps(twin, other, seed)
+        for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-14)
+        assert (watching.branching is False) == (seed >= 15)
+    model.skip = True
+    model.short = False
+    x, y = data(0)
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.warns(DDPNOptWarning, match="don't run one after another"):
+        opt.step()
+    fresh = Alternating()
+    fresh.load_state_dict(model.state_dict())
+    fresh.skip = True
+    third = DDPNOpt(fresh, lr=0.1, value=value)
+    for mine, its in ((model, opt), (fresh, third)):
+        its.zero_grad()
+        F.cross_entropy(mine(x), y).backward()
+        its.step()
+    for mine_p, its_p in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(mine_p, its_p)

@@ -68,6 +68,7 @@ def inner(lr: float, curvature: str, momentum: float = 0.0) -> Inner:
 def compare_low_rank(
     case: Case,
     *,
+    written: Net | None = None,
     terminal: str = "cross_entropy",
     curvature: str = "identity",
     momentum: float = 0.0,
@@ -85,7 +86,7 @@ def compare_low_rank(
     for _ in range(count):
         reference.step(inputs, loss, hessian)
     train(
-        net,
+        net if written is None else written,
         inputs,
         loss,
         count,
@@ -97,7 +98,7 @@ def compare_low_rank(
         feedback=feedback,
         gram="exact",
     )
-    reference.assert_equals(net)
+    reference.assert_equals(net if written is None else written)
 
 
 def compare_gauss_newton(case: Case, **options: object) -> None:
@@ -115,6 +116,7 @@ def compare_gauss_newton(case: Case, **options: object) -> None:
 def compare_moreau(
     case: Case,
     *,
+    written: Net | None = None,
     terminal: str = "cross_entropy",
     curvature: str = "identity",
     momentum: float = 0.0,
@@ -133,7 +135,7 @@ def compare_moreau(
     for _ in range(count):
         reference.step(inputs, loss, w, lines)
     train(
-        net,
+        net if written is None else written,
         inputs,
         loss,
         count,
@@ -145,5 +147,5 @@ def compare_moreau(
         feedback=feedback,
         gram="exact",
     )
-    reference.assert_equals(net)
+    reference.assert_equals(net if written is None else written)
     return reference

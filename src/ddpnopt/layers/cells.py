@@ -20,6 +20,7 @@ from torch import nn
 from ddpnopt.layers.base import Kept, LayerRule, register
 from ddpnopt.layers.forward import own_parameters
 from ddpnopt.positions import (
+    AT_ONCE,
     Gain,
     Kronecker,
     bias_gram,
@@ -210,10 +211,21 @@ class CellRule(LayerRule, ABC):
     def _sides(
         self, module: nn.Module, x: Tensor, V: Tensor, samples: int
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Of each matrix its inputs (b, 1, t, i), and columns (r, b, 1, t, o) at its outputs."""
-        pulled = self._pulled(module, x, V)
+        """Of each matrix its inputs (b, 1, t, i), and columns (r, b, 1, t, o) at its outputs.
+
+        The gates' many temporaries exist for some rows at a time.
+        """
+        width = max(1, V.shape[0] * V.shape[-1])
+        rows_at = max(1, AT_ONCE // (4 * width))
+        x = x.reshape(-1, x.shape[-1])
+        V = V.reshape(V.shape[0], -1, V.shape[-1])
+        parts = [
+            self._pulled(module, one, v)
+            for one, v in zip(torch.split(x, rows_at), torch.split(V, rows_at, 1), strict=True)
+        ]
+        ih, hh = (torch.cat(side, 1) for side in zip(*((p.ih, p.hh) for p in parts), strict=True))
         first, second, *_ = self.unpack(module, x)
-        for side, U, A in (("ih", first, pulled.ih), ("hh", second, pulled.hh)):
+        for side, U, A in (("ih", first, ih), ("hh", second, hh)):
             rows = A.reshape(V.shape[0], samples, 1, -1, A.shape[-1])
             yield side, U.reshape(samples, 1, -1, U.shape[-1]), rows
 
