@@ -27,11 +27,11 @@ from ddpnopt.experiments import checkpoints as files
 from ddpnopt.experiments.checkpoints import Checkpoints, read_checkpoint
 
 TRAININGS = (
-    "ddpnopt -O gram=sketch -a cnn-4-bn -d digits --train-samples 400 --schedule cosine",
+    "ddpnopt -O gram=sketch -a cnn-4 -d digits --train-samples 400 --schedule cosine",
     "ddpnopt-ekfac -a mlp-20x4-tanh -d wine --schedule one-cycle",
     "ddpnopt-kfac-open-loop -O momentum=0.9 -a mlp-20x4-tanh -d wine",
     "feedback-adamw -a mlp-20x4-tanh -d wine --schedule linear",
-    "muon -a mlp-20x4-tanh -d wine",
+    "muon -a mlp-20x4-relu-bn -d wine",
     "emsa -a mlp-8x2-tanh -d wine",
     "vanilla-ddp -a mlp-8x2-tanh -d wine",
     "ddpnopt -O weight_gradients=False -a mlp-20x4-tanh -d wine",
