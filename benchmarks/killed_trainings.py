@@ -38,7 +38,7 @@ TRAININGS = (
     "sgd-vgr -a mlp-20x4-tanh -d wine",
     "ddpnopt-low-rank -a transformer-16x1 -d digits --train-samples 200",
 )
-EPOCHS, BATCH, LR = 12, 16, 0.02
+EPOCHS, BATCH, LR = 8, 16, 0.02
 
 
 def slow(self: Any, content: bytes, write: Any = files._Sealing.write) -> int:
