@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import hypothesis
 import pytest
 import torch
@@ -19,3 +22,14 @@ hypothesis.settings.load_profile("ddpnopt")
 def _fixed_seed() -> None:
     """Start every test from the same random state, whatever ran before it in the process."""
     torch.manual_seed(0)
+
+
+def _stay_here(event: str, arguments: tuple[Any, ...]) -> None:
+    """No test talks to another machine."""
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+        if host not in ("localhost", "::1") and not host.startswith("127."):
+            raise RuntimeError(f"a test connects to {arguments[1]}: tests need no network")
+
+
+sys.addaudithook(_stay_here)

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,10 +20,9 @@ from typer.testing import CliRunner
 from ddpnopt.experiments import training
 from ddpnopt.experiments.checkpoints import CheckpointError, Checkpoints
 from ddpnopt.experiments.commands import app
-from ddpnopt.experiments.optimizers import OPTIMIZERS
-from ddpnopt.experiments.records import RunConfig, RunResult
+from ddpnopt.experiments.records import RunConfig
 from ddpnopt.experiments.training import train
-from experiments.train_program import SMALL, TIMES, differences, final, main
+from experiments.train_program import SMALL, check_resume, differences, final, main
 
 pytestmark = pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
 FOLDER = Path(__file__).parents[1]
@@ -41,89 +39,6 @@ EPOCH = 4
 def importable_by_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     search = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("PYTHONPATH", search)
-
-
-class Stop(Exception):
-    """In place of a kill, in this process."""
-
-
-class Stopping(Checkpoints):
-    """Checkpoints whose training ends behind the one at step `at`."""
-
-    at = 6
-
-    def save(self, step: int, state: Any) -> Path:
-        path = super().save(step, state)
-        if step == self.at:
-            raise Stop
-        return path
-
-
-def without_times(result: RunResult) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(result.model_dump_json())
-    for part in (plain, *plain["epochs"]):
-        for name in TIMES:
-            part.pop(name, None)
-    return plain
-
-
-def check_resume(config: RunConfig, folder: Path, every: int | None = 3, at: int = 6) -> RunResult:
-    """Straight, and stopped behind step `at`: all that is saved at the end is the same."""
-    straight = train(config, None, Checkpoints(folder / "straight", every=every))
-    stopping = Stopping(folder / "resumed", every=every)
-    object.__setattr__(stopping, "at", at)
-    with pytest.raises(Stop):
-        train(config, None, stopping)
-    # Nothing of the process that ended may matter.
-    torch.manual_seed(99)
-    np.random.seed(99)
-    random.seed(99)
-    resumed = train(config, None, Checkpoints(folder / "resumed", every=every, resume=True))
-    assert differences(final(folder / "straight"), final(folder / "resumed")) == []
-    assert without_times(straight) == without_times(resumed)
-    return straight
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
-    lr = 0.01 if "adam" in name else 0.05
-    check_resume(SMALL.model_copy(update={"optimizer": name, "lr": lr}), tmp_path)
-
-
-OTHERS: dict[str, dict[str, Any]] = {
-    "sketched Gram, BatchNorm, cosine": {
-        "architecture": "cnn-4-bn",
-        "options": {"gram": "sketch"},
-        "schedule": "cosine",
-    },
-    "curvature older than a checkpoint, one cycle": {
-        "optimizer": "ddpnopt-ekfac",
-        "options": {"curvature.update_every": 5},
-        "schedule": "one-cycle",
-    },
-    "momentum, no weight gradients, linear": {
-        "options": {"weight_gradients": False, "momentum": 0.9},
-        "schedule": "linear",
-    },
-    "feedback around Adam, cosine": {"optimizer": "feedback-adam", "schedule": "cosine"},
-    "clipping, norms of updates": {
-        "options": {"grad_clip": 0.1, "feedback": "open_loop"},
-        "record_updates": True,
-    },
-    "MMC": {"loss": "mmc", "lr": 0.01},
-    "random numbers in the forward pass": {
-        "dataset": "digits-binary",
-        "architecture": "vae-8",
-        "loss": "elbo",
-        "lr": 1e-3,
-    },
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_other_parts_resume_to_the_bit(case: str, tmp_path: Path) -> None:
-    update = {"dataset": "digits", "train_samples": 142, "test_samples": 40} | OTHERS[case]
-    check_resume(SMALL.model_copy(update=update), tmp_path)
 
 
 @pytest.mark.parametrize(

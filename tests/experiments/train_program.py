@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from ddpnopt.experiments import checkpoints as files
 from ddpnopt.experiments.checkpoints import Checkpoints, read_checkpoint
-from ddpnopt.experiments.records import RunConfig
+from ddpnopt.experiments.records import RunConfig, RunResult
 from ddpnopt.experiments.training import train
 
 TIMES = ("seconds", "cpu_seconds")
@@ -38,6 +42,30 @@ def main(config: str, folder: str, every: int, slow: bool) -> None:
         files._Sealing.write = _slow  # type: ignore[method-assign]
     made = RunConfig.model_validate_json(config)
     train(made, None, Checkpoints(Path(folder), every=every, resume=True))
+
+
+class Stop(Exception):
+    """In place of a kill, in this process."""
+
+
+class Stopping(Checkpoints):
+    """Checkpoints whose training ends behind the one at step `at`."""
+
+    at = 6
+
+    def save(self, step: int, state: Any) -> Path:
+        path = super().save(step, state)
+        if step == self.at:
+            raise Stop
+        return path
+
+
+def without_times(result: RunResult) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(result.model_dump_json())
+    for part in (plain, *plain["epochs"]):
+        for name in TIMES:
+            part.pop(name, None)
+    return plain
 
 
 def final(folder: Path) -> dict[str, Any]:
@@ -68,3 +96,20 @@ def differences(one: object, other: object, where: str = "") -> list[str]:
 
 def _bits(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def check_resume(config: RunConfig, folder: Path, every: int | None = 3, at: int = 6) -> RunResult:
+    """Straight, and stopped behind step `at`: all that is saved at the end is the same."""
+    straight = train(config, None, Checkpoints(folder / "straight", every=every))
+    stopping = Stopping(folder / "resumed", every=every)
+    object.__setattr__(stopping, "at", at)
+    with pytest.raises(Stop):
+        train(config, None, stopping)
+    # Nothing of the process that ended may matter.
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    resumed = train(config, None, Checkpoints(folder / "resumed", every=every, resume=True))
+    assert differences(final(folder / "straight"), final(folder / "resumed")) == []
+    assert without_times(straight) == without_times(resumed)
+    return straight

@@ -99,7 +99,9 @@ def _python(blob: Blob, layout: Layout) -> tuple[Bytes, Bytes]:
         raise ValueError(f"{blob.source}: {layout.label_key!r} is no list of integers")
     wrong = [label for label in labels if not 0 <= label < layout.classes]
     if wrong:
-        raise ValueError(f"{blob.source}: label {wrong[0]} is not in 0 to {layout.classes - 1}")
+        # Python writes no number out that is longer than this.
+        shown = wrong[0] if abs(wrong[0]) < 10**12 else "of many digits"
+        raise ValueError(f"{blob.source}: label {shown} is not in 0 to {layout.classes - 1}")
     return pixels.reshape(-1, *SHAPE), np.array(labels, dtype=np.uint8)
 
 

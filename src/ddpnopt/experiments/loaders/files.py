@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 #: No file of the known sets is larger (SVHN's training part: 182 MB; CIFAR's archives: 170 MB).
 MAX_FILE = 512 * 2**20
@@ -70,11 +71,30 @@ def read_file(path: Path) -> Blob:
         raise ValueError(f"{path}: can't be read ({error.strerror})") from error
 
 
+class _Bounded:
+    """A stream that gives no more than `MAX_FILE` bytes: whoever unpacks it is not flooded."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._room = file, MAX_FILE
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes.
+
+        Raises:
+            ValueError: All together are too many.
+        """
+        content = self._file.read(min(size, self._room + 1))
+        self._room -= len(content)
+        if self._room < 0:
+            raise ValueError(f"unpacks to more than {MAX_FILE:,} bytes")
+        return content
+
+
 def read_tar(path: Path, wanted: Collection[str]) -> dict[str, Blob]:
     """Read files out of a tar archive into memory; nothing is written to disk.
 
     Args:
-        path: The archive, compressed or not.
+        path: The archive, gzipped or not.
         wanted: The names to read, without folders.
 
     Returns:
@@ -86,7 +106,12 @@ def read_tar(path: Path, wanted: Collection[str]) -> dict[str, Blob]:
     size_of(path)
     found: dict[str, Blob] = {}
     try:
-        with tarfile.open(path) as archive:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            bounded = _Bounded(cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if zipped else raw)
+            # As a stream: nothing is unpacked twice, and headers of any length are bounded, too.
+            archive = tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r|")
             for member in archive:
                 name = PurePosixPath(member.name).name
                 if name not in wanted or not member.isreg():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpnopt.experiments.loaders.files import MAX_INFLATION, size_of
+from ddpnopt.experiments.loaders.files import MAX_FILE, MAX_INFLATION, size_of
 from ddpnopt.experiments.loaders.images import (
     MAX_SAMPLES,
     MAX_SIDE,
@@ -109,7 +109,7 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
     """
     zipped = path.suffix == ".gz"
     # Python allocates what is asked of a file before it reads: a file this small holds no more.
-    largest = size_of(path) * (MAX_INFLATION if zipped else 1)
+    largest = min(size_of(path) * (MAX_INFLATION if zipped else 1), MAX_FILE)
     try:
         with gzip.open(path) if zipped else path.open("rb") as file:
             sizes = _header(path, file.read(4 + 4 * dimensions), dimensions)
@@ -122,6 +122,11 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
         raise ValueError(f"{path}: no valid gzip file ({error})") from error
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror})") from error
+    if announced > MAX_FILE:
+        raise ValueError(
+            f"{path}: {announced:,} bytes of values announced, too many for such a file (at most "
+            f"{MAX_FILE:,})"
+        )
     if len(content) != announced:
         kind = "truncated" if len(content) < announced else "longer than its header says"
         raise ValueError(f"{path}: {kind} ({announced} bytes of values announced)")

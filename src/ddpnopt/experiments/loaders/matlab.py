@@ -11,7 +11,7 @@ to a multiple of 8. An array is an element that consists of four: flags, sizes, 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import numpy as np
@@ -60,11 +60,12 @@ def _elements(content: memoryview, order: str) -> Iterator[tuple[int, memoryview
         place = end if kind == _COMPRESSED else end + -end % 8
 
 
-def _inflated(packed: memoryview) -> memoryview:
+def _inflated(packed: memoryview, room: int) -> memoryview:
     stream = zlib.decompressobj()
-    content = stream.decompress(packed, MAX_FILE)
-    if not stream.eof:
-        raise ValueError("a compressed element is truncated or too large")
+    # Without a bound at 0: zlib takes that for none.
+    content = stream.decompress(packed, max(room, 1))
+    if not stream.eof or len(content) > room:
+        raise ValueError("a compressed element is truncated, or all together are too large")
     return memoryview(content)
 
 
@@ -106,11 +107,17 @@ def read_mat(blob: Blob) -> dict[str, NDArray[np.generic] | str]:
     content = memoryview(blob.content)
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:_HEADER]))
     found = {}
+    room = MAX_FILE
     try:
         if order is None:
             raise ValueError("no header of a MATLAB 5 file")
         for kind, raw in _elements(content[_HEADER:], order):
-            inner = _elements(_inflated(raw), order) if kind == _COMPRESSED else ((kind, raw),)
+            inner: Iterable[tuple[int, memoryview]] = ((kind, raw),)
+            if kind == _COMPRESSED:
+                # Of the whole file: many elements may each be below the bound.
+                unpacked = _inflated(raw, room)
+                room -= len(unpacked)
+                inner = _elements(unpacked, order)
             for inner_kind, array in inner:
                 if inner_kind == _MATRIX:
                     name, values = _array(array, order)

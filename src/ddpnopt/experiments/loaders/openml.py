@@ -19,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import fetch_openml, get_data_home
 
+from ddpnopt.experiments.loaders.files import MAX_FILE, size_of
 from ddpnopt.experiments.loaders.images import Bytes, ImageSet, checked
 
 TIMEOUT = 60.0
@@ -161,6 +162,10 @@ def _download(remote: Remote, path: Path) -> None:
 
 
 def _open(path: Path) -> tuple[Bytes, Bytes]:
+    size_of(path)
+    with ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > MAX_FILE:
+            raise ValueError(f"unpacks to more than {MAX_FILE:,} bytes")
     # Every member of the file carries a checksum, which the reader compares.
     with np.load(path, allow_pickle=False) as content:
         images, labels = content["images"], content["labels"]
@@ -228,7 +233,7 @@ def read(paths: tuple[Path, ...], name: str) -> ImageSet:
     remote, (path,) = REMOTES[name], paths
     try:
         images, labels = _open(path)
-    except (BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError):
+    except (BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError, MemoryError):
         # Damaged on disk, which the checksum shows: as good as absent.
         path.unlink(missing_ok=True)
         images, labels = _open(fetch(name, path.parent.parent))

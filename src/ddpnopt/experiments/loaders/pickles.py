@@ -11,8 +11,9 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class _Dtype:
 
     def __new__(cls, code: object = None, *_: object) -> _Dtype:
         if code not in ("u1", b"u1"):
-            raise pickle.UnpicklingError(f"array of type {code!r}; only unsigned bytes are read")
+            raise pickle.UnpicklingError("array of another type; only unsigned bytes are read")
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
@@ -77,13 +78,6 @@ def _frombuffer(*arguments: object) -> _Array:
             raise pickle.UnpicklingError("array that is not a table of unsigned bytes")
 
 
-def _encode(text: object, encoding: object) -> bytes:
-    # How Python 3 writes bytes in the old protocols.
-    if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"text in encoding {encoding!r}")
-    return text.encode("latin1")
-
-
 def _no_bytes() -> bytes:
     # How Python 3 writes an empty string of bytes in the old protocols.
     return b""
@@ -96,17 +90,71 @@ _STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
     ("numpy._core.numeric", "_frombuffer"): _frombuffer,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
     ("__builtin__", "bytes"): _no_bytes,
 }
 
 
-class _Unpickler(pickle.Unpickler):
+#: Python's own steps, by opcode.
+_DISPATCH: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler in Python, whose steps can be looked at before they are taken.
+
+    Values can be used again at no cost in a pickle, so that a small file may stand for an object
+    whose hash or text takes for ever: keys are plain, and no set is made. Only the stand-ins'
+    instances take a state: the functions and classes themselves would keep it.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_DISPATCH)
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self._room = len(content)
+
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         """Answer the known names with their stand-ins, refuse every other by name."""
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not data")
         return _STAND_INS[module, name]
+
+    def _encode(self, text: object, encoding: object) -> bytes:
+        # How Python 3 writes bytes in the old protocols: each text is used once.
+        if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
+            raise pickle.UnpicklingError("text in another encoding than latin1")
+        self._room -= len(text)
+        if self._room < 0:
+            raise pickle.UnpicklingError("more bytes of text than the file has")
+        return text.encode("latin1")
+
+    def _plain_keys(self, keys: Sequence[object]) -> None:
+        if not all(isinstance(key, str | bytes | int) for key in keys):
+            raise pickle.UnpicklingError("a dictionary whose keys are not plain")
+
+    def _setitem(self) -> None:
+        self._plain_keys(self.stack[-2:-1])
+        _DISPATCH[pickle.SETITEM[0]](self)
+
+    def _setitems(self) -> None:
+        self._plain_keys(self.stack[::2])
+        _DISPATCH[pickle.SETITEMS[0]](self)
+
+    def _dict(self) -> None:
+        self._plain_keys(self.stack[::2])
+        _DISPATCH[pickle.DICT[0]](self)
+
+    def _build(self) -> None:
+        if not isinstance(self.stack[-2], _Array | _Dtype):
+            raise pickle.UnpicklingError("a state for what has none")
+        _DISPATCH[pickle.BUILD[0]](self)
+
+    dispatch[pickle.SETITEM[0]] = _setitem
+    dispatch[pickle.SETITEMS[0]] = _setitems
+    dispatch[pickle.DICT[0]] = _dict
+    dispatch[pickle.BUILD[0]] = _build
 
 
 def _inspect(content: bytes) -> None:
@@ -114,6 +162,8 @@ def _inspect(content: bytes) -> None:
     for step, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if step > _MAX_STEPS:
             raise pickle.UnpicklingError(f"more than {_MAX_STEPS} steps")
+        if "SET" in opcode.name and not opcode.name.startswith("SETITEM"):
+            raise pickle.UnpicklingError("it holds a set")
         # The unpickler makes room for the place that is named, used or not.
         if "PUT" in opcode.name and isinstance(argument, int) and argument > _MAX_STEPS:
             raise pickle.UnpicklingError(f"place {argument} in memory")
@@ -134,7 +184,7 @@ def read_pickle(blob: Blob) -> Mapping[str, object]:
     """
     try:
         _inspect(blob.content)
-        raw = _Unpickler(io.BytesIO(blob.content), encoding="bytes").load()
+        raw = _Unpickler(blob.content).load()
     except Exception as error:
         # A damaged pickle can fail with almost any exception; none of them says which file.
         raise ValueError(
