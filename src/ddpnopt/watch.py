@@ -258,6 +258,11 @@ class Retrace(Quiet):
         super().__init__()
         self.moved, self.nominal, self.path, self.number = moved, path, Path(), 0
 
+    def end(self) -> None:
+        """See no more: an interrupt may have left it in this thread's stack of modes."""
+        self.on = False
+        self.leave_stack()
+
     def check(self) -> None:
         """The pass is over.
 
