@@ -31,7 +31,7 @@ from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
-from ddpnopt.notices import CLIPPED_BIASES, Notices
+from ddpnopt.notices import CLIPPED_BIASES, FACTORISED_AGAIN, Notices
 from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
@@ -293,19 +293,19 @@ class Engine:
             if in_feedback and not self.in_backward:
                 step.build()
             fronts = [t.front for t in trajectories if t.front is not None and in_feedback]
-            front, added_already = merged(fronts), self.in_backward
-            length = plain_updates(
-                step, self.parameters(), self.carried, front, rescale, added_already
-            )
+            front, known = merged(fronts), self.in_backward
+            length = plain_updates(step, self.parameters(), self.carried, front, rescale, known)
             if step.layers:
                 assert self.recorder is not None
                 self.method(self.recorder, step, trajectories)
             check_update(step.borrowed, self.names)
+            if step.borrowed.factorised_again:
+                self.notices.say(FACTORISED_AGAIN)
             remember(step, fronts, length)
-            known = self.open_report if in_feedback and self.in_backward else None
+            told = self.open_report if in_feedback and self.in_backward else None
             active = in_feedback and bool(step.layers or fronts or self.in_backward)
             depth = self.options.depth if active else "off"
-            made = report(self.options, step, depth, rescale, self.skipped, known)
+            made = report(self.options, step, depth, rescale, self.skipped, told)
         except BaseException:
             insist(undo)
             raise

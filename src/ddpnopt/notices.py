@@ -29,6 +29,11 @@ CLIPPED_BIASES = (
     "p.grad was rescaled with weight_gradients=False: the weights' steps get the same factor, but "
     "clip_grad_norm_ has seen the norm of the biases alone. To clip, use weight_gradients=True"
 )
+FACTORISED_AGAIN = (
+    "the factorisation of a layer's curvature failed and was repeated with more damping, or in "
+    "double precision; opt.fallbacks counts how often, opt.state[layer.weight]['fallbacks'] where. "
+    "Raise damping if it goes on"
+)
 
 
 class Notices:
