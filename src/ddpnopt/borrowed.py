@@ -66,6 +66,8 @@ class Borrowed:
         self.hyper = hyper
         self._state = state
         self._copies = {} if copies is None else copies
+        #: Some factorisation did not succeed at once.
+        self.factorised_again = False
         self._saved: dict[Tensor, Tensor] = {}
         self._new: dict[Tensor, dict[str, Any]] = {}
 
@@ -212,12 +214,15 @@ class Borrowed:
         samples = sum(layer.counts)
         factors = layer.factors(vectors, "bias" in self.joined(layer))
         unscaled = [(U, V * (samples * scale)) for U, V in factors]
+        before = self.state(weight)
         try:
-            return curvature.joint(self.state(weight), unscaled, samples)
+            found = curvature.joint(before, unscaled, samples)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"'{layer.name}': {error}; nothing was changed. Lower lr, or use nonfinite='skip'"
             ) from error
+        self.factorised_again |= found["fallbacks"] > before.get("fallbacks", 0)
+        return found
 
     def joint_gain(self, layer: Layer, joint: Mapping[str, Any], eta: float) -> Kronecker:
         """P = eta M^-1 of the layer's matrix."""

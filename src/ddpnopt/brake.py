@@ -28,7 +28,7 @@ from ddpnopt.host import Host
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.options import Options
-from ddpnopt.replay import preserved
+from ddpnopt.replay import preserve
 from ddpnopt.report import LayerReport
 from ddpnopt.rollout import rollout
 from ddpnopt.stages import Trajectory
@@ -126,15 +126,12 @@ def brake(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) ->
     w = cost.w
     value = Value(w, w * cost.kappa, w.new_zeros(len(w), 0))
     policies: dict[str, Brake] = {}
-    recorder.paused = True
-    try:
-        with preserved(recorder.model, recorder.anatomy.modules):
-            for name, layer in reversed(layers.items()):
-                D = _progress(layer, borrowed, after).to(w) / w
-                policies[name] = Brake(value, D, DRAW * (w * D.abs()).sum())
-                value = policies[name].back()
-    finally:
-        recorder.paused = False
+    with recorder.pause() as undoing:
+        preserve(undoing, recorder.anatomy.modules)
+        for name, layer in reversed(layers.items()):
+            D = _progress(layer, borrowed, after).to(w) / w
+            policies[name] = Brake(value, D, DRAW * (w * D.abs()).sum())
+            value = policies[name].back()
 
     def apply(layer: Layer, dx: Blocks | None) -> None:
         q = None if dx is None else layer.project(dx)[:, 0].to(w) / w

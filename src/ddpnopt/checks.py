@@ -135,7 +135,7 @@ def check_gradients(
         |p.grad| of every parameter that has a dense one.
 
     Raises:
-        NonFiniteError: The layer or parameter is named.
+        NonFiniteError: The layer or parameter is named, or lr is out of its range.
         UnsupportedModelError: A parameter has a sparse gradient and needs a dense one.
     """
     stepped = [p for p in borrowed.hyper if p.requires_grad]
@@ -152,9 +152,14 @@ def check_gradients(
                 "the loss); nothing was changed. Lower lr, or use nonfinite='skip'"
             )
     for p in stepped:
+        hyper = borrowed.hyper[p]
+        if hyper.lr > torch.finfo(p.dtype).max:
+            raise NonFiniteError(
+                f"lr={hyper.lr} of '{names().get(p, 'a parameter')}' is out of the range of "
+                f"{p.dtype}; nothing was changed. Lower lr, or keep the weights in float32"
+            )
         if p.grad is None or not p.grad.is_sparse:
             continue
-        hyper = borrowed.hyper[p]
         fed = hyper.curvature.statistics == "gradient"
         if fed or hyper.weight_decay:
             what = f"curvature={hyper.curvature.name!r}" if fed else "weight_decay"

@@ -25,8 +25,8 @@ from ddpnopt.modes import Quiet, quiet
 from ddpnopt.replay import Replay, preserved
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import Undoing
 
-Handle = torch.utils.hooks.RemovableHandle
 #: Modules without memory or randomness: each a fixed function of the one tensor it is given.
 PURE = frozenset(
     {nn.Identity, nn.Flatten, nn.Unflatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d}
@@ -36,13 +36,15 @@ PURE = frozenset(
 
 
 def hook_replays(
+    undoing: Undoing,
     modules: Mapping[str, nn.Module],
     reach: Callable[[str, Tensor], None],
     watch: Callable[[], Quiet | None] = lambda: None,
-) -> list[Handle]:
+) -> None:
     """Call ``reach(name, x)`` with the state before each of the modules computes.
 
     Args:
+        undoing: Takes the hooks off.
         modules: The layers by name.
         reach: What to call; ``watch()`` does not see what it does.
         watch: Sees the calls of the replay that is running.
@@ -54,10 +56,17 @@ def hook_replays(
             rule = rule_for(module)
             reach(name, rule.pack(module, inputs) if rule is not None else inputs[0])
 
-    return [
-        module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
+    for name, module in modules.items():
+        hook = partial(before, name)
+        undoing.add(partial(_unhook, module, hook))
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Take a hook off without its handle, which an interrupt may have lost."""
+    for number in [n for n, one in module._forward_pre_hooks.items() if one is hook]:
+        del module._forward_pre_hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 @contextmanager
@@ -141,12 +150,9 @@ class _Cutter:
 def _hooked(stages: Sequence[Stage], cutter: _Cutter) -> Iterator[None]:
     with ExitStack() as stack:
         for module in {id(s.module): s.module for s in stages}.values():
-            handles = (
-                module.register_forward_pre_hook(cutter.before, with_kwargs=True),
-                module.register_forward_hook(cutter.after),
-            )
-            for handle in handles:
-                stack.callback(handle.remove)
+            before = module.register_forward_pre_hook(cutter.before, with_kwargs=True)
+            stack.callback(before.remove)
+            stack.callback(module.register_forward_hook(cutter.after).remove)
         yield
 
 

@@ -8,7 +8,6 @@ in open loop what has been added to p.grad.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,18 +25,13 @@ from ddpnopt.checks import (
     verify_once,
 )
 from ddpnopt.distributed import reweigh
-from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
+from ddpnopt.errors import INTERRUPTED, NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.front import corrections, merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
-from ddpnopt.notices import (
-    CLIPPED_BIASES,
-    NO_OUTPUT_GRADIENT,
-    NOT_RECOGNISED,
-    Notices,
-)
+from ddpnopt.notices import CLIPPED_BIASES, FACTORISED_AGAIN, Notices
 from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
@@ -49,6 +43,7 @@ from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.step import Settings, Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import insist
 
 
 class Engine:
@@ -234,8 +229,10 @@ class Engine:
             reweigh(self, trajectories, self.ranks)
         elif self.in_backward and trajectories and all(map(usable, trajectories)):
             step = self.new_step(trajectories, self.rescale, 1.0)
+            trajectories[0].error = RuntimeError(INTERRUPTED)
             try:
                 self.write(step, corrections(step))
+                trajectories[0].error = None
             except (NonFiniteError, UnsupportedModelError) as error:  # p.grad is still plain
                 trajectories[0].error = error
         self.base = {}
@@ -279,35 +276,41 @@ class Engine:
         if rescale != 1.0 and held and in_feedback:
             self.notices.say(CLIPPED_BIASES)
         running, sketch = dict(self.running), self.sketch.get_state()
+
+        def undo() -> None:
+            if self.recorder is not None:
+                self.recorder.undoing.run()
+            step.borrowed.rollback()
+            self.running = running
+            self.sketch.set_state(sketch)
+
+        def conclude() -> None:
+            self.host.commit(step.borrowed)
+            self.rescale = rescale
+            self.finish()
+
         try:
             if in_feedback and not self.in_backward:
                 step.build()
             fronts = [t.front for t in trajectories if t.front is not None and in_feedback]
-            length = plain_updates(
-                step,
-                self.parameters(),
-                self.carried,
-                merged(fronts),
-                rescale,
-                added=self.in_backward,
-            )
+            front, known = merged(fronts), self.in_backward
+            length = plain_updates(step, self.parameters(), self.carried, front, rescale, known)
             if step.layers:
                 assert self.recorder is not None
                 self.method(self.recorder, step, trajectories)
             check_update(step.borrowed, self.names)
+            if step.borrowed.factorised_again:
+                self.notices.say(FACTORISED_AGAIN)
             remember(step, fronts, length)
+            told = self.open_report if in_feedback and self.in_backward else None
+            active = in_feedback and bool(step.layers or fronts or self.in_backward)
+            depth = self.options.depth if active else "off"
+            made = report(self.options, step, depth, rescale, self.skipped, told)
         except BaseException:
-            step.borrowed.rollback()
-            self.running = running
-            self.sketch.set_state(sketch)
+            insist(undo)
             raise
-        self.host.commit(step.borrowed)
-        self.rescale = rescale
-        if in_feedback and self.in_backward and self.open_report is not None:
-            return replace(self.open_report, rescale=rescale)
-        active = in_feedback and (step.layers or fronts or self.in_backward)
-        depth = self.options.depth if active else "off"
-        return report(self.options, step, depth, rescale, self.skipped)
+        insist(conclude)
+        return made
 
     def fresh(self, parameters: list[Tensor]) -> bool:
         """Whether a gradient is new since the last step."""
@@ -341,9 +344,6 @@ class Engine:
         for trajectory in trajectories:
             self.notices.say_plain(trajectory, self.names, self.trainable, self.needs_cost)
         if self.needs_cost and any(t.cost is None for t in trajectories):
-            if any(t.stages[-1].G is None for t in trajectories):
-                self.notices.say(NO_OUTPUT_GRADIENT)
-            elif self.outputs.main.decision == "unrecognised":
-                self.notices.say(NOT_RECOGNISED)
+            self.notices.say_without_cost(trajectories, self.outputs.main.decision)
             return False
         return bool(trajectories)

@@ -6,6 +6,12 @@ import torch
 #: What torch raises for singular matrices; documented, but left out of its type information.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
+#: A step on gradients that were being re-weighted when something else failed.
+INTERRUPTED = (
+    "the backward pass did not end: some gradients may be re-weighted and others not; call "
+    "zero_grad() and run the pass again"
+)
+
 
 class UnsupportedModelError(RuntimeError):
     """The model, or the way it is called, is outside what feedback can handle."""

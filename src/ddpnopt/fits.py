@@ -250,8 +250,9 @@ def _fit_logistic(z: Tensor, G: Tensor) -> Fit:
     y = (g < 0).long()
     slope = torch.where(g > 0, torch.sigmoid(z), torch.sigmoid(-z))
     used = g != 0
-    eps = torch.finfo(G.dtype).eps
-    w = torch.where(used, g.abs() / slope.clamp(min=torch.finfo(z.dtype).tiny), 0.0)
+    eps, known = torch.finfo(G.dtype).eps, torch.finfo(z.dtype)
+    slope = slope.clamp(min=known.tiny)  # of a saturated element
+    w = torch.where(used, g.abs() / slope, 0.0).clamp(max=known.max)
     step = torch.finfo(G.dtype).smallest_normal
     informative = used & (g.abs() > 64 * step)
     # 1 - sigma(z) is rounded at 1, not at itself: judge by elements that are not saturated.
@@ -259,7 +260,7 @@ def _fit_logistic(z: Tensor, G: Tensor) -> Fit:
     informative = clear if bool(clear.any()) else informative
     columns = torch.arange(z[0].numel(), device=z.device).expand(z.shape[0], -1)
     lowest = float(slope[informative].amin()) if bool(informative.any()) else 1.0
-    tolerance = min(2 * eps + 64 * torch.finfo(z.dtype).eps / lowest, 0.05)
+    tolerance = min(2 * eps + 64 * known.eps / lowest, 0.05)
     flat, kept, at = w.flatten(), informative.flatten(), (slope.flatten(),)
     uniform, redundant = _uniform(flat, y.flatten(), at, kept, tolerance)
     if redundant and not uniform:

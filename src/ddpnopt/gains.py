@@ -17,11 +17,12 @@ from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probing
 from ddpnopt.layer import Layer
 from ddpnopt.optimizer import DDPNOpt
-from ddpnopt.replay import Replay, preserved
+from ddpnopt.replay import Replay, preserve
 from ddpnopt.rollout import recurse
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import Undoing
 from ddpnopt.value.augmented import Augmented
 from ddpnopt.value.base import Blocks
 from ddpnopt.value.quadratic import Quadratic
@@ -151,15 +152,12 @@ class Gain:
         states: list[Tensor] = []
         modules = {self.name: self.recorder.anatomy.hooked[self.name]}
         args = call.args
-        with probing(), preserved(self.recorder.model), torch.enable_grad():
-            handles = hook_replays(modules, lambda _, x: states.append(x))
-            try:
-                call.args = tuple(leaf if a is original else a for a in args)
-                Replay(call).run_in_place(grad=True)
-            finally:
-                call.args = args
-                for handle in handles:
-                    handle.remove()
+        with Undoing() as undoing, probing(), torch.enable_grad():
+            preserve(undoing, list(self.recorder.model.modules()))
+            undoing.add(lambda: setattr(call, "args", args))
+            hook_replays(undoing, modules, lambda _, x: states.append(x))
+            call.args = tuple(leaf if a is original else a for a in args)
+            Replay(call).run_in_place(grad=True)
             state = states[0][None] if self.layer.blocks[0].unbatched else states[0]
             rows = state.reshape(self.layer.counts[0], -1)
             along = (rows[self.sample] * v.reshape(-1).to(rows.dtype)).sum()

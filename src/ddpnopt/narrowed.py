@@ -55,8 +55,8 @@ class Inner:
         shown = self.optimizer.param_groups
         whole = list(shown)
         used = [(g, _narrow(g, members[id(g)])) for g in whole if id(g) in members]
-        shown[:] = [narrow for _, narrow in used]
         try:
+            shown[:] = [narrow for _, narrow in used]
             with torch.no_grad():
                 own_step(type(self.optimizer))(self.optimizer)
         finally:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ddpnopt.errors import DDPNOptWarning
@@ -29,6 +29,11 @@ CLIPPED_BIASES = (
     "p.grad was rescaled with weight_gradients=False: the weights' steps get the same factor, but "
     "clip_grad_norm_ has seen the norm of the biases alone. To clip, use weight_gradients=True"
 )
+FACTORISED_AGAIN = (
+    "the factorisation of a layer's curvature failed and was repeated with more damping, or in "
+    "double precision; opt.fallbacks counts how often, opt.state[layer.weight]['fallbacks'] where. "
+    "Raise damping if it goes on"
+)
 
 
 class Notices:
@@ -43,6 +48,18 @@ class Notices:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(message, DDPNOptWarning, stacklevel=5)
+
+    def say_without_cost(self, trajectories: Sequence[Trajectory], decision: str) -> None:
+        """Say why there is no terminal cost.
+
+        Args:
+            trajectories: The passes, of which some have none.
+            decision: What the recogniser has decided.
+        """
+        if any(t.stages[-1].G is None for t in trajectories):
+            self.say(NO_OUTPUT_GRADIENT)
+        elif decision == "unrecognised":
+            self.say(NOT_RECOGNISED)
 
     def say_plain(
         self,

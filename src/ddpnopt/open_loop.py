@@ -32,6 +32,7 @@ from ddpnopt.separable import (
     maximizing,
 )
 from ddpnopt.terminal import MMC, MSE
+from ddpnopt.undoing import insist
 from ddpnopt.value import ValueFunction
 from ddpnopt.wrapped import Wrapped
 
@@ -187,14 +188,21 @@ class OpenLoop:
         updates = []
         for p, scaled in dense_gradients(wrapped.hyper).items():
             grad = scaled if unscale == 1.0 else scaled * unscale
-            correction, _ = engine.carried.pop(p, (None, None))
+            correction, _ = engine.carried.get(p, (None, None))
             if correction is not None:
                 plain = grad - rescale * correction
                 updates.append(Update(p, grad, plain=plain, follows=plain_statistics))
             elif inner.reader.rescales:
                 updates.append(Update(p, grad))
-        wrapped.prepare(inner, updates)
-        self._pending[id(inner.optimizer)] = wrapped, updates, rescale, active
+        try:
+            wrapped.keep(inner, updates)
+            wrapped.prepare(inner, updates)
+            self._pending[id(inner.optimizer)] = wrapped, updates, rescale, active
+        except BaseException:  # the optimizer does not step
+            insist(wrapped.rollback)
+            raise
+        for update in updates:
+            engine.carried.pop(update.p, None)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

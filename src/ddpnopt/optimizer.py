@@ -22,6 +22,8 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 
 FORMAT_VERSION = 1
+#: What every parameter group has; torch adds names of its own to the defaults as it loads a state.
+GROUP_OPTIONS = ("lr", "momentum", "weight_decay", "curvature")
 
 
 class DDPNOpt(Shell):
@@ -150,10 +152,10 @@ class DDPNOpt(Shell):
         if missing:
             raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))}")
         for number, group in enumerate(state_dict.get("param_groups", [])):
-            lost = self.defaults.keys() - group.keys()
+            lost = [option for option in GROUP_OPTIONS if option not in group]
             if lost:
                 raise ValueError(
-                    f"load_state_dict: parameter group {number} lacks {', '.join(sorted(lost))}"
+                    f"load_state_dict: parameter group {number} lacks {', '.join(lost)}"
                 )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "ddpnopt"})
         self._keep_width(state_dict["state"])

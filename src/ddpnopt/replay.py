@@ -21,6 +21,7 @@ from ddpnopt.modes import rebuilt
 from ddpnopt.randomness import Randomness, cuda_in_use
 from ddpnopt.retrace import Retrace
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import Undoing, insist
 
 
 def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
@@ -115,34 +116,41 @@ def set_training(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
 
 
 @contextmanager
-def preserved(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
-    """Leave buffers, training flags and generators as they are before the block.
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Leave buffers, training flags and generators as they are before the block: see `preserve`."""
+    with Undoing() as undoing:
+        preserve(undoing, list(model.modules()))
+        yield
 
-    The block works on copies of the buffers: a graph that still lives may hold the originals, and
-    would notice even a write of the same values.
+
+def preserve(undoing: Undoing, modules: Sequence[nn.Module]) -> None:
+    """Note buffers, training flags and generators, to be put back.
+
+    From here on the network works on copies of the buffers: a graph that still lives may hold the
+    originals, and would notice even a write of the same values.
 
     Args:
-        model: The network.
-        modules: All its modules, where they are known.
+        undoing: Puts them back.
+        modules: All modules of a network.
     """
-    modules = list(model.modules()) if modules is None else modules
     buffers = buffers_of(modules)
     copies = {id(buffer): buffer.detach().clone() for _, _, buffer in buffers}
     training = [module.training for module in modules]
     outside = Randomness.capture()
-    for module, name, buffer in buffers:
-        module._buffers[name] = copies[id(buffer)]
-    # Without gradients torch's encoder layers would run one fused function instead of their parts.
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         torch.backends.mha.set_fastpath_enabled(fused)
         set_training(modules, training)
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
         outside.restore()
+
+    undoing.add(restore)
+    for module, name, buffer in buffers:
+        module._buffers[name] = copies[id(buffer)]
+    # Without gradients torch's encoder layers would run one fused function instead of their parts.
+    torch.backends.mha.set_fastpath_enabled(False)
 
 
 class Stopped(BaseException):
@@ -261,6 +269,11 @@ def interleave(
     Raises:
         UnsupportedModelError: The calls reach different layers.
     """
+
+    def stop() -> None:
+        for replay in replays.values():
+            replay.stop()
+
     try:
         while True:
             for replay in replays.values():
@@ -278,5 +291,4 @@ def interleave(
                 return
             meet(name, {i: replay.at[1] for i, replay in replays.items() if replay.at})
     finally:
-        for replay in replays.values():
-            replay.stop()
+        insist(stop)

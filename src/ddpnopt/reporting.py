@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ddpnopt.options import Options
 from ddpnopt.report import LayerReport, StepReport
 from ddpnopt.stages import Trajectory
@@ -10,9 +12,25 @@ from ddpnopt.step import Step
 
 
 def report(
-    options: Options, step: Step, depth: str, rescale: float = 1.0, skipped: int = 0
+    options: Options,
+    step: Step,
+    depth: str,
+    rescale: float = 1.0,
+    skipped: int = 0,
+    known: StepReport | None = None,
 ) -> StepReport:
-    """The record of a step that has been taken."""
+    """The record of a step.
+
+    Args:
+        options: The optimizer's choices.
+        step: The step.
+        depth: What was really done.
+        rescale: r.
+        skipped: Steps skipped so far.
+        known: What the backward pass has reported already (open loop).
+    """
+    if known is not None:
+        return replace(known, rescale=rescale)
     plain = {s.name: s.plain for t in step.trajectories for s in t.stages if s.plain}
     fronts = [t for t in step.trajectories if t.front is not None]
     costs = [t.cost.name for t in step.trajectories if t.cost is not None]

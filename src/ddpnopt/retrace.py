@@ -23,6 +23,11 @@ class Retrace(Quiet):
         self.moved, self.path, self.number = moved, Path(), 0
         self.nominal = path.steps[: path.end]
 
+    def end(self) -> None:
+        """See no more: an interrupt may have left it in this thread's stack of modes."""
+        self.on = False
+        self.leave_stack()
+
     def check(self) -> None:
         """The pass is over.
 

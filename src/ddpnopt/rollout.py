@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 
 from torch import nn
 
@@ -17,7 +16,7 @@ from ddpnopt.crossing import Moved, Predicted
 from ddpnopt.cuts import cut, hook_replays
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.layer import Layer
-from ddpnopt.replay import Replay, interleave, preserved
+from ddpnopt.replay import Replay, interleave, preserve
 from ddpnopt.retrace import Retrace
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.step import Step
@@ -95,22 +94,21 @@ def rollout(
         reached.append(name)
         _move(layers[name], list(states.values()), moved, apply)
 
-    with ExitStack() as stack:
-        recorder.paused = True
-        stack.callback(setattr, recorder, "paused", False)
-        stack.enter_context(preserved(recorder.model, recorder.anatomy.modules))
+    with recorder.pause() as undoing:
+        preserve(undoing, recorder.anatomy.modules)
         current: list[Replay] = []
         named = recorder.anatomy.named
         modules = {name: named[name] for name in order}
-        hooks = hook_replays(
-            modules, lambda name, x: current[0].reach(name, x), lambda: current[0].trace
+        hook_replays(
+            undoing, modules, lambda name, x: current[0].reach(name, x), lambda: current[0].trace
         )
-        for handle in hooks:
-            stack.callback(handle.remove)
         replays = [
             _replay(trajectory, one, layers, recorder.anatomy.functions)
             for trajectory, one in zip(trajectories, moved, strict=True)
         ]
+        for one in replays:
+            if one.trace is not None:
+                undoing.add(one.trace.end)
         if len(replays) == 1:
             replays[0].arrive = lambda name, x: meet(name, {0: x})
             current.append(replays[0])

@@ -105,7 +105,6 @@ class Shell(torch.optim.Optimizer):
             self.last_step = StepReport(self.options.depth, "none", skipped=engine.skipped)
             engine.finish()
         else:
-            engine.finish()
             self._closing(closure)
         return loss
 

@@ -31,6 +31,7 @@ from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import Anatomy, held_weight
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import Undoing
 from ddpnopt.watching import Watching
 
 
@@ -66,6 +67,8 @@ class Recorder:
         self.weight_gradients, self.arrivals = weight_gradients, arrivals
         self.classifier = Classifier(arrivals, trainable, graphs, closed_loop)
         self.paused = False
+        #: What puts back what the step now does to the model.
+        self.undoing = Undoing()
         self.watching = Watching(closed_loop, graphs)
         self._open: Trajectory | None = None
         self._depth: list[nn.Module] = []
@@ -114,7 +117,15 @@ class Recorder:
     def forget(self) -> None:
         """Drop the recorded passes, and what an interrupted one has left."""
         self.watching.end()
+        self._release()
         self.arrivals.drop()
+
+    def pause(self) -> Undoing:
+        """See nothing until what is returned is left, or undone."""
+        undoing = self.undoing = Undoing()
+        undoing.add(partial(setattr, self, "paused", False))
+        self.paused = True
+        return undoing
 
     @property
     def latest(self) -> Trajectory | None:
@@ -133,12 +144,13 @@ class Recorder:
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called: begin a trajectory, or take this call as the deeper owner."""
+        if module in self._depth:  # an interrupted call never left (torch runs no hook for Ctrl-C)
+            self._depth.clear()
+            self._close(complete=False)
         if not self._recording():
             return
-        if module in self._depth:  # an interrupted call never left
-            self._depth.clear()
-            self.watching.end()
         if not self._depth:
+            self._release()
             self._look_again()
         if not self.anatomy.owns_all(module):
             return
@@ -233,6 +245,12 @@ class Recorder:
         if self.watching.watch is not None and self._recording():
             self.watching.watch.time += 1
             self.watching.watch.inside = True
+
+    def _release(self) -> None:
+        """Weights ask for gradients again whose layer was interrupted."""
+        for weight in self._held.values():
+            weight.requires_grad_(True)
+        self._held.clear()
 
     def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: its weight asks for no gradient while the layer runs."""

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from ddpnopt.borrowed import MOMENTA, Borrowed, Update
 from ddpnopt.narrowed import Counted, Group, Inner, attributes, copied, holds
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import Undoing
 
 
 class Wrapped(Borrowed):
@@ -35,6 +35,7 @@ class Wrapped(Borrowed):
                 hyper[p] = inner.reader.hyper(group, 0.0 if gain is None else float(gain))
         states = {p: s for i in inners for p, s in i.optimizer.state.items() if s}
         super().__init__(hyper, states, copies)
+        self._undoing = Undoing()
         self._before: dict[Tensor, _Saved] = {}
         self._counted = Counted()
         self._attributes: dict[int, tuple[torch.optim.Optimizer, Group]] = {}
@@ -65,7 +66,7 @@ class Wrapped(Borrowed):
             self._save(update.p)
             self._before[update.p] = _Saved.of(optimizer.state, update.p)
         self.prepare(inner, updates)
-        with stepping_on({u.p: u.d for u in updates}):
+        with self._stepping_on({u.p: u.d for u in updates}):
             self._counted.add(inner.step([u.p for u in updates]))
         self.settle(inner, updates)
 
@@ -88,17 +89,40 @@ class Wrapped(Borrowed):
                 if update.p in self._given:
                     self._watch(update)
 
+    def _stepping_on(self, gradients: Mapping[Tensor, Tensor]) -> Undoing:
+        """From here to the end of what is returned p.grad is the given gradient."""
+        undoing = self._undoing = Undoing()
+        before = {p: p.grad for p in gradients}
+
+        def restore() -> None:
+            for p, grad in before.items():
+                p.grad = grad
+
+        undoing.add(restore)
+        for p, d in gradients.items():
+            p.grad = d
+        return undoing
+
+    def keep(self, inner: Inner, updates: Sequence[Update]) -> None:
+        """Note what `prepare` may change, where nothing else does; `rollback` puts it back."""
+        states, moment = inner.optimizer.state, inner.reader.moment
+        for update in updates:
+            if moment and update.follows:
+                known = {moment} if moment in states.get(update.p, {}) else None
+                self._before[update.p] = _Saved.of(states, update.p, known)
+
     def _make_ready(self, inner: Inner, updates: Sequence[Update]) -> None:
         """Give parameters a state to feed before their first step: made by a step, and undone."""
         reader, state = inner.reader, inner.optimizer.state
         new = [u.p for u in updates if u.follows and reader.moment not in state.get(u.p, {})]
         if not reader.moment or not new:
             return
-        before = {p: p.clone() for p in new}
-        with stepping_on({p: torch.zeros_like(p) for p in new}):
+        for p in new:
+            self._save(p)
+        with self._stepping_on({p: torch.zeros_like(p) for p in new}):
             inner.step(new)
         for p in new:
-            p.copy_(before[p])
+            p.copy_(self._saved[p])
             for name, value in state[p].items():
                 start = reader.blank.get(name, 0.0)
                 if isinstance(value, Tensor):
@@ -135,7 +159,8 @@ class Wrapped(Borrowed):
                 state[name].mul_(gamma)
 
     def rollback(self) -> None:
-        """Restore parameters and states."""
+        """Restore parameters, their gradients, and states."""
+        self._undoing.run()
         super().rollback()
         for saved in self._before.values():
             saved.restore()
@@ -172,7 +197,7 @@ class Wrapped(Borrowed):
 
 @dataclass(frozen=True, eq=False)
 class _Saved:
-    """One parameter's state before the step, to be put back."""
+    """One parameter's state before the step, or some of it, to be put back."""
 
     states: dict[Tensor, Any]
     p: Tensor
@@ -181,12 +206,13 @@ class _Saved:
     copies: Mapping[str, Any]
 
     @classmethod
-    def of(cls, states: dict[Tensor, Any], p: Tensor) -> _Saved:
+    def of(cls, states: dict[Tensor, Any], p: Tensor, names: set[str] | None = None) -> _Saved:
         known = p in states
         values = dict(states[p]) if known else {}
         copies = {
             name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
             for name, value in values.items()
+            if names is None or name in names
         }
         return cls(states, p, known, values, copies)
 
@@ -198,23 +224,12 @@ class _Saved:
         state = self.states[self.p]
         state.clear()
         for name, value in self.values.items():
-            if isinstance(value, Tensor):
+            if name not in self.copies:
+                state[name] = value
+            elif isinstance(value, Tensor):
                 state[name] = value.copy_(self.copies[name])
             else:
                 state[name] = self.copies[name]
-
-
-@contextmanager
-def stepping_on(gradients: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Within the block p.grad is the given gradient."""
-    before = {p: p.grad for p in gradients}
-    for p, d in gradients.items():
-        p.grad = d
-    try:
-        yield
-    finally:
-        for p, grad in before.items():
-            p.grad = grad
 
 
 def shortening(update: Update) -> Tensor | None:

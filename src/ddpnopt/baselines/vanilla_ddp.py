@@ -34,6 +34,7 @@ from ddpnopt.step import Step
 from ddpnopt.terminal import SquaredError
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import insist
 from ddpnopt.value import Augmented, Dense, LowRank
 from ddpnopt.value.base import Blocks, Maps, Policy, check_choice
 
@@ -326,13 +327,17 @@ def _evaluated(closure: Callable[[], float], recorder: Recorder, parameters: lis
     """The closure's loss alone: gradients and recorded passes stay as they are."""
     gradients = [p.grad for p in parameters]
     completed, paused = recorder.arrivals.completed, recorder.paused
-    recorder.arrivals.completed, recorder.paused = [], True
-    for p in parameters:  # a closure may clear gradients in place, or not at all
-        p.grad = None
-    try:
-        with torch.enable_grad(), preserved(recorder.model):
-            return float(closure())
-    finally:
+
+    def restore() -> None:
         recorder.arrivals.completed, recorder.paused = completed, paused
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g
+
+    try:
+        recorder.arrivals.completed, recorder.paused = [], True
+        for p in parameters:  # a closure may clear gradients in place, or not at all
+            p.grad = None
+        with torch.enable_grad(), preserved(recorder.model):
+            return float(closure())
+    finally:
+        insist(restore)

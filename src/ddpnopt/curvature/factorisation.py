@@ -1,30 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""Factorisations of symmetric positive matrices that never give up on a finite one."""
+"""Factorisations of symmetric positive matrices that never give up on a finite one.
+
+Where one fails, it is tried again with growing damping, and then done in double precision.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
 from ddpnopt.errors import LinAlgError, NonFiniteError
 from ddpnopt.typing import Tensor
 
+#: Damping of the retries, in units of the rounding of A's mean diagonal.
+DAMPINGS = (1e1, 1e2, 1e3)
+
 
 def inverse_factor(A: Tensor) -> tuple[Tensor, int]:
-    """T with T^T T = A^-1, by Cholesky; where that fails, by clipped eigenvalues.
+    """T with T^T T = A^-1, by Cholesky; where that fails, damped, then by clipped eigenvalues.
 
     Args:
         A: (g, n, n), symmetric positive definite up to rounding.
 
     Returns:
-        T, and how often the fallback was needed (0 or 1).
+        T, and whether it was not to be had at once (0 or 1).
 
     Raises:
         NonFiniteError: A is not finite.
     """
-    L, info = torch.linalg.cholesky_ex(A)
-    if not bool(info.any()):
-        identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-        return torch.linalg.solve_triangular(L, identity, upper=False), 0
+    for failed, damped in enumerate(_damped(A)):
+        L, info = torch.linalg.cholesky_ex(damped)
+        if not bool(info.any()):
+            identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+            T = torch.linalg.solve_triangular(L, identity, upper=False)
+            if failed == 0 or bool(T.isfinite().all()):
+                return T, min(failed, 1)
     eigenvalues, Q = _careful(A)
     smallest = torch.finfo(A.dtype).eps * eigenvalues.amax(-1, keepdim=True).clamp(min=0)
     floor = smallest.clamp(min=torch.finfo(A.dtype).tiny)
@@ -32,24 +43,45 @@ def inverse_factor(A: Tensor) -> tuple[Tensor, int]:
 
 
 def eigenvectors(A: Tensor) -> tuple[Tensor, int]:
-    """Eigenvectors as columns; where the algorithm diverges, in double precision.
+    """Eigenvectors as columns; where the algorithm diverges, damped, then in double precision.
 
     Args:
         A: (g, n, n), symmetric.
 
     Returns:
-        Q, orthogonal, and how often a fallback was needed.
+        Q, orthogonal, and whether it was not to be had at once (0 or 1).
 
     Raises:
         NonFiniteError: A is not finite.
     """
-    try:
-        Q: Tensor = torch.linalg.eigh(A).eigenvectors
+    for failed, damped in enumerate(_damped(A)):
+        try:
+            Q: Tensor = torch.linalg.eigh(damped).eigenvectors
+        except LinAlgError:  # counted by the caller
+            continue
         if bool(Q.isfinite().all()):
-            return Q, 0
-    except LinAlgError:  # counted, and done again with more digits
-        pass
+            return Q, min(failed, 1)
     return _careful(A)[1].to(A), 1
+
+
+def _damped(A: Tensor) -> Iterator[Tensor]:
+    """A itself, then with growing damping.
+
+    Raises:
+        NonFiniteError: A is not finite, found out where A itself would not do.
+    """
+    yield A
+    _check_finite(A)
+    info = torch.finfo(A.dtype)
+    size = A.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp(min=info.tiny / info.eps)
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    for damping in DAMPINGS:
+        yield A + (damping * info.eps * size)[:, None, None] * identity
+
+
+def _check_finite(A: Tensor) -> None:
+    if not bool(A.isfinite().all()):
+        raise NonFiniteError("a curvature factor is not finite")
 
 
 def _careful(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +90,6 @@ def _careful(A: Tensor) -> tuple[Tensor, Tensor]:
     Any orthogonal basis is a valid one for a diagonal rescaling; with the axes, the diagonal of A
     takes the place of the eigenvalues.
     """
-    if not bool(A.isfinite().all()):
-        raise NonFiniteError("a curvature factor is not finite")
     wide = A.detach().to("cpu", torch.float64)
     wide = (wide + wide.mT) / 2
     largest = wide.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

@@ -103,7 +103,9 @@ def flow_coefficient(
     if q is None:  # v(0) = -log(Lambda - 1) is near 0
         return (_flow_distance(A, c).mul_(Lambda).div_(A)).to(S.dtype)
     far = torch.minimum((c - STRAIGHT).clamp_(min=0), A)  # there the slope is Lambda
-    near = _flow_distance((A - far).clamp_(min=SHORTEST), (c - far).clamp_(min=-STEEPEST))
+    left = A - far
+    near = _flow_distance(left.clamp(min=SHORTEST), (c - far).clamp_(min=-STEEPEST))
+    near = torch.minimum(near, left)  # nothing is left of the shortest flows
     return near.add_(far).mul_(Lambda).div_(A).to(S.dtype)
 
 
