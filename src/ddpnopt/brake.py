@@ -28,6 +28,7 @@ from ddpnopt.host import Host
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.options import Options
+from ddpnopt.ranks import Company
 from ddpnopt.replay import preserved
 from ddpnopt.report import LayerReport
 from ddpnopt.rollout import rollout
@@ -193,8 +194,12 @@ def _follow(layer: Layer, borrowed: Borrowed, after: dict[Tensor, Tensor], gamma
 class BrakeEngine(Engine):
     """An engine whose layers are braked; in open loop, too, nothing is written to p.grad."""
 
-    def __init__(self, model: nn.Module, options: Options, host: Host) -> None:
-        super().__init__(model, options, host)
+    spreads = False
+
+    def __init__(
+        self, model: nn.Module, options: Options, host: Host, company: Company | None = None
+    ) -> None:
+        super().__init__(model, options, host, company)
         self.method = brake
 
     @property

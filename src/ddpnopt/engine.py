@@ -21,27 +21,22 @@ from ddpnopt.checks import (
     check_gradients,
     check_states,
     check_update,
-    check_usable,
+    takes_part,
     usable,
     verify_once,
 )
-from ddpnopt.distributed import reweigh
+from ddpnopt.distributed import agree, backward_ended
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
-from ddpnopt.front import corrections, merged, remember, weigh
+from ddpnopt.front import averaged, corrections, merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
-from ddpnopt.notices import (
-    CLIPPED_BIASES,
-    NO_OUTPUT_GRADIENT,
-    NOT_RECOGNISED,
-    Notices,
-)
+from ddpnopt.notices import CLIPPED_BIASES, Notices
 from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
-from ddpnopt.ranks import Ranks, replica, several
+from ddpnopt.ranks import Company, Ranks
 from ddpnopt.report import StepReport
 from ddpnopt.reporting import report
 from ddpnopt.rollout import Method, policies
@@ -59,17 +54,22 @@ class Engine:
         graphs: The method needs no chain of layers.
         needs_cost: The method uses the terminal cost: a step whose loss is not recognised is the
             borrowed optimizer's, and the front is weighted by it.
+        spreads: What the method needs of the batch can be summed over several ranks.
 
     Args:
         model: The network.
         options: The optimizer's choices.
         host: The optimizer itself, seen from here.
+        company: The ranks to train with.
     """
 
-    graphs = True
+    graphs = spreads = True
 
-    def __init__(self, model: nn.Module, options: Options, host: Host) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, host: Host, company: Company | None = None
+    ) -> None:
         self.model, self.options, self.host = model, options, host
+        self.company = company or Company()
         self.method: Method = policies
         self.needs_cost = True
         self.diagnose = False
@@ -79,7 +79,6 @@ class Engine:
         self.sketch = torch.Generator().manual_seed(0)
         self.carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
         self.base: dict[Tensor, Tensor] = {}
-        self.ranks: Ranks | None = None
         self.open_report: StepReport | None = None
         self.notices = Notices()
         self.outputs = Outputs(options.terminal, self.notices)
@@ -92,11 +91,13 @@ class Engine:
     def attach(self) -> None:
         """Record passes, where feedback or some group's curvature needs them."""
         feedback = self.options.feedback is not False
-        if self.recorder is not None or not (feedback or self.host.squares()):
+        self.company.look(self.model)
+        needed = feedback or self.host.squares() or self.company.averages
+        if self.recorder is not None or not needed:
             return
         gradient = self.options.value.linearization == "gradient"
         arrivals = Arrivals(
-            weakly(self._expected),
+            weakly(self.expected),
             adds_up=not self.in_backward,
             at_output=weakly(self._at_output),
             at_boundary=weakly(self._at_boundary),
@@ -115,9 +116,10 @@ class Engine:
             arrivals=arrivals,
         )
 
-    def _expected(self) -> list[Tensor]:
+    def expected(self) -> list[Tensor]:
         """Parameters that a backward pass gives gradients to."""
-        assert self.recorder is not None
+        if self.recorder is None:
+            return [p for p in self.parameters() if p.requires_grad]
         return self.recorder.anatomy.receiving(self.recorder.weight_gradients)
 
     def refresh(self) -> None:
@@ -128,8 +130,7 @@ class Engine:
 
     def _begin_pass(self) -> None:
         self.refresh()
-        found = replica(self.model) if self.in_backward and several() else None
-        self.ranks = None if found is None else Ranks(found)
+        self.company.look(self.model)
 
     def trainable(self, p: Tensor) -> bool:
         """Whether a parameter is the optimizer's and not frozen."""
@@ -150,6 +151,7 @@ class Engine:
 
     def detach(self) -> None:
         """Remove every hook."""
+        self.company.leave()
         if self.recorder is not None:
             self.recorder.detach()
             self.recorder = None
@@ -219,7 +221,7 @@ class Engine:
 
     def _backward_started(self) -> None:
         """Keep what p.grad holds already, so that this pass's own gradient can be told from it."""
-        if self.in_backward:
+        if self.in_backward or self.company.averages:
             self.base = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
             if not any(bool(g.any()) for g in self.base.values()):
                 self.base, self.carried = {}, {}
@@ -230,8 +232,8 @@ class Engine:
         if self.options.feedback is not False:
             for trajectory in trajectories:
                 verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
-        if self.in_backward and trajectories and several():
-            reweigh(self, trajectories, self.ranks)
+        if self.company.ranks.several:
+            backward_ended(self, trajectories)
         elif self.in_backward and trajectories and all(map(usable, trajectories)):
             step = self.new_step(trajectories, self.rescale, 1.0)
             try:
@@ -268,12 +270,13 @@ class Engine:
         recording = self.recorder if self.options.feedback is not False else None
         check_backward(fresh, trajectories, recording)
         rescale = self.fingerprint.rescaling()
-        step = self.new_step(trajectories, rescale, rescale)
+        ranks = self.company.ranks
+        step = self.new_step(trajectories, rescale / ranks.size, rescale / ranks.size)
         step.closure = closure
         held = not self.options.weight_gradients
         sizes = check_gradients(step.borrowed, trajectories, self.names, held)
         step.norms = {} if self.in_backward else sizes
-        in_feedback = self.usable(trajectories)
+        in_feedback = agree(self, trajectories, self.usable(trajectories), sizes)
         if in_feedback:
             check_states(trajectories, self.options.closed_loop)
         if rescale != 1.0 and held and in_feedback:
@@ -287,7 +290,7 @@ class Engine:
                 step,
                 self.parameters(),
                 self.carried,
-                merged(fronts),
+                averaged(merged(fronts), ranks),
                 rescale,
                 added=self.in_backward,
             )
@@ -296,6 +299,7 @@ class Engine:
                 self.method(self.recorder, step, trajectories)
             check_update(step.borrowed, self.names)
             remember(step, fronts, length)
+            ranks.meet()
         except BaseException:
             step.borrowed.rollback()
             self.running = running
@@ -331,19 +335,12 @@ class Engine:
             early,
         )
         borrowed = self.host.borrow(self.copies)
-        return Step(trajectories, borrowed, settings, self.trainable, self.running, self.base)
+        # Inside the backward pass the ranks are not at one place: each has its own samples.
+        ranks = Ranks() if early else self.company.ranks
+        return Step(
+            trajectories, borrowed, settings, self.trainable, self.running, self.base, ranks=ranks
+        )
 
     def usable(self, trajectories: list[Trajectory]) -> bool:
         """Whether all passes take part in feedback; raises where they must not be ignored."""
-        if self.options.feedback is False:
-            return False
-        check_usable(trajectories)
-        for trajectory in trajectories:
-            self.notices.say_plain(trajectory, self.names, self.trainable, self.needs_cost)
-        if self.needs_cost and any(t.cost is None for t in trajectories):
-            if any(t.stages[-1].G is None for t in trajectories):
-                self.notices.say(NO_OUTPUT_GRADIENT)
-            elif self.outputs.main.decision == "unrecognised":
-                self.notices.say(NOT_RECOGNISED)
-            return False
-        return bool(trajectories)
+        return takes_part(self, trajectories)

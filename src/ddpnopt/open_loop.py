@@ -22,6 +22,7 @@ from ddpnopt.gradients import dense_gradients
 from ddpnopt.inner import Reader, reader_of
 from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
+from ddpnopt.ranks import Company, several
 from ddpnopt.recognition import Terminal
 from ddpnopt.report import StepReport
 from ddpnopt.separable import (
@@ -90,7 +91,9 @@ class OpenLoop:
         gram: str,
     ) -> None:
         check_model(model)
-        check_shards(model)
+        company = Company(reduces=False)
+        if several():
+            check_shards(model)
         given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         check_optimizer(given, model)
         check_unweighted(given)
@@ -102,7 +105,7 @@ class OpenLoop:
         self.options = Options(value_from(value), terminal, depth, True, gram, "raise")
         self._known: list[_Known] = [(weakref.ref(one), reader_of(one), {}) for one in given]
         self._stepped: set[int] = set()
-        self.engine = Engine(model, self.options, Guest(self))
+        self.engine = Engine(model, self.options, Guest(self), company)
         self._pending: dict[int, _Pending | None] = {}
         # The optimizer holds the handle, through its hooks; the handle holds it weakly.
         self._handles = [one.register_step_pre_hook(self._before) for one in given]

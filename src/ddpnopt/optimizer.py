@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpnopt.checks import check_group, check_model, refuse_distributed
+from ddpnopt.checks import check_group, check_model
 from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
 from ddpnopt.host import OwnGroups
 from ddpnopt.hyperparameters import curvature_options
 from ddpnopt.options import Options, value_from
+from ddpnopt.ranks import Company
 from ddpnopt.recognition import Terminal
 from ddpnopt.shell import Shell
 from ddpnopt.terminal import MMC, MSE
@@ -53,6 +54,9 @@ class DDPNOpt(Shell):
         nonfinite: "raise" or "skip" a step whose numbers are not finite; nothing is changed.
         params: Parameters or parameter groups of the model, where not all are to be optimised or
             their options differ; a group may name its own ``curvature``.
+        process_group: The ranks that take each step together; None for the default group. Several
+            ranks are one process on all their samples, with or without `DistributedDataParallel`.
+        distributed: False: this process trains by itself, whatever torch.distributed runs.
 
     Raises:
         ValueError: An option is out of range or unknown, or a parameter is not the model's.
@@ -80,9 +84,10 @@ class DDPNOpt(Shell):
         nonfinite: str = "raise",
         *,
         params: Iterable[Any] | None = None,
+        process_group: Any = None,
+        distributed: bool = True,
     ) -> None:
         check_model(model)
-        refuse_distributed()
         self.model = model
         self.options = Options(
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
@@ -94,7 +99,8 @@ class DDPNOpt(Shell):
             "curvature": curvature_options(curvature),
         }
         super().__init__(model.parameters() if params is None else params, defaults)
-        self._engine = self._engine_type(model, self.options, OwnGroups(self))
+        company = Company(process_group, distributed, held=not weight_gradients)
+        self._engine = self._engine_type(model, self.options, OwnGroups(self), company)
 
     # Groups ---------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ Method = Callable[[Recorder, Step, Sequence[Trajectory]], None]
 def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
     """DDPNOpt's method: Bellman's recursion, then each layer's policy in the rollout."""
     recurse(recorder, step, trajectories)
+    step.announce()
     if all(t.call is not None for t in trajectories):
         rollout(recorder, trajectories, step.layers, step.apply)
     else:  # open loop

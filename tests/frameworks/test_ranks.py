@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""The closed loop on two ranks is the closed loop of one process on the concatenated batch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import ddpnopt
+from ddpnopt import DDPNOpt, Feedback
+from ddpnopt.curvature import KFAC, RMSprop
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
+RANKS = 2
+STEPS = int(os.environ.get("DDPNOPT_RANK_STEPS", "50"))
+#: A hang is a failure.
+LIMIT = 240
+Given = tuple[torch.Tensor, torch.Tensor]
+
+
+def dense() -> nn.Module:
+    torch.manual_seed(3)
+    layers = (nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 4))
+    return nn.Sequential(*layers).double()
+
+
+class Images(nn.Module):
+    """A convolution, a group norm, a skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.skip, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.norm(self.conv(x.reshape(-1, 1, 2, 3))))
+        h = h + torch.tanh(self.skip(h))
+        return self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
+
+
+def images() -> nn.Module:
+    torch.manual_seed(4)
+    return Images().double()
+
+
+def batch(step: int, samples: int) -> Given:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(samples, 6, generator=generator).double()
+    return x, torch.randint(4, (samples,), generator=generator)
+
+
+def share(given: Given, rank: int | None, uneven: bool = False) -> Given:
+    if rank is None:
+        return given
+    size = len(given[1])
+    cut = (size * 3 + 2) // 4 if uneven else size // RANKS
+    rows = slice(0, cut) if rank == 0 else slice(cut, size)
+    return given[0][rows], given[1][rows]
+
+
+@dataclass
+class Scene:
+    """One training, the same on ranks and in one process."""
+
+    make: Callable[[nn.Module], torch.optim.Optimizer]
+    network: Callable[[], nn.Module] = dense
+    samples: int = 8
+    passes: int = 1
+    clip: float | None = None
+    uneven: bool = False
+    reduction: str = "mean"
+    ddp: bool = True
+    alone: bool = True
+    unequal_pass: bool = False
+
+
+def own(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: DDPNOpt(model, **options)
+
+
+def around(kind: type[torch.optim.Optimizer], **options: Any) -> Any:
+    extra = {k: options.pop(k) for k in ("feedback", "weight_gradients") if k in options}
+    return lambda model: Feedback(model, kind(model.parameters(), **options), **extra)
+
+
+def ignoring(z: torch.Tensor, y: torch.Tensor, reduction: str) -> torch.Tensor:
+    return F.cross_entropy(z, y, reduction=reduction, ignore_index=3)
+
+
+SCENES: dict[str, Scene] = {
+    "identity": Scene(own(lr=0.5)),
+    "momentum": Scene(own(lr=0.2, momentum=0.5, weight_decay=1e-3), clip=0.7),
+    "rmsprop": Scene(own(lr=0.02, curvature="rmsprop")),
+    "rmsprop per sample": Scene(own(lr=0.02, curvature=RMSprop(second_moment="per_sample"))),
+    "adamw": Scene(own(lr=0.02, curvature="adamw")),
+    "kfac": Scene(own(lr=0.1, curvature=KFAC(update_every=3))),
+    "ekfac": Scene(own(lr=0.1, curvature="ekfac")),
+    "kfac without feedback": Scene(lambda model: ddpnopt.KFAC(model, lr=0.1)),
+    "plain": Scene(own(lr=0.5, feedback=False), clip=0.3),
+    "low_rank": Scene(own(lr=0.5, value="low_rank")),
+    "low_rank adamw": Scene(own(lr=0.02, value="low_rank", curvature="adamw")),
+    "gauss_newton rmsprop": Scene(own(lr=0.02, value="gauss_newton", curvature="rmsprop")),
+    "dense": Scene(own(lr=0.3, value="dense")),
+    "without weight gradients": Scene(own(lr=0.5, weight_gradients=False)),
+    "without weight gradients, kfac": Scene(own(lr=0.1, curvature="kfac", weight_gradients=False)),
+    "without weight gradients, adamw": Scene(
+        own(lr=0.02, curvature="adamw", weight_gradients=False)
+    ),
+    "accumulated": Scene(own(lr=0.5), passes=3),
+    "accumulated adamw": Scene(own(lr=0.02, curvature="adamw"), passes=2, clip=0.7),
+    "one sample a rank": Scene(own(lr=0.3), samples=RANKS),
+    "around SGD": Scene(around(torch.optim.SGD, lr=0.3, momentum=0.5)),
+    "around AdamW": Scene(around(torch.optim.AdamW, lr=0.02)),
+    "around Adagrad": Scene(around(torch.optim.Adagrad, lr=0.1), clip=1.0),
+    "open loop": Scene(own(lr=0.5, feedback="open_loop"), clip=0.7),
+    "open loop, kfac": Scene(own(lr=0.1, curvature="kfac", feedback="open_loop")),
+    "open loop around AdamW": Scene(around(torch.optim.AdamW, lr=0.02, feedback="open_loop")),
+    "images": Scene(own(lr=0.1), images),
+    "images adamw": Scene(own(lr=0.02, curvature="adamw"), images),
+    "images, kfac": Scene(own(lr=0.05, curvature="kfac"), images),
+    # Samples are counted where nobody else averages.
+    "uneven": Scene(own(lr=0.5), uneven=True, ddp=False),
+    "uneven, clipped": Scene(own(lr=0.2, momentum=0.5), uneven=True, ddp=False, clip=0.7),
+    "uneven adamw": Scene(own(lr=0.02, curvature="adamw"), uneven=True, ddp=False),
+    "uneven kfac": Scene(own(lr=0.1, curvature="kfac"), uneven=True, ddp=False),
+    "uneven low_rank": Scene(own(lr=0.5, value="low_rank"), uneven=True, ddp=False),
+    "uneven images": Scene(own(lr=0.1), images, uneven=True, ddp=False),
+    "uneven, accumulated": Scene(
+        own(lr=0.3), uneven=True, ddp=False, passes=2, samples=9, unequal_pass=True
+    ),
+    "uneven open loop": Scene(own(lr=0.5, feedback="open_loop"), uneven=True, ddp=False),
+    "uneven without weight gradients": Scene(
+        own(lr=0.5, weight_gradients=False), uneven=True, ddp=False
+    ),
+}
+
+
+def train(scene: Scene, rank: int | None, ddp: bool, steps: int = STEPS) -> torch.Tensor:
+    """The weights after some steps, with every pass but the last under ``no_sync``."""
+    inner = scene.network()
+    model: Any = DistributedDataParallel(inner) if ddp else inner
+    optimizer = scene.make(model)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for part in range(scene.passes):
+            samples = scene.samples - 4 * (scene.unequal_pass and part == 1)
+            x, y = share(batch(scene.passes * step + part, samples), rank, scene.uneven)
+            with model.no_sync() if ddp and part < scene.passes - 1 else nullcontext():
+                (F.cross_entropy(model(x), y) / scene.passes).backward()
+        if scene.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), scene.clip)
+        optimizer.step()
+    assert getattr(optimizer, "last_step").depth == depth(optimizer)
+    return torch.cat([p.detach().flatten() for p in inner.parameters()])
+
+
+def depth(optimizer: Any) -> str:
+    return str(optimizer.options.depth)
+
+
+def names() -> list[tuple[str, bool]]:
+    return [
+        (name, ddp)
+        for name, scene in SCENES.items()
+        for ddp in (True, False)
+        if (scene.ddp if ddp else scene.alone)
+    ]
+
+
+def meet(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=60),
+    )
+
+
+def work(rank: int, folder: str) -> None:
+    """Everything that two ranks have to do, in one pair of processes."""
+    meet(rank, folder)
+    only = os.environ.get("ONLY")
+    found: dict[Any, Any] = {}
+    for name, ddp in names():
+        if only and not re.search(only, name):
+            continue
+        try:
+            found[name, ddp] = train(SCENES[name], rank, ddp)
+        except Exception as error:
+            import traceback
+            traceback.print_exc()
+            found[name, ddp] = repr(error)
+    torch.save(found, f"{folder}/{rank}")
+    dist.destroy_process_group()
