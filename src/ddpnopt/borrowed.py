@@ -277,6 +277,12 @@ class Borrowed:
         self.rollback()
         self._new.clear()
 
+    def retract(self, parameters: Iterable[Tensor]) -> None:
+        """Take the updates of some parameters back, to be made again on another gradient."""
+        for p in parameters:
+            p.copy_(self._saved[p])
+            self._new.pop(p, None)
+
     def rollback(self) -> None:
         """Restore every parameter; the state was never written."""
         for p, saved in self._saved.items():

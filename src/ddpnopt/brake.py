@@ -194,7 +194,7 @@ def _follow(layer: Layer, borrowed: Borrowed, after: dict[Tensor, Tensor], gamma
 class BrakeEngine(Engine):
     """An engine whose layers are braked; in open loop, too, nothing is written to p.grad."""
 
-    spreads = False
+    alone = "mode='brake'"
 
     def __init__(
         self, model: nn.Module, options: Options, host: Host, company: Company | None = None

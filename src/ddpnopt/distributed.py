@@ -17,7 +17,6 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ddpnopt.checks import usable
 from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
@@ -25,9 +24,9 @@ from ddpnopt.front import corrections
 from ddpnopt.notices import ANOTHER_NOT_RECOGNISED, DEFAULT_GROUP, UNEVEN
 from ddpnopt.ranks import checksum
 from ddpnopt.recognition import Recogniser
+from ddpnopt.spread import check_ranks
 from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
-from ddpnopt.value.augmented import Augmented
 
 if TYPE_CHECKING:
     from ddpnopt.engine import Engine
@@ -37,12 +36,6 @@ COMPARE_EVERY = 100
 #: Numbers of one total of gradients: what is communicated is copied once.
 BUCKET = 1 << 23
 NO, WAITS, READY = 0.0, 1.0, 2.0
-
-NOT_REPLICATED = (
-    "torch.distributed is initialised with several ranks, but the model was not run by "
-    "DistributedDataParallel, so its gradients can't be reduced along with the re-weighting; call "
-    "DistributedDataParallel(model), or remove() the open loop"
-)
 
 
 @dataclass(frozen=True)
@@ -68,73 +61,6 @@ class Fact:
     whole: float = 0.0
     norm: float = 0.0
     weights: float = 0.0
-
-
-def check_shards(model: nn.Module) -> None:
-    """Refuse models whose parts or samples are spread over the ranks.
-
-    Raises:
-        UnsupportedModelError: The module is named.
-    """
-    for name, p in model.named_parameters():
-        if hasattr(p, "placements"):
-            raise UnsupportedModelError(
-                f"'{name}' is a DTensor (fully_shard, tensor parallelism): its gradient is spread "
-                "over the ranks; use DistributedDataParallel, or the optimizer without feedback"
-            )
-    for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise UnsupportedModelError(
-                f"'{name or 'model'}' is FullyShardedDataParallel, which flattens the layers' "
-                "parameters; use DistributedDataParallel, or the optimizer without feedback"
-            )
-        if isinstance(module, nn.SyncBatchNorm):
-            raise UnsupportedModelError(
-                f"'{name}' is SyncBatchNorm, which mixes samples of different ranks; use BatchNorm "
-                "or GroupNorm"
-            )
-
-
-def check_ranks(engine: Engine) -> None:
-    """Refuse what can't be spread over several ranks; the same on all of them.
-
-    Raises:
-        UnsupportedModelError: The model, value function or optimizer, with the way out.
-    """
-    check_shards(engine.model)
-    value, ddp = engine.options.value, engine.company.replica
-    if not engine.spreads or isinstance(value, Augmented):
-        what = "value='augmented'" if isinstance(value, Augmented) else type(engine).__name__
-        raise UnsupportedModelError(
-            f"{what} looks at all samples of the batch at once and is not reduced over several "
-            "ranks; train in one process (distributed=False), or use another value function or mode"
-        )
-    if ddp is None:
-        if not engine.company.reduces:
-            raise UnsupportedModelError(NOT_REPLICATED)
-        return
-    inside = {id(p) for p in ddp.module.parameters()}
-    for p, name in engine.names().items():
-        if engine.trainable(p) and id(p) not in inside:
-            raise UnsupportedModelError(
-                f"'{name}' is outside the model's DistributedDataParallel, so its gradient is "
-                "not reduced over the ranks; wrap the module that owns all parameters"
-            )
-    if ddp._join_config.enable:
-        raise UnsupportedModelError(
-            "DistributedDataParallel.join() lets ranks run out of batches, and those would not "
-            "take part in the others' steps; give all ranks the same number of batches "
-            "(DistributedSampler, drop_last=True)"
-        )
-    d = torch.distributed
-    theirs, ours = (
-        d.get_process_group_ranks(g) for g in (ddp.process_group, engine.company.process_group)
-    )
-    if theirs != ours:
-        raise UnsupportedModelError(
-            f"DistributedDataParallel averages over ranks {theirs}, the optimizer over {ours}: "
-            "give process_group= the group that DistributedDataParallel has"
-        )
 
 
 # When a backward pass has ended --------------------------------------------------------------
@@ -320,7 +246,6 @@ def agree(
     ranks = engine.company.ranks
     if not ranks.several:
         return ready
-    check_ranks(engine)
     if engine.company.process_group is None:
         engine.notices.say(DEFAULT_GROUP)
     due = engine.company.compared % COMPARE_EVERY == 0
@@ -336,7 +261,7 @@ def agree(
             "the ranks' weights differ: start all from the same ones (a seed, a checkpoint, or "
             "DistributedDataParallel, which hands out rank 0's), and change them on all ranks alike"
         )
-    if len({fact.norm for fact in facts}) > 1:
+    if len({(fact.norm, fact.grads) for fact in facts}) > 1:
         raise RankError(
             f"p.grad differs between the ranks (sums of norms {[fact.norm for fact in facts]}): "
             "the last backward pass ran under no_sync, or around DistributedDataParallel, or "

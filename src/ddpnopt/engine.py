@@ -40,6 +40,7 @@ from ddpnopt.ranks import Company, Ranks
 from ddpnopt.report import StepReport
 from ddpnopt.reporting import report
 from ddpnopt.rollout import Method, policies
+from ddpnopt.spread import check_parts
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.step import Settings, Step
 from ddpnopt.trajectory import Recorder
@@ -54,7 +55,7 @@ class Engine:
         graphs: The method needs no chain of layers.
         needs_cost: The method uses the terminal cost: a step whose loss is not recognised is the
             borrowed optimizer's, and the front is weighted by it.
-        spreads: What the method needs of the batch can be summed over several ranks.
+        alone: What needs all samples in one process, if anything does.
 
     Args:
         model: The network.
@@ -63,7 +64,7 @@ class Engine:
         company: The ranks to train with.
     """
 
-    graphs = spreads = True
+    graphs, alone = True, ""
 
     def __init__(
         self, model: nn.Module, options: Options, host: Host, company: Company | None = None
@@ -85,13 +86,14 @@ class Engine:
         self.fingerprint, self._consumed = Fingerprint(), Consumed()
         self._members: set[int] = set()
         self.recorder: Recorder | None = None
+        self.company.look(model)
+        check_parts(self)
         self.refresh()
         self.attach()
 
     def attach(self) -> None:
         """Record passes, where feedback or some group's curvature needs them."""
         feedback = self.options.feedback is not False
-        self.company.look(self.model)
         needed = feedback or self.host.squares() or self.company.averages
         if self.recorder is not None or not needed:
             return

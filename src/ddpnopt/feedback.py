@@ -61,6 +61,8 @@ class Feedback(Shell):
             far each layer follows the optimizer's own step instead (`ddpnopt.brake`).
         process_group: The ranks that take each step together; None for the default group.
         distributed: False: this process trains by itself, whatever torch.distributed runs.
+        communication: Several ranks in closed loop: "layerwise" reduces each layer's d in the
+            rollout, exact; "two_bucket" all at once before and after it, an approximation.
 
     Raises:
         TypeError: Not an optimizer.
@@ -87,6 +89,7 @@ class Feedback(Shell):
         *,
         process_group: Any = None,
         distributed: bool = True,
+        communication: str = "layerwise",
     ) -> None:
         check_model(model)
         given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
@@ -107,7 +110,9 @@ class Feedback(Shell):
         self._inners = tuple(Inner.of(one) for one in given)
         # The groups are the optimizers' own; what the base class makes of its own is not used.
         super().__init__([p for one in given for p in one.param_groups[0]["params"]], {})
-        company = Company(process_group, distributed, held=not weight_gradients)
+        company = Company(
+            process_group, distributed, held=not weight_gradients, communication=communication
+        )
         self._engine = MODES[mode](model, self.options, Guest(self), company)
 
     def _opening(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:

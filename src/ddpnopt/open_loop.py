@@ -14,7 +14,6 @@ from torch import nn
 
 from ddpnopt.borrowed import Update
 from ddpnopt.checks import check_backward, check_gradients, check_model
-from ddpnopt.distributed import check_shards
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.feedback import Guest, gains_of, set_gains
@@ -22,7 +21,7 @@ from ddpnopt.gradients import dense_gradients
 from ddpnopt.inner import Reader, reader_of
 from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
-from ddpnopt.ranks import Company, several
+from ddpnopt.ranks import Company
 from ddpnopt.recognition import Terminal
 from ddpnopt.report import StepReport
 from ddpnopt.separable import (
@@ -92,8 +91,6 @@ class OpenLoop:
     ) -> None:
         check_model(model)
         company = Company(reduces=False)
-        if several():
-            check_shards(model)
         given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         check_optimizer(given, model)
         check_unweighted(given)

@@ -57,6 +57,8 @@ class DDPNOpt(Shell):
         process_group: The ranks that take each step together; None for the default group. Several
             ranks are one process on all their samples, with or without `DistributedDataParallel`.
         distributed: False: this process trains by itself, whatever torch.distributed runs.
+        communication: Several ranks in closed loop: "layerwise" reduces each layer's d in the
+            rollout, exact; "two_bucket" all at once before and after it, an approximation.
 
     Raises:
         ValueError: An option is out of range or unknown, or a parameter is not the model's.
@@ -86,6 +88,7 @@ class DDPNOpt(Shell):
         params: Iterable[Any] | None = None,
         process_group: Any = None,
         distributed: bool = True,
+        communication: str = "layerwise",
     ) -> None:
         check_model(model)
         self.model = model
@@ -99,7 +102,9 @@ class DDPNOpt(Shell):
             "curvature": curvature_options(curvature),
         }
         super().__init__(model.parameters() if params is None else params, defaults)
-        company = Company(process_group, distributed, held=not weight_gradients)
+        company = Company(
+            process_group, distributed, held=not weight_gradients, communication=communication
+        )
         self._engine = self._engine_type(model, self.options, OwnGroups(self), company)
 
     # Groups ---------------------------------------------------------------------------------

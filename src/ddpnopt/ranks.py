@@ -29,6 +29,7 @@ from ddpnopt.typing import Tensor
 
 #: Numbers in a rank's row, the two flags included.
 ROW = 10
+COMMUNICATION = ("layerwise", "two_bucket")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -39,16 +40,21 @@ class Ranks:
         size: W.
         rank: This one's number.
         several: There are others.
+        two_bucket: d is reduced for all layers at once, before and after the rollout.
         pool: Sums a vector over the ranks; None where there is nothing to sum.
     """
 
     size = 1
     rank = 0
-    several = False
+    several = two_bucket = False
     pool: Callable[[Tensor], Tensor] | None = None
 
     def announce(self, sizes: Sequence[int]) -> None:
-        """The next totals will be of so many numbers each."""
+        """Every rank is here, and the next totals will be of so many numbers each.
+
+        Raises:
+            RankError: Of other numbers than another rank's.
+        """
 
     def total(self, parts: Mapping[Key, Tensor]) -> Mapping[Key, Tensor]:
         """Sums over the ranks, all in one call."""
@@ -88,11 +94,13 @@ class Together(Ranks):
 
     Args:
         group: The process group; None for the default one.
+        two_bucket: See `Ranks`.
     """
 
     several = True
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(self, group: Any = None, two_bucket: bool = False) -> None:
+        self.two_bucket = two_bucket
         self.group, self._world = group, torch.distributed.group.WORLD
         self.size: int = torch.distributed.get_world_size(group)
         self.rank: int = torch.distributed.get_rank(group)
@@ -106,8 +114,16 @@ class Together(Ranks):
         return self._world is torch.distributed.group.WORLD
 
     def announce(self, sizes: Sequence[int]) -> None:
-        """The next totals will be of so many numbers each."""
-        self._announced = deque(sizes)
+        """A meeting, and the next totals will be of so many numbers each."""
+        mark = zlib.crc32(repr(list(sizes)).encode())
+        if len({row[0] for row in self.meet(float(mark))}) > 1:
+            raise self._shared(
+                RankError(
+                    "the ranks have other parameters in feedback; run the same layers, with the "
+                    "same parameters frozen, on every rank"
+                )
+            )
+        self._announced.extend(sizes)
 
     def _pool(self, vector: Tensor) -> Tensor:
         return self.total({None: vector})[None]
@@ -137,7 +153,7 @@ class Together(Ranks):
 
     def _unasked(self, parts: Mapping[Key, Tensor]) -> Mapping[Key, Tensor]:
         """Totals right behind a meeting."""
-        self.announce([sum(one.numel() for one in parts.values())])
+        self._announced.append(sum(one.numel() for one in parts.values()))
         return self.total(parts)
 
     def meet(self, *numbers: float) -> list[list[float]]:
@@ -252,6 +268,8 @@ class Company:
         process_group: None for the default one.
         distributed: False: this process trains by itself, whatever else runs.
         reduces: p.grad is averaged over the ranks where no DistributedDataParallel does it.
+        communication: "layerwise": one reduction a layer, exact; "two_bucket": two a step, an
+            approximation.
         held: The layers' weights get no gradients, for which DistributedDataParallel would wait: it
             is told not to reduce, and the gradients that there are, are averaged here.
 
@@ -270,7 +288,16 @@ class Company:
         distributed: bool = True,
         reduces: bool = True,
         held: bool = False,
+        communication: str = "layerwise",
     ) -> None:
+        if communication not in COMMUNICATION:
+            raise ValueError(
+                f"communication={communication!r}: choose from {', '.join(COMMUNICATION)}"
+            )
+        if communication == "two_bucket" and held:
+            raise ValueError(
+                "communication='two_bucket' needs the plain gradients: use weight_gradients=True"
+            )
         d = torch.distributed
         if process_group is not None and not distributed:
             raise ValueError("process_group is given with distributed=False: leave one of them out")
@@ -284,6 +311,7 @@ class Company:
             )
         self.process_group, self.distributed = process_group, distributed
         self.reduces, self.held = reduces, held
+        self.two_bucket = communication == "two_bucket"
         self.ranks = Ranks()
         self.replica: DistributedDataParallel | None = None
         self.compared = 0
@@ -299,7 +327,7 @@ class Company:
             self.ranks = Ranks() if self.ranks.several else self.ranks
             return
         if not (isinstance(self.ranks, Together) and self.ranks.alive()):
-            self.ranks = Together(self.process_group)
+            self.ranks = Together(self.process_group, self.two_bucket)
         self.replica = replica(model) or self.replica
         if self.held and self.replica is not None:
             self.replica.require_backward_grad_sync = False

@@ -21,6 +21,7 @@ from ddpnopt.replay import Replay, interleave, preserved
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
+from ddpnopt.two_bucket import TwoBuckets
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 from ddpnopt.watch import Retrace
@@ -33,7 +34,11 @@ def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory])
     """DDPNOpt's method: Bellman's recursion, then each layer's policy in the rollout."""
     recurse(recorder, step, trajectories)
     step.announce()
-    if all(t.call is not None for t in trajectories):
+    if step.ranks.two_bucket:
+        buckets = TwoBuckets(step)
+        rollout(recorder, trajectories, step.layers, buckets.move)
+        buckets.settle()
+    elif all(t.call is not None for t in trajectories):
         rollout(recorder, trajectories, step.layers, step.apply)
     else:  # open loop
         for layer in step.layers.values():

@@ -13,6 +13,7 @@ from ddpnopt.engine import Engine
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.options import Options
 from ddpnopt.report import StepReport
+from ddpnopt.spread import check_ranks
 
 
 class Shell(torch.optim.Optimizer):
@@ -97,6 +98,7 @@ class Shell(torch.optim.Optimizer):
         try:
             ranks, parameters = engine.company.ranks, engine.parameters()
             with torch.autocast(device, enabled=False), ranks.together(parameters):
+                check_ranks(engine)
                 self.last_step = engine.step(closure)
         except NonFiniteError:
             if self.options.nonfinite == "raise":

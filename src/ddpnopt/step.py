@@ -298,6 +298,12 @@ class Step:
         else:
             d, used = directions.held(layer, known, vectors, scale, bent, self.ranks)
             self._remember_coupling(layer, layer.length(used))
+        self.move(layer, d)
+
+    def move(self, layer: Layer, d: Mapping[str, Tensor]) -> None:
+        """u <- u - eta M^-1 d."""
+        joint = self.joints.get(layer.name)
+        joined = self.borrowed.joined(layer) if joint is not None else ()
         if joint is not None:
             self.borrowed.joint_step(layer, d, joint)
         self.borrowed.apply(
@@ -316,8 +322,8 @@ class Step:
 
     def announce(self) -> None:
         """Tell the other ranks what is to come: d of every layer."""
-        sizes = []
-        for layer in self.layers.values():
+        sizes = list[int]()
+        for layer in self.layers.values() if not self.ranks.two_bucket else ():
             known = [n for n, p in layer.params.items() if not self._is_held(n, p)]
             extra = layer.params["bias"].numel() if len(known) < len(layer.params) and known else 0
             sizes.append(sum(p.numel() for p in layer.params.values()) + extra)
