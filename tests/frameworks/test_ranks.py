@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -80,6 +80,7 @@ class Scene:
     uneven: bool = False
     ddp: bool = True
     unequal_pass: bool = False
+    same: bool = False
 
 
 def own(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -101,16 +102,18 @@ REQUIRED = tuple(OWN)
 SCENES: dict[str, Scene] = {
     **{name: Scene(own(**options)) for name, options in OWN.items()},
     "momentum": Scene(own(lr=0.2, momentum=0.5, weight_decay=1e-3), clip=0.7),
-    "rmsprop per sample": Scene(own(lr=0.02, curvature=RMSprop(second_moment="per_sample"))),
+    "rmsprop per sample": Scene(
+        own(lr=0.02, curvature=RMSprop(second_moment="per_sample")), ddp=False
+    ),
     "ekfac": Scene(own(lr=0.1, curvature="ekfac")),
-    "kfac without feedback": Scene(lambda model: ddpnopt.KFAC(model, lr=0.1)),
+    "kfac without feedback": Scene(lambda model: ddpnopt.KFAC(model, lr=0.1), ddp=False),
     "plain": Scene(own(lr=0.5, feedback=False), clip=0.3),
     "low_rank": Scene(own(lr=0.5, value="low_rank")),
-    "low_rank adamw": Scene(own(lr=0.02, value="low_rank", curvature="adamw")),
+    "low_rank adamw": Scene(own(lr=0.02, value="low_rank", curvature="adamw"), ddp=False),
     # With eps=1e-8 the order of the samples alone changes the weights by 1e-7 in 50 steps.
     "gauss_newton rmsprop": Scene(own(lr=0.02, value="gauss_newton", curvature=RMSprop(eps=1e-3))),
-    "dense": Scene(own(lr=0.3, value="dense")),
-    "second order": Scene(own(lr=0.3, value=Dense(dynamics="second_order"))),
+    "dense": Scene(own(lr=0.3, value="dense"), ddp=False),
+    "second order": Scene(own(lr=0.3, value=Dense(dynamics="second_order")), ddp=False),
     "without weight gradients": Scene(own(lr=0.5, weight_gradients=False)),
     "without weight gradients, kfac": Scene(own(lr=0.1, curvature="kfac", weight_gradients=False)),
     "without weight gradients, adamw": Scene(
@@ -123,11 +126,11 @@ SCENES: dict[str, Scene] = {
     "around AdamW": Scene(around(torch.optim.AdamW, lr=0.02)),
     "around Adagrad": Scene(around(torch.optim.Adagrad, lr=0.1), clip=1.0),
     "open loop": Scene(own(lr=0.5, feedback="open_loop"), clip=0.7),
-    "open loop, kfac": Scene(own(lr=0.1, curvature="kfac", feedback="open_loop")),
+    "open loop, kfac": Scene(own(lr=0.1, curvature="kfac", feedback="open_loop"), ddp=False),
     "open loop around AdamW": Scene(around(torch.optim.AdamW, lr=0.02, feedback="open_loop")),
     "images": Scene(own(lr=0.1), images),
-    "images adamw": Scene(own(lr=0.02, curvature="adamw"), images),
-    "images, kfac": Scene(own(lr=0.05, curvature="kfac"), images),
+    "images adamw": Scene(own(lr=0.02, curvature="adamw"), images, ddp=False),
+    "images, kfac": Scene(own(lr=0.05, curvature="kfac"), images, ddp=False),
     # Samples are counted where nobody else averages.
     "uneven": Scene(own(lr=0.5), uneven=True, ddp=False),
     "uneven, clipped": Scene(own(lr=0.2, momentum=0.5), uneven=True, ddp=False, clip=0.7),
@@ -154,7 +157,11 @@ def train(scene: Scene, rank: int | None, ddp: bool, steps: int) -> torch.Tensor
         optimizer.zero_grad()
         for part in range(scene.passes):
             samples = scene.samples - 4 * (scene.unequal_pass and part == 1)
-            x, y = share(batch(scene.passes * step + part, samples), rank, scene.uneven)
+            x, y = batch(scene.passes * step + part, samples)
+            if scene.same:  # every rank has all of them
+                x, y = (torch.cat([one] * (RANKS if rank is None else 1)) for one in (x, y))
+            else:
+                x, y = share((x, y), rank, scene.uneven)
             with model.no_sync() if ddp and part < scene.passes - 1 else nullcontext():
                 (F.cross_entropy(model(x), y) / scene.passes).backward()
         if scene.clip is not None:
@@ -176,13 +183,31 @@ def names() -> list[tuple[str, bool]]:
 
 def steps(name: str) -> int:
     """All 50 steps for everything take two minutes."""
-    return STEPS or (12 if name in REQUIRED else 3)
+    return STEPS or (8 if name in REQUIRED else 3)
+
+
+BUCKETS: dict[str, Scene] = {
+    "identity": Scene(own(lr=0.5, communication="two_bucket")),
+    "adamw": Scene(own(lr=0.02, curvature="adamw", communication="two_bucket")),
+    "kfac": Scene(own(lr=0.1, curvature="kfac", communication="two_bucket")),
+    "low_rank": Scene(own(lr=0.3, value="low_rank", communication="two_bucket")),
+    "around AdamW": Scene(
+        lambda model: Feedback(
+            model, torch.optim.AdamW(model.parameters(), lr=0.02), communication="two_bucket"
+        )
+    ),
+}
 
 
 def work(rank: int, folder: str) -> dict[Any, Any]:
     """Everything that two ranks have to do, in one pair of processes."""
     join(rank, folder)
-    found = {(name, ddp): train(SCENES[name], rank, ddp, steps(name)) for name, ddp in names()}
+    found: dict[Any, Any] = {
+        ("two_bucket", name, same): train(replace(scene, same=same), rank, False, 4)
+        for name, scene in BUCKETS.items()
+        for same in (True, False)
+    }
+    found |= {(name, ddp): train(SCENES[name], rank, ddp, steps(name)) for name, ddp in names()}
     dist.destroy_process_group()
     return found
 
@@ -207,3 +232,23 @@ def test_the_scenes_are_in_feedback() -> None:
         plain = Scene(own(**OWN[name], feedback=False))
         difference = train(scene, None, False, 12) - train(plain, None, False, 12)
         assert difference.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_two_buckets_are_exact_where_the_ranks_have_the_same_samples(
+    results: list[dict[Any, Any]], name: str
+) -> None:
+    """Then each rank's own feedback is what it takes the others' to be."""
+    one = train(replace(BUCKETS[name], same=True), None, False, 4)
+    for result in results:
+        torch.testing.assert_close(result["two_bucket", name, True], one, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_two_buckets_are_near_and_the_ranks_stay_equal(
+    results: list[dict[Any, Any]], name: str
+) -> None:
+    first, second = (result["two_bucket", name, False] for result in results)
+    assert torch.equal(first, second)
+    error = (first - train(BUCKETS[name], None, False, 4)).abs().max()
+    assert 1e-9 < error < 2e-3
