@@ -183,9 +183,7 @@ def launch(processes: int, nets: list[int], rounds: int) -> list[dict[str, Any]]
 def main(
     processes: Annotated[int, typer.Option(help="Processes beside the single one.")] = 2,
     rounds: Annotated[int, typer.Option(help="Steps of each kind.")] = 30,
-    net: Annotated[
-        list[int] | None, typer.Option(help="Nets of `ddpnopt bench`; all three.")
-    ] = None,
+    net: Annotated[list[int] | None, typer.Option(help="Of `ddpnopt bench`.")] = None,
     rank: Annotated[int, typer.Option(hidden=True)] = -1,
     folder: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
+from ddpnopt.company import several
 from ddpnopt.crossing import Crossing
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probes, probing
 from ddpnopt.linearise import fill_columns, pulled
-from ddpnopt.ranks import several
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.typing import Tensor
 

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from ddpnopt.borrowed import Borrowed, Update
+from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.host import Host
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.options import Options
-from ddpnopt.ranks import Company
 from ddpnopt.replay import preserved
 from ddpnopt.report import LayerReport
 from ddpnopt.rollout import rollout

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ddpnopt.checks import usable
+from ddpnopt.company import checksum
 from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
 from ddpnopt.front import corrections
 from ddpnopt.notices import ANOTHER_NOT_RECOGNISED, DEFAULT_GROUP, UNEVEN
-from ddpnopt.ranks import checksum
 from ddpnopt.recognition import Recogniser
 from ddpnopt.spread import check_ranks
 from ddpnopt.stages import Trajectory

@@ -25,6 +25,7 @@ from ddpnopt.checks import (
     usable,
     verify_once,
 )
+from ddpnopt.company import Company
 from ddpnopt.distributed import agree, backward_ended
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.front import averaged, corrections, merged, remember, weigh
@@ -36,7 +37,7 @@ from ddpnopt.notices import CLIPPED_BIASES, Notices
 from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
-from ddpnopt.ranks import Company, Ranks
+from ddpnopt.ranks import Ranks
 from ddpnopt.report import StepReport
 from ddpnopt.reporting import report
 from ddpnopt.rollout import Method, policies

@@ -15,12 +15,12 @@ from torch import nn
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.brake import BrakeEngine
 from ddpnopt.checks import check_model
+from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.host import Host
 from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
-from ddpnopt.ranks import Company
 from ddpnopt.recognition import Terminal
 from ddpnopt.separable import (
     MAXIMIZED,

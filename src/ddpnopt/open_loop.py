@@ -14,6 +14,7 @@ from torch import nn
 
 from ddpnopt.borrowed import Update
 from ddpnopt.checks import check_backward, check_gradients, check_model
+from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.feedback import Guest, gains_of, set_gains
@@ -21,7 +22,6 @@ from ddpnopt.gradients import dense_gradients
 from ddpnopt.inner import Reader, reader_of
 from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
-from ddpnopt.ranks import Company
 from ddpnopt.recognition import Terminal
 from ddpnopt.report import StepReport
 from ddpnopt.separable import (

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ddpnopt.checks import check_group, check_model
+from ddpnopt.company import Company
 from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
 from ddpnopt.host import OwnGroups
 from ddpnopt.hyperparameters import curvature_options
 from ddpnopt.options import Options, value_from
-from ddpnopt.ranks import Company
 from ddpnopt.recognition import Terminal
 from ddpnopt.shell import Shell
 from ddpnopt.terminal import MMC, MSE

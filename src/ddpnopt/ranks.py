@@ -21,15 +21,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ddpnopt.errors import NonFiniteError, RankError
+from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
 from ddpnopt.typing import Tensor
 
 #: Numbers in a rank's row, the two flags included.
 ROW = 10
-COMMUNICATION = ("layerwise", "two_bucket")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -102,6 +99,11 @@ class Together(Ranks):
     def __init__(self, group: Any = None, two_bucket: bool = False) -> None:
         self.two_bucket = two_bucket
         self.group, self._world = group, torch.distributed.group.WORLD
+        if self._world is None:
+            raise UnsupportedModelError(
+                "torch.distributed reports several ranks, but there is no process group to reduce "
+                "over: call init_process_group, or give distributed=False"
+            )
         self.size: int = torch.distributed.get_world_size(group)
         self.rank: int = torch.distributed.get_rank(group)
         self.pool = self._pool
@@ -245,105 +247,3 @@ class Together(Ranks):
                     "why. How long ranks wait for each other is init_process_group's timeout"
                 )
             ) from error
-
-
-def several(group: Any = None) -> bool:
-    """Whether more than one process trains."""
-    d = torch.distributed
-    return d.is_available() and d.is_initialized() and d.get_world_size(group) > 1
-
-
-def replica(model: nn.Module) -> DistributedDataParallel | None:
-    """The DistributedDataParallel that a model is, has inside, or is being run by."""
-    inside = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
-    # A model that is wrapped later (by a framework) shows its wrapper only while it is called.
-    active: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
-    return next(inside, None) or active
-
-
-class Company:
-    """The ranks that an optimizer trains with; asked anew at each pass and step.
-
-    Args:
-        process_group: None for the default one.
-        distributed: False: this process trains by itself, whatever else runs.
-        reduces: p.grad is averaged over the ranks where no DistributedDataParallel does it.
-        communication: "layerwise": one reduction a layer, exact; "two_bucket": two a step, an
-            approximation.
-        held: The layers' weights get no gradients, for which DistributedDataParallel would wait: it
-            is told not to reduce, and the gradients that there are, are averaged here.
-
-    Attributes:
-        ranks: As they are now.
-        replica: The DistributedDataParallel that runs the model; None for none.
-        compared: Steps taken together.
-
-    Raises:
-        ValueError: A process group is given where none is used, or this rank is not in it.
-    """
-
-    def __init__(
-        self,
-        process_group: Any = None,
-        distributed: bool = True,
-        reduces: bool = True,
-        held: bool = False,
-        communication: str = "layerwise",
-    ) -> None:
-        if communication not in COMMUNICATION:
-            raise ValueError(
-                f"communication={communication!r}: choose from {', '.join(COMMUNICATION)}"
-            )
-        if communication == "two_bucket" and held:
-            raise ValueError(
-                "communication='two_bucket' needs the plain gradients: use weight_gradients=True"
-            )
-        d = torch.distributed
-        if process_group is not None and not distributed:
-            raise ValueError("process_group is given with distributed=False: leave one of them out")
-        known = process_group is None or (
-            d.is_available() and isinstance(process_group, d.ProcessGroup)
-        )
-        if not known:
-            raise ValueError(
-                f"process_group={process_group!r}: expected a group that this rank belongs to, as "
-                "torch.distributed.new_group returns it"
-            )
-        self.process_group, self.distributed = process_group, distributed
-        self.reduces, self.held = reduces, held
-        self.two_bucket = communication == "two_bucket"
-        self.ranks = Ranks()
-        self.replica: DistributedDataParallel | None = None
-        self.compared = 0
-
-    @property
-    def averages(self) -> bool:
-        """p.grad is averaged here, when a backward pass has ended."""
-        return self.ranks.several and self.reduces and (self.replica is None or self.held)
-
-    def look(self, model: nn.Module) -> None:
-        """See who is there."""
-        if not self.distributed or not several(self.process_group):
-            self.ranks = Ranks() if self.ranks.several else self.ranks
-            return
-        if not (isinstance(self.ranks, Together) and self.ranks.alive()):
-            self.ranks = Together(self.process_group, self.two_bucket)
-        self.replica = replica(model) or self.replica
-        if self.held and self.replica is not None:
-            self.replica.require_backward_grad_sync = False
-
-    def leave(self) -> None:
-        """Let DistributedDataParallel reduce again."""
-        if self.held and self.replica is not None:
-            self.replica.require_backward_grad_sync = True
-
-
-def checksum(parameters: Sequence[Tensor]) -> int:
-    """Of the weights' bits: equal on ranks whose weights are equal, and else almost surely not."""
-    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [
-        p.detach().contiguous().view(widths[p.element_size()]).sum(dtype=torch.int64).cpu()
-        for p in parameters
-        if not p.is_complex() and p.numel()
-    ]
-    return zlib.crc32(str([int(one) for one in sums]).encode())
