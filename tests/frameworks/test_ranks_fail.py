@@ -430,7 +430,7 @@ def test_what_can_t_be_spread_is_refused_by_name(
 
 
 def test_a_rank_that_leaves_lets_nobody_wait(tmp_path: Any) -> None:
-    first, second = run_ranks(__file__, "unequal", tmp_path, limit=60)
+    first, second = run_ranks(__file__, "unequal", tmp_path, limit=180)
     assert re.search("can't be reached.*same number of batches", first["error"], re.DOTALL)
     assert first["kept"] and not second["error"]
 
