@@ -15,6 +15,8 @@ from ddpnopt.ranks import Ranks, Together
 from ddpnopt.typing import Tensor
 
 COMMUNICATION = ("layerwise", "two_bucket")
+#: Steps from one comparison of the ranks' weights, and look at the model, to the next.
+COMPARE_EVERY = 100
 
 
 def several(group: Any = None) -> bool:
@@ -85,6 +87,11 @@ class Company:
         self.ranks = Ranks()
         self.replica: DistributedDataParallel | None = None
         self.compared = 0
+
+    @property
+    def due(self) -> bool:
+        """The model is to be looked at, and the ranks' weights compared."""
+        return self.compared % COMPARE_EVERY == 0
 
     @property
     def averages(self) -> bool:

@@ -31,8 +31,6 @@ from ddpnopt.typing import Tensor
 if TYPE_CHECKING:
     from ddpnopt.engine import Engine
 
-#: Steps from one comparison of the ranks' weights to the next.
-COMPARE_EVERY = 100
 #: Numbers of one total of gradients: what is communicated is copied once.
 BUCKET = 1 << 23
 NO, WAITS, READY = 0.0, 1.0, 2.0
@@ -248,12 +246,11 @@ def agree(
         return ready
     if engine.company.process_group is None:
         engine.notices.say(DEFAULT_GROUP)
-    due = engine.company.compared % COMPARE_EVERY == 0
     facts = _exchange(
         engine,
         trajectories,
         norm=math.fsum(sizes.values()),
-        weights=float(checksum(engine.parameters())) if due else 0.0,
+        weights=float(checksum(engine.parameters())) if engine.company.due else 0.0,
     )
     engine.company.compared += 1
     if len({fact.weights for fact in facts}) > 1:
@@ -309,10 +306,17 @@ def _recognised(engine: Engine, trajectories: list[Trajectory]) -> bool:
     assert z is not None and stage.G is not None
     found = engine.company.ranks.gathered((z.cpu(), stage.G.cpu(), trajectory.samples))
     axis = stage.rule.feature_axis if stage.rule is not None else -1
-    together = Recogniser("auto")
     outputs, gradients, samples = zip(*found, strict=True)
-    known = together(torch.cat(outputs), torch.cat(gradients), axis, sum(samples))
-    if known is not None and trajectory.cost is None:
-        engine.outputs.main.load_state_dict(together.state_dict())
-        trajectory.cost = engine.outputs.main(z, stage.G, axis, trajectory.samples)
+    # A sum, or means over as many rows on each rank; else means over the rows with a gradient.
+    counted = [G * int(G.movedim(axis, -1).any(-1).sum()) for G in gradients]
+    for scaled in (gradients, counted):
+        together = Recogniser("auto")
+        if together(torch.cat(outputs), torch.cat(scaled), axis, sum(samples)) is None:
+            continue
+        if trajectory.cost is None:
+            known = together.state_dict()
+            # Its w is that of all rows; this rank's own is fitted anew.
+            engine.outputs.main.load_state_dict({**known, "weights": {}, "common": 0.0})
+            trajectory.cost = engine.outputs.main(z, stage.G, axis, trajectory.samples)
+        break
     return all(row[0] for row in engine.company.ranks.meet(float(trajectory.cost is not None)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.value.augmented import Augmented
@@ -66,19 +67,32 @@ def check_parts(engine: Engine) -> None:
 
 
 def check_ranks(engine: Engine) -> None:
-    """The same, and how the model has been run; the same on all ranks.
+    """The same, and how the model is run, now and then; the same on all ranks.
 
     Raises:
         UnsupportedModelError: Named, with the way out.
     """
-    check_parts(engine)
-    ddp = engine.company.replica
-    if not engine.company.ranks.several:
+    company = engine.company
+    if not company.ranks.several:
         return
-    if ddp is None:
-        if not engine.company.reduces:
+    if company.due:
+        check_parts(engine)
+    if company.replica is None:
+        if not company.reduces:
             raise UnsupportedModelError(NOT_REPLICATED)
         return
+    if company.replica._join_config.enable:
+        raise UnsupportedModelError(
+            "DistributedDataParallel.join() lets ranks run out of batches, and those would not "
+            "take part in the others' steps; give all ranks the same number of batches "
+            "(DistributedSampler, drop_last=True)"
+        )
+    if company.due:
+        _check_replica(engine, company.replica)
+
+
+def _check_replica(engine: Engine, ddp: DistributedDataParallel) -> None:
+    """DistributedDataParallel must average what the optimizer steps on, over the same ranks."""
     inside = {id(p) for p in ddp.module.parameters()}
     for p, name in engine.names().items():
         if engine.trainable(p) and id(p) not in inside:
@@ -86,16 +100,8 @@ def check_ranks(engine: Engine) -> None:
                 f"'{name}' is outside the model's DistributedDataParallel, so its gradient is "
                 "not reduced over the ranks; wrap the module that owns all parameters"
             )
-    if ddp._join_config.enable:
-        raise UnsupportedModelError(
-            "DistributedDataParallel.join() lets ranks run out of batches, and those would not "
-            "take part in the others' steps; give all ranks the same number of batches "
-            "(DistributedSampler, drop_last=True)"
-        )
-    d = torch.distributed
-    theirs, ours = (
-        d.get_process_group_ranks(g) for g in (ddp.process_group, engine.company.process_group)
-    )
+    ranks_of = torch.distributed.get_process_group_ranks
+    theirs, ours = ranks_of(ddp.process_group), ranks_of(engine.company.process_group)
     if theirs != ours:
         raise UnsupportedModelError(
             f"DistributedDataParallel averages over ranks {theirs}, the optimizer over {ours}: "

@@ -81,6 +81,8 @@ class Scene:
     ddp: bool = True
     unequal_pass: bool = False
     same: bool = False
+    ignored: bool = False
+    summed: bool = False
 
 
 def own(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -141,6 +143,9 @@ SCENES: dict[str, Scene] = {
     "uneven, accumulated": Scene(
         own(lr=0.3), uneven=True, ddp=False, passes=2, samples=9, unequal_pass=True
     ),
+    "uneven, one sample": Scene(own(lr=0.3), uneven=True, ddp=False, samples=4),
+    "uneven labels": Scene(own(lr=0.3), uneven=True, ddp=False, samples=7, ignored=True),
+    "uneven sums": Scene(own(lr=0.05), uneven=True, ddp=False, summed=True),
     "uneven open loop": Scene(own(lr=0.5, feedback="open_loop"), uneven=True, ddp=False),
     "uneven without weight gradients": Scene(
         own(lr=0.5, weight_gradients=False), uneven=True, ddp=False
@@ -161,9 +166,14 @@ def train(scene: Scene, rank: int | None, ddp: bool, steps: int) -> torch.Tensor
             if scene.same:  # every rank has all of them
                 x, y = (torch.cat([one] * (RANKS if rank is None else 1)) for one in (x, y))
             else:
+                if scene.ignored:
+                    y = y.where(torch.arange(len(y)) % 4 != 1, torch.tensor(-100))
                 x, y = share((x, y), rank, scene.uneven)
+            reduction = "sum" if scene.summed else "mean"
+            # The ranks' sums are averaged.
+            parts = scene.passes * (RANKS if scene.summed and rank is None else 1)
             with model.no_sync() if ddp and part < scene.passes - 1 else nullcontext():
-                (F.cross_entropy(model(x), y) / scene.passes).backward()
+                (F.cross_entropy(model(x), y, reduction=reduction) / parts).backward()
         if scene.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), scene.clip)
         optimizer.step()

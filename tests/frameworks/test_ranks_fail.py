@@ -102,17 +102,17 @@ def other_weights(rank: int) -> dict[str, Any]:
 
 def drifted_later(rank: int) -> dict[str, Any]:
     """One weight in one bit, on one rank: found at the next comparison."""
-    from ddpnopt import distributed
+    from ddpnopt import company
 
     model, inner, optimizer = setting(ddp=False)
-    every, distributed.COMPARE_EVERY = distributed.COMPARE_EVERY, 3
+    every, company.COMPARE_EVERY = company.COMPARE_EVERY, 3
     errors = []
     for step in range(4):
         if step == 1 and rank == 1:
             with torch.no_grad():
                 inner[0].weight[0, 0] *= 1 + 1e-15
         errors.append(message(partial(iterate, model, optimizer, rank, step)))
-    distributed.COMPARE_EVERY = every
+    company.COMPARE_EVERY = every
     return {"errors": errors}
 
 
