@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.ranks import Ranks, Together
 from ddpnopt.typing import Tensor
 
@@ -99,7 +100,17 @@ class Company:
         return self.ranks.several and self.reduces and (self.replica is None or self.held)
 
     def look(self, model: nn.Module) -> None:
-        """See who is there."""
+        """See who is there.
+
+        Raises:
+            UnsupportedModelError: DistributedDataParallel runs a model that is to be trained by
+                this process alone.
+        """
+        if not self.distributed and several() and replica(model) is not None:
+            raise UnsupportedModelError(
+                "distributed=False, but DistributedDataParallel runs the model: its replicas would "
+                "drift apart silently; leave one of them away"
+            )
         if not self.distributed or not several(self.process_group):
             self.ranks = Ranks() if self.ranks.several else self.ranks
             return

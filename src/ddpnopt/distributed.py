@@ -71,7 +71,7 @@ def backward_ended(engine: Engine, trajectories: list[Trajectory]) -> None:
         engine: Its backward pass and all reductions of it are over.
         trajectories: The passes that it came through.
     """
-    if not (engine.company.averages or engine.in_backward):
+    if not trajectories or not (engine.company.averages or engine.in_backward):
         return
     try:
         check_ranks(engine)
@@ -168,10 +168,9 @@ def _average(engine: Engine, trajectories: list[Trajectory], facts: Sequence[Fac
             base = engine.base.get(p)
             mean = mean if base is None else base + mean
             p.grad = mean.clone() if p.grad is None else p.grad.copy_(mean)
-    if (
-        engine.company.replica is not None
-    ):  # it has been told not to reduce, but keeps its buffers alike
-        engine.company.replica.require_forward_param_sync = True
+    ddp = engine.company.replica
+    if ddp is not None:  # told not to reduce, it is to keep its buffers alike all the same
+        ddp.require_forward_param_sync = True
     for trajectory in trajectories:
         trajectory.share = share
 

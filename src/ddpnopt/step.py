@@ -325,7 +325,8 @@ class Step:
         sizes = list[int]()
         for layer in self.layers.values() if not self.ranks.two_bucket else ():
             known = [n for n, p in layer.params.items() if not self._is_held(n, p)]
-            extra = layer.params["bias"].numel() if len(known) < len(layer.params) and known else 0
+            apart = len(known) < len(layer.params) and "bias" in known
+            extra = layer.params["bias"].numel() if apart else 0
             sizes.append(sum(p.numel() for p in layer.params.values()) + extra)
         self.ranks.announce(sizes)
 

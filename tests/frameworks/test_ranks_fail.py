@@ -260,6 +260,7 @@ def refused(rank: int) -> dict[str, Any]:
         "vgr": once(ddpnopt.SGDVGR),
         "sync": once(DDPNOpt, sync),
         "partly": once(DDPNOpt, partly),
+        "alone": once(lambda m: DDPNOpt(m, distributed=False), DistributedDataParallel(network())),
         "sharded": once(DDPNOpt, fully_shard(network(), mesh=init_device_mesh("cpu", (RANKS,)))),
     }
 
@@ -418,6 +419,7 @@ def test_what_is_said_is_said_once(results: list[dict[str, Any]]) -> None:
         ("vanilla", "optimal control needs all samples"),
         ("vgr", "SGDVGR needs all samples"),
         ("sync", "'1' is SyncBatchNorm.*use BatchNorm or GroupNorm"),
+        ("alone", "distributed=False, but DistributedDataParallel runs.*leave one of them"),
         ("partly", "'0.weight' is outside the model's DistributedDataParallel.*wrap"),
         ("sharded", "'0.weight' is a DTensor.*use DistributedDataParallel"),
     ],
