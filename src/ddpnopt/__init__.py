@@ -3,7 +3,13 @@
 
 from ddpnopt import curvature, value
 from ddpnopt.baselines import EKFAC, EMSA, KFAC, SGDVGR, VanillaDDP
-from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError, UnsupportedModelError
+from ddpnopt.errors import (
+    DDPNOptWarning,
+    NonFiniteError,
+    RankError,
+    TerminalError,
+    UnsupportedModelError,
+)
 from ddpnopt.explain import explain
 from ddpnopt.feedback import Feedback
 from ddpnopt.gains import Gain, feedback_gains
@@ -32,6 +38,7 @@ __all__ = [
     "MMCLoss",
     "NonFiniteError",
     "OpenLoop",
+    "RankError",
     "StepReport",
     "TerminalError",
     "UnsupportedModelError",

@@ -16,11 +16,11 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.accounts import Accounts, Part, Sources, maker, unseen
+from ddpnopt.company import several
 from ddpnopt.crossing import Crossing
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probes, probing
 from ddpnopt.linearise import fill_columns, pulled
-from ddpnopt.ranks import several
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.typing import Tensor
 

@@ -17,6 +17,7 @@ from ddpnopt.hyperparameters import Hyper
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.ranks import Ranks
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
@@ -200,23 +201,27 @@ class Borrowed:
         )
         return ("weight", "bias") if same else ("weight",)
 
-    def joint(self, layer: Layer, vectors: Blocks, scale: float) -> dict[str, Any]:
+    def joint(
+        self, layer: Layer, vectors: Blocks, scale: float, ranks: Ranks | None = None
+    ) -> dict[str, Any]:
         """The layer's Kronecker statistics after h-space vectors, without storing them.
 
         Args:
             layer: The layer.
             vectors: V_h of each pass, as autograd's loss has it.
             scale: r; times the number of samples it makes them one sample's own.
+            ranks: Those whose samples these statistics are of.
         """
+        ranks = ranks or Ranks()
         weight = layer.params["weight"]
         curvature = self.hyper[weight].curvature
         assert isinstance(curvature, Joint)
-        samples = sum(layer.counts)
+        _, (samples,) = ranks.counted([], [sum(layer.counts)])
         factors = layer.factors(vectors, "bias" in self.joined(layer))
         unscaled = [(U, V * (samples * scale)) for U, V in factors]
         before = self.state(weight)
         try:
-            found = curvature.joint(before, unscaled, samples)
+            found = curvature.joint(before, unscaled, samples, ranks.counted)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"'{layer.name}': {error}; nothing was changed. Lower lr, or use nonfinite='skip'"
@@ -276,6 +281,12 @@ class Borrowed:
         """Take all updates back, to be made again another way."""
         self.rollback()
         self._new.clear()
+
+    def retract(self, parameters: Iterable[Tensor]) -> None:
+        """Take the updates of some parameters back, to be made again on another gradient."""
+        for p in parameters:
+            p.copy_(self._saved[p])
+            self._new.pop(p, None)
 
     def rollback(self) -> None:
         """Restore every parameter; the state was never written."""

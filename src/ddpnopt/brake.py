@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ddpnopt.borrowed import Borrowed, Update
+from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.host import Host
 from ddpnopt.layer import Layer
@@ -190,8 +191,12 @@ def _follow(layer: Layer, borrowed: Borrowed, after: dict[Tensor, Tensor], gamma
 class BrakeEngine(Engine):
     """An engine whose layers are braked; in open loop, too, nothing is written to p.grad."""
 
-    def __init__(self, model: nn.Module, options: Options, host: Host) -> None:
-        super().__init__(model, options, host)
+    alone = "mode='brake'"
+
+    def __init__(
+        self, model: nn.Module, options: Options, host: Host, company: Company | None = None
+    ) -> None:
+        super().__init__(model, options, host, company)
         self.method = brake
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,10 +16,12 @@ from ddpnopt.gradients import gradient_norms
 from ddpnopt.hyperparameters import own_momentum
 from ddpnopt.linearise import cast_state
 from ddpnopt.parameters import parameters
-from ddpnopt.ranks import several
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
+
+if TYPE_CHECKING:
+    from ddpnopt.engine import Engine
 
 
 def check_model(model: nn.Module) -> None:
@@ -49,20 +51,6 @@ def check_model(model: nn.Module) -> None:
                 f"'{name or 'model'}' is compiled by torch.compile, which hides the layers; give "
                 "DDPNOpt the uncompiled module"
             )
-
-
-def refuse_distributed() -> None:
-    """Refuse more than one rank: the replicas would drift apart silently.
-
-    Raises:
-        UnsupportedModelError: torch.distributed runs with several ranks.
-    """
-    if several():
-        raise UnsupportedModelError(
-            "torch.distributed is initialised with several ranks: the rollout is not reduced over "
-            "them yet and the replicas would drift apart; train in one process, or use "
-            "ddpnopt.open_loop(model, optimizer) with DistributedDataParallel"
-        )
 
 
 def check_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
@@ -248,6 +236,19 @@ def check_states(trajectories: Sequence[Trajectory], closed_loop: bool) -> None:
                     "failed), so the pass can't be compared with a second one; use "
                     "feedback='open_loop', or run the pass again"
                 )
+
+
+def takes_part(engine: Engine, trajectories: list[Trajectory]) -> bool:
+    """Whether all passes of a step take part in feedback; raises where they must not be ignored."""
+    if engine.options.feedback is False:
+        return False
+    check_usable(trajectories)
+    for trajectory in trajectories:
+        engine.notices.say_plain(trajectory, engine.names, engine.trainable, engine.needs_cost)
+    if engine.needs_cost and any(t.cost is None for t in trajectories):
+        engine.notices.say_without_cost(trajectories, engine.outputs.main.decision)
+        return False
+    return bool(trajectories)
 
 
 def check_usable(trajectories: Sequence[Trajectory]) -> None:

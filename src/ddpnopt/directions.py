@@ -15,6 +15,7 @@ from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.layers.coordinates import Coordinates, unlike
 from ddpnopt.positions import Kronecker
+from ddpnopt.ranks import Ranks
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 from ddpnopt.weighted import Weighted
@@ -93,3 +94,65 @@ def whole_gradient(layer: Layer, vectors: Blocks) -> dict[str, Tensor]:
     if isinstance(vectors, Weighted):
         return layer.weighted(Weighted(vectors.G, 1 + vectors.a, vectors.counts))
     return layer.weighted([g + v for g, v in zip(layer.plain_vectors(), vectors, strict=True)])
+
+
+def reweighted(
+    layer: Layer,
+    known: Mapping[str, Tensor],
+    vectors: Blocks,
+    scale: float,
+    bent: Mapping[str, Tensor],
+    ranks: Ranks,
+) -> Mapping[str, Tensor]:
+    """d = p.grad + r sum_i g_u^T v_i, the sum over the samples of all ranks.
+
+    Args:
+        layer: The layer.
+        known: p.grad of all its parameters.
+        vectors: v_i.
+        scale: r.
+        bent: What second-order dynamics add to the sum.
+        ranks: Those that hold the batch together; each layer's d is one reduction.
+    """
+    if not ranks.several:
+        d = layer.onto(known, vectors, scale)
+        return {n: g.add(bent[n], alpha=scale) if n in bent else g for n, g in d.items()}
+    own = layer.weighted(vectors)
+    total = ranks.total({n: own[n] + bent[n] if n in bent else own[n] for n in known})
+    return {n: g.add(total[n], alpha=scale) for n, g in known.items()}
+
+
+def held(
+    layer: Layer,
+    known: Mapping[str, Tensor],
+    vectors: Blocks,
+    scale: float,
+    bent: Mapping[str, Tensor],
+    ranks: Ranks,
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The same where p.grad is known of the bias alone, or of nothing.
+
+    Returns:
+        d, and the sum over all re-weighted samples by itself.
+    """
+    whole = whole_gradient(layer, vectors)
+    parts = {n: whole[n] for n in layer.params}
+    fused = "bias" in known and bool(layer.kept) and not ranks.several
+    if "bias" in known and not fused:
+        biases = [layer.rule.bias_gradient(layer.module, v) for v in vectors]
+        parts["bias besides p.grad"] = torch.stack(biases).sum(0)
+    total = ranks.total(parts)
+    used = {n: total[n] for n in layer.params}
+    d = {n: g if scale == 1.0 else g * scale for n, g in used.items()}
+    if fused:
+        d.update(layer.onto({"bias": known["bias"]}, vectors, scale))
+    elif "bias" in known:
+        d["bias"] = known["bias"].add(total["bias besides p.grad"], alpha=scale)
+    return {n: g.add(bent[n], alpha=scale) if n in bent else g for n, g in d.items()}, used
+
+
+def squares(layer: Layer, vectors: Blocks, ranks: Ranks) -> tuple[dict[str, Tensor], int]:
+    """Sums over the samples of all ranks of their squared gradients, and how many there are."""
+    own = layer.squares(vectors)
+    found, (samples,) = ranks.counted(list(own.values()), [sum(layer.counts)])
+    return dict(zip(own, found, strict=True)), samples

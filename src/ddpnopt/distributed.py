@@ -1,164 +1,290 @@
 # SPDX-License-Identifier: MIT
-"""The open loop over several ranks of DistributedDataParallel: as one process on all samples.
+"""Training over several ranks: as one process on all samples.
 
-Each rank's loss is the mean over its own samples, and DistributedDataParallel averages p.grad over
-the W ranks: a uniform rescaling by 1/W of what the ranks' own backward passes leave. So P becomes
-P / W, and everything that belongs to one sample is right where its rank computes it. Three things
-belong to the batch: the plain gradient, rho, and the sum of the corrections. They are reduced
-here, once backward has ended and DistributedDataParallel has finished; every rank issues the same
-collectives in the same order, whatever it has found, and all ranks decide alike.
+The loss is the mean of the ranks' losses, as DistributedDataParallel has it: p.grad is the mean of
+the ranks' gradients, and every sample's w and G are those of its rank over W. So a step's
+recursion runs with r / W for r, everything that belongs to one sample is right where its rank
+computes it, and what belongs to the batch is a sum over the ranks: the statistics of M before they
+are squared or inverted, the two sums in rho, and d of each layer.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ddpnopt.checks import usable
-from ddpnopt.errors import NonFiniteError, UnsupportedModelError
+from ddpnopt.company import checksum
+from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
 from ddpnopt.front import corrections
-from ddpnopt.ranks import Ranks, several
+from ddpnopt.notices import ANOTHER_NOT_RECOGNISED, DEFAULT_GROUP, UNEVEN
 from ddpnopt.recognition import Recogniser
+from ddpnopt.spread import check_ranks
 from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
 
 if TYPE_CHECKING:
     from ddpnopt.engine import Engine
 
-NOT_REPLICATED = (
-    "torch.distributed is initialised with several ranks, but the model was not run by "
-    "DistributedDataParallel, so its gradients can't be reduced along with the re-weighting; call "
-    "DistributedDataParallel(model), or remove() the open loop"
-)
+#: Numbers of one total of gradients: what is communicated is copied once.
+BUCKET = 1 << 23
+NO, WAITS, READY = 0.0, 1.0, 2.0
 
 
-def check_shards(model: nn.Module) -> None:
-    """Refuse models whose parts or samples are spread over the ranks.
+@dataclass(frozen=True)
+class Fact:
+    """What a rank tells the others, before they act on it together.
 
-    Raises:
-        UnsupportedModelError: The module is named.
+    Attributes:
+        layers: Mark of what it has run.
+        ready: Its passes take part in feedback; or wait for the other ranks' rows.
+        samples: How many.
+        unit: w of its samples, where all have the same; else 0.
+        grads: Mark of which parameters have a gradient.
+        whole: p.grad is the ranks' mean already, and nothing else.
+        norm: Sum of the norms of p.grad.
+        weights: Checksum of the weights.
     """
-    if not several():
-        return
-    for name, p in model.named_parameters():
-        if hasattr(p, "placements"):
-            raise UnsupportedModelError(
-                f"'{name}' is a DTensor (fully_shard, tensor parallelism): its gradient is spread "
-                "over the ranks; use DistributedDataParallel, or remove() the open loop"
-            )
-    for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise UnsupportedModelError(
-                f"'{name or 'model'}' is FullyShardedDataParallel, which flattens the layers' "
-                "parameters; use DistributedDataParallel, or remove() the open loop"
-            )
-        if isinstance(module, nn.SyncBatchNorm):
-            raise UnsupportedModelError(
-                f"'{name}' is SyncBatchNorm, which mixes samples of different ranks; use BatchNorm "
-                "or GroupNorm"
-            )
+
+    layers: float
+    ready: float
+    samples: float
+    unit: float
+    grads: float
+    whole: float = 0.0
+    norm: float = 0.0
+    weights: float = 0.0
 
 
-def reweigh(engine: Engine, trajectories: list[Trajectory], ranks: Ranks | None) -> None:
-    """Write the re-weighted gradients to p.grad, the same on every rank, or leave it plain.
+# When a backward pass has ended --------------------------------------------------------------
+
+
+def backward_ended(engine: Engine, trajectories: list[Trajectory]) -> None:
+    """Average p.grad over the ranks where nobody else does; in open loop, re-weight it.
 
     Args:
-        engine: In open loop; its backward pass and all reductions of it are over.
+        engine: Its backward pass and all reductions of it are over.
         trajectories: The passes that it came through.
-        ranks: None where no DistributedDataParallel runs the model: an error at the step.
     """
+    if not trajectories or not (engine.company.averages or engine.in_backward):
+        return
     try:
-        check_shards(engine.model)
-        _check_value(engine)
-        if ranks is None:
-            raise UnsupportedModelError(NOT_REPLICATED)
-        inside = {id(p) for p in ranks.replica.module.parameters()}
-        for p, name in engine.names().items():
-            if engine.trainable(p) and id(p) not in inside:
-                raise UnsupportedModelError(
-                    f"'{name}' is outside the model's DistributedDataParallel, so its gradient is "
-                    "not reduced over the ranks; wrap the module that owns all parameters"
-                )
-        if ranks.replica._join_config.enable:
-            raise UnsupportedModelError(
-                "DistributedDataParallel.join() lets ranks run out of batches, and those would "
-                "not take part in the re-weighting; give all ranks the same number of batches"
-            )
-    except UnsupportedModelError as error:  # the same on all ranks
+        check_ranks(engine)
+    except UnsupportedModelError as error:  # raised at the step, where it is expected
         trajectories[0].error = error
         return
-    own = [p for p in engine.parameters() if p.requires_grad]
-    plain = _agreed(engine, trajectories, ranks, own)
-    if plain is None:
-        return
-    engine.base = plain
-    step = engine.new_step(trajectories, engine.rescale / ranks.size, 1 / ranks.size)
-    step.pool, ranks.pooled = ranks.pool, 0
-    failure: NonFiniteError | UnsupportedModelError | None = None
-    found: dict[Tensor, Tensor] = {}
-    try:
-        found = corrections(step)
-    except (NonFiniteError, UnsupportedModelError) as error:
-        failure = error
-        layers, cost = len(trajectories[0].active), trajectories[0].cost
-        coupled = getattr(engine.options.value, "coupling", False)
-        if layers and coupled and not ranks.pooled and cost is not None:
-            ranks.pool(cost.w.new_zeros(layers + 1))  # the other ranks wait for it
-    reduced, failed = ranks.mean(found, own, failure is not None)
-    if failed:
-        trajectories[0].error = failure or UnsupportedModelError(
-            "another rank could not re-weight its samples; its own error says why"
-        )
-        return
-    engine.write(step, {p: one for p, one in reduced.items() if p.grad is not None})
+    with engine.company.ranks.together(engine.parameters()):
+        facts = _exchange(engine, trajectories)
+        ready = min(fact.ready for fact in facts)
+        if ready == WAITS:
+            ready = READY if _recognised(engine, trajectories) else NO
+            facts = _exchange(engine, trajectories)
+        if engine.company.averages:
+            _average(engine, trajectories, facts)
+        if engine.in_backward:
+            _reweigh(engine, trajectories, facts, ready == READY)
 
 
-def _check_value(engine: Engine) -> None:
-    """Refuse value functions that look at all samples at once."""
-    value = engine.options.value
-    fed = any(
-        hyper.curvature.statistics != "none" for hyper in engine.host.borrow({}).hyper.values()
-    )
-    if value.linearization == "jacobian" or (value.statistics == "value" and fed):
-        raise UnsupportedModelError(
-            f"value={value.name!r} with statistics={value.statistics!r} is not reduced over the "
-            "ranks; use value='moreau'"
-        )
-
-
-def _agreed(
-    engine: Engine, trajectories: list[Trajectory], ranks: Ranks, own: list[Tensor]
-) -> dict[Tensor, Tensor] | None:
-    """What p.grad holds besides this pass's own gradient over all ranks; None: leave it plain."""
+def _exchange(
+    engine: Engine, trajectories: list[Trajectory], norm: float = 0.0, weights: float = 0.0
+) -> list[Fact]:
+    """Every rank's facts."""
     ready = all(usable(t) for t in trajectories)
     waits = not ready and len(trajectories) == 1 and _waits(engine, trajectories[0])
-    # Reduced already, and nothing else in it: known without another reduction.
-    whole = ranks.replica.require_forward_param_sync and not engine.base
-    structure = [([s.name for s in t.active], t.front is not None) for t in trajectories[:1]]
-    mark = zlib.crc32(repr(structure).encode())
-    numbers = [ready or waits, ready, whole, mark, -mark]
-    takes_part, all_ready, all_whole, low, high = ranks.least(numbers, own[0].device)
-    if takes_part and not all_ready:
-        all_ready = _recognised(engine, trajectories, ranks, own[0].device)
-    if not (takes_part and all_ready):
+    structure = [
+        ([(s.name, not s.plain, s.G is not None) for s in t.stages], t.front is not None)
+        for t in trajectories[:1]
+    ]
+    units = [t.cost.w[t.cost.w > 0] for t in trajectories if t.cost is not None]
+    w = torch.cat(units) if ready and units else torch.zeros(0)
+    low, high = (float(one) for one in w.aminmax()) if w.numel() else (0.0, 0.0)
+    ddp, own = engine.company.replica, engine.expected()
+    mine = Fact(
+        layers=float(_mark(structure)),
+        ready=READY if ready else WAITS if waits else NO,
+        samples=float(sum(t.samples for t in trajectories)),
+        unit=low if high <= low * (1 + 1e-3) else 0.0,
+        grads=float(_mark([p.grad is None for p in own])),
+        whole=float(ddp is not None and ddp.require_forward_param_sync and not engine.base),
+        norm=norm,
+        weights=weights,
+    )
+    return [Fact(*row) for row in engine.company.ranks.meet(*astuple(mine))]
+
+
+def _mark(thing: object) -> int:
+    return zlib.crc32(repr(thing).encode())
+
+
+def _share(engine: Engine, facts: Sequence[Fact]) -> float:
+    """What this rank's loss is multiplied by, times W: 1 for equal batches.
+
+    The mean over all samples of a loss that is a mean over each rank's own weights the ranks by
+    their counts: 1 / w where all samples have one w (so that rows without a label don't count, and
+    a sum stays a sum), else the samples. Where there is DistributedDataParallel its average holds.
+    """
+    if engine.company.replica is not None:
+        return 1.0
+    counts = [fact.samples for fact in facts]
+    if all(fact.unit > 0 for fact in facts):
+        own = [1 / fact.unit for fact in facts]
+        ratios = [a / b if b else 0.0 for a, b in zip(own, counts, strict=True)]
+        # Counts are exact, fitted weights are not.
+        counts = counts if max(ratios) <= min(ratios) * (1 + 1e-3) else own
+    total = sum(counts)
+    share = counts[engine.company.ranks.rank] * len(counts) / total if total else 1.0
+    return 1.0 if abs(share - 1) < 1e-3 / len(counts) else share
+
+
+def _average(engine: Engine, trajectories: list[Trajectory], facts: Sequence[Fact]) -> None:
+    """p.grad of this pass becomes the ranks' weighted mean."""
+    share, ranks = _share(engine, facts), engine.company.ranks
+    present = len({fact.grads for fact in facts}) == 1
+    own = [p for p in engine.expected() if p.grad is not None or not present]
+    for p in own:
+        if p.grad is not None and p.grad.is_sparse:
+            raise UnsupportedModelError(
+                f"'{engine.names()[p]}' has a sparse gradient, which is not averaged over the "
+                "ranks; make the layer with sparse=False, or use DistributedDataParallel"
+            )
+    buckets: list[dict[Tensor, Tensor]] = [{}]
+    room = BUCKET
+    for p in own:
+        if room < p.numel() and buckets[-1]:
+            buckets.append({})
+            room = BUCKET
+        base, grad = engine.base.get(p), p.grad
+        passed = torch.zeros_like(p) if grad is None else grad if base is None else grad - base
+        buckets[-1][p] = passed * (share / ranks.size)
+        room -= p.numel()
+    ranks.announce([sum(p.numel() for p in bucket) for bucket in buckets if bucket])
+    for bucket in buckets:
+        for p, mean in ranks.total(bucket).items() if bucket else ():
+            base = engine.base.get(p)
+            mean = mean if base is None else base + mean
+            p.grad = mean.clone() if p.grad is None else p.grad.copy_(mean)
+    ddp = engine.company.replica
+    if ddp is not None:  # told not to reduce, it is to keep its buffers alike all the same
+        ddp.require_forward_param_sync = True
+    for trajectory in trajectories:
+        trajectory.share = share
+
+
+def _reweigh(
+    engine: Engine, trajectories: list[Trajectory], facts: Sequence[Fact], ready: bool
+) -> None:
+    """Write the re-weighted gradients to p.grad, the same on every rank, or leave it plain."""
+    if not ready:
         for trajectory in trajectories:
             trajectory.cost = None  # another rank's loss is not recognised
-        return None
-    if low != -high:
-        trajectories[0].error = UnsupportedModelError(
-            "the ranks have run different layers (this one: "
-            f"{', '.join(structure[0][0])}); run the same on every rank"
+        return
+    if len({fact.layers for fact in facts}) > 1:
+        trajectories[0].error = _other_layers(trajectories[0])
+        return
+    ranks, own = engine.company.ranks, [p for p in engine.expected() if p.grad is not None]
+    _weigh(trajectories)
+    if not engine.company.averages:
+        if all(fact.whole for fact in facts):
+            engine.base = {}
+        else:
+            grads = {p: p.grad for p in own if p.grad is not None}
+            base = engine.base
+            passed = {p: g - base[p] if p in base else g for p, g in grads.items()}
+            engine.base = {p: grads[p] - one for p, one in _mean(engine, passed).items()}
+    try:
+        with ranks.together(engine.parameters()):
+            scale = 1 / ranks.size
+            step = engine.new_step(trajectories, engine.rescale * scale, scale)
+            found = corrections(step)
+            given = {p: found[p] if p in found else torch.zeros_like(p) for p in own}
+            mean = _mean(engine, given)
+    except (NonFiniteError, UnsupportedModelError, RankError) as error:
+        trajectories[0].error = error  # p.grad is still plain
+        return
+    engine.write(step, mean)
+
+
+def _mean(engine: Engine, given: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """The ranks' mean."""
+    found = engine.company.ranks.total(given) if given else {}
+    return {p: one / engine.company.ranks.size for p, one in found.items()}
+
+
+def _weigh(trajectories: Sequence[Trajectory]) -> None:
+    for trajectory in trajectories:
+        if trajectory.share != 1.0:
+            trajectory.weigh(trajectory.share)
+            trajectory.share = 1.0
+
+
+# At a step ------------------------------------------------------------------------------------
+
+
+def agree(
+    engine: Engine, trajectories: list[Trajectory], ready: bool, sizes: Mapping[Tensor, float]
+) -> bool:
+    """Whether a step has feedback: the same on every rank.
+
+    Args:
+        engine: About to step.
+        trajectories: Its passes.
+        ready: They take part in feedback, as far as this rank knows.
+        sizes: The norms of p.grad.
+
+    Raises:
+        RankError: The ranks' weights or gradients differ.
+        UnsupportedModelError: They have run different layers, or what can't be reduced.
+    """
+    ranks = engine.company.ranks
+    if not ranks.several:
+        return ready
+    if engine.company.process_group is None:
+        engine.notices.say(DEFAULT_GROUP)
+    facts = _exchange(
+        engine,
+        trajectories,
+        norm=math.fsum(sizes.values()),
+        weights=float(checksum(engine.parameters())) if engine.company.due else 0.0,
+    )
+    engine.company.compared += 1
+    if len({fact.weights for fact in facts}) > 1:
+        raise RankError(
+            "the ranks' weights differ: start all from the same ones (a seed, a checkpoint, or "
+            "DistributedDataParallel, which hands out rank 0's), and change them on all ranks alike"
         )
-        return None
-    if all_whole:
-        return {}
-    grads = {p: p.grad for p in own if p.grad is not None}
-    passed = {p: g - engine.base[p] if p in engine.base else g for p, g in grads.items()}
-    reduced, _ = ranks.mean(passed, own, False)
-    return {p: g - reduced[p] for p, g in grads.items()}
+    if len({(fact.norm, fact.grads) for fact in facts}) > 1:
+        raise RankError(
+            f"p.grad differs between the ranks (sums of norms {[fact.norm for fact in facts]}): "
+            "the last backward pass ran under no_sync, or around DistributedDataParallel, or "
+            "p.grad was changed on some ranks only"
+        )
+    if engine.options.feedback is False or not trajectories:
+        return ready
+    if len({fact.layers for fact in facts}) > 1:
+        raise _other_layers(trajectories[0])
+    least = min(fact.ready for fact in facts)
+    if least == NO:
+        if ready:
+            engine.notices.say(ANOTHER_NOT_RECOGNISED)
+        return False
+    if least == WAITS and not _recognised(engine, trajectories):
+        return False
+    if engine.company.replica is not None and len({fact.samples for fact in facts}) > 1:
+        engine.notices.say(UNEVEN)
+    _weigh(trajectories)
+    return True
+
+
+def _other_layers(trajectory: Trajectory) -> UnsupportedModelError:
+    names = ", ".join(stage.name for stage in trajectory.active)
+    return UnsupportedModelError(
+        f"the ranks have run different layers (this one: {names}); run the same on every rank"
+    )
 
 
 def _waits(engine: Engine, trajectory: Trajectory) -> bool:
@@ -172,19 +298,24 @@ def _waits(engine: Engine, trajectory: Trajectory) -> bool:
     return undecided and stage.G.numel() > 0 and bool(stage.G.isfinite().all())
 
 
-def _recognised(
-    engine: Engine, trajectories: list[Trajectory], ranks: Ranks, device: torch.device
-) -> bool:
+def _recognised(engine: Engine, trajectories: list[Trajectory]) -> bool:
     """Whether the rows of all ranks together tell the loss; then every pass has its cost."""
     trajectory = trajectories[0]
     z, stage = trajectory.z, trajectory.stages[-1]
     assert z is not None and stage.G is not None
-    found = ranks.gathered((z.cpu(), stage.G.cpu(), trajectory.samples))
+    found = engine.company.ranks.gathered((z.cpu(), stage.G.cpu(), trajectory.samples))
     axis = stage.rule.feature_axis if stage.rule is not None else -1
-    together = Recogniser("auto")
     outputs, gradients, samples = zip(*found, strict=True)
-    known = together(torch.cat(outputs), torch.cat(gradients), axis, sum(samples))
-    if known is not None and trajectory.cost is None:
-        engine.outputs.main.load_state_dict(together.state_dict())
-        trajectory.cost = engine.outputs.main(z, stage.G, axis, trajectory.samples)
-    return bool(ranks.least([trajectory.cost is not None], device)[0])
+    # A sum, or means over as many rows on each rank; else means over the rows with a gradient.
+    counted = [G * int(G.movedim(axis, -1).any(-1).sum()) for G in gradients]
+    for scaled in (gradients, counted):
+        together = Recogniser("auto")
+        if together(torch.cat(outputs), torch.cat(scaled), axis, sum(samples)) is None:
+            continue
+        if trajectory.cost is None:
+            known = together.state_dict()
+            # Its w is that of all rows; this rank's own is fitted anew.
+            engine.outputs.main.load_state_dict({**known, "weights": {}, "common": 0.0})
+            trajectory.cost = engine.outputs.main(z, stage.G, axis, trajectory.samples)
+        break
+    return all(row[0] for row in engine.company.ranks.meet(float(trajectory.cost is not None)))

@@ -20,13 +20,14 @@ from ddpnopt.checks import (
     check_gradients,
     check_states,
     check_update,
-    check_usable,
+    takes_part,
     usable,
     verify_once,
 )
-from ddpnopt.distributed import reweigh
+from ddpnopt.company import Company
+from ddpnopt.distributed import agree, backward_ended
 from ddpnopt.errors import INTERRUPTED, NonFiniteError, TerminalError, UnsupportedModelError
-from ddpnopt.front import corrections, merged, remember, weigh
+from ddpnopt.front import averaged, corrections, merged, remember, weigh
 from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
@@ -35,10 +36,11 @@ from ddpnopt.notices import CLIPPED_BIASES, FACTORISED_AGAIN, Notices
 from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
-from ddpnopt.ranks import Ranks, replica, several
+from ddpnopt.ranks import Ranks
 from ddpnopt.report import StepReport
 from ddpnopt.reporting import report
 from ddpnopt.rollout import Method, policies
+from ddpnopt.spread import check_parts
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.step import Settings, Step
 from ddpnopt.trajectory import Recorder
@@ -54,17 +56,22 @@ class Engine:
         graphs: The method needs no chain of layers.
         needs_cost: The method uses the terminal cost: a step whose loss is not recognised is the
             borrowed optimizer's, and the front is weighted by it.
+        alone: What needs all samples in one process, if anything does.
 
     Args:
         model: The network.
         options: The optimizer's choices.
         host: The optimizer itself, seen from here.
+        company: The ranks to train with.
     """
 
-    graphs = True
+    graphs, alone = True, ""
 
-    def __init__(self, model: nn.Module, options: Options, host: Host) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, host: Host, company: Company | None = None
+    ) -> None:
         self.model, self.options, self.host = model, options, host
+        self.company = company or Company()
         self.method: Method = policies
         self.needs_cost = True
         self.diagnose = False
@@ -74,24 +81,26 @@ class Engine:
         self.sketch = torch.Generator().manual_seed(0)
         self.carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
         self.base: dict[Tensor, Tensor] = {}
-        self.ranks: Ranks | None = None
         self.open_report: StepReport | None = None
         self.notices = Notices()
         self.outputs = Outputs(options.terminal, self.notices)
         self.fingerprint, self._consumed = Fingerprint(), Consumed()
         self._members: set[int] = set()
         self.recorder: Recorder | None = None
+        self.company.look(model)
+        check_parts(self)
         self.refresh()
         self.attach()
 
     def attach(self) -> None:
         """Record passes, where feedback or some group's curvature needs them."""
         feedback = self.options.feedback is not False
-        if self.recorder is not None or not (feedback or self.host.squares()):
+        needed = feedback or self.host.squares() or self.company.averages
+        if self.recorder is not None or not needed:
             return
         gradient = self.options.value.linearization == "gradient"
         arrivals = Arrivals(
-            weakly(self._expected),
+            weakly(self.expected),
             adds_up=not self.in_backward,
             at_output=weakly(self._at_output),
             at_boundary=weakly(self._at_boundary),
@@ -110,9 +119,10 @@ class Engine:
             arrivals=arrivals,
         )
 
-    def _expected(self) -> list[Tensor]:
+    def expected(self) -> list[Tensor]:
         """Parameters that a backward pass gives gradients to."""
-        assert self.recorder is not None
+        if self.recorder is None:
+            return [p for p in self.parameters() if p.requires_grad]
         return self.recorder.anatomy.receiving(self.recorder.weight_gradients)
 
     def refresh(self) -> None:
@@ -123,8 +133,7 @@ class Engine:
 
     def _begin_pass(self) -> None:
         self.refresh()
-        found = replica(self.model) if self.in_backward and several() else None
-        self.ranks = None if found is None else Ranks(found)
+        self.company.look(self.model)
 
     def trainable(self, p: Tensor) -> bool:
         """Whether a parameter is the optimizer's and not frozen."""
@@ -145,6 +154,7 @@ class Engine:
 
     def detach(self) -> None:
         """Remove every hook."""
+        self.company.leave()
         if self.recorder is not None:
             self.recorder.detach()
             self.recorder = None
@@ -214,7 +224,7 @@ class Engine:
 
     def _backward_started(self) -> None:
         """Keep what p.grad holds already, so that this pass's own gradient can be told from it."""
-        if self.in_backward:
+        if self.in_backward or self.company.averages:
             self.base = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
             if not any(bool(g.any()) for g in self.base.values()):
                 self.base, self.carried = {}, {}
@@ -225,8 +235,8 @@ class Engine:
         if self.options.feedback is not False:
             for trajectory in trajectories:
                 verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
-        if self.in_backward and trajectories and several():
-            reweigh(self, trajectories, self.ranks)
+        if self.company.ranks.several:
+            backward_ended(self, trajectories)
         elif self.in_backward and trajectories and all(map(usable, trajectories)):
             step = self.new_step(trajectories, self.rescale, 1.0)
             trajectories[0].error = RuntimeError(INTERRUPTED)
@@ -265,12 +275,13 @@ class Engine:
         recording = self.recorder if self.options.feedback is not False else None
         check_backward(fresh, trajectories, recording)
         rescale = self.fingerprint.rescaling()
-        step = self.new_step(trajectories, rescale, rescale)
+        ranks = self.company.ranks
+        step = self.new_step(trajectories, rescale / ranks.size, rescale / ranks.size)
         step.closure = closure
         held = not self.options.weight_gradients
         sizes = check_gradients(step.borrowed, trajectories, self.names, held)
         step.norms = {} if self.in_backward else sizes
-        in_feedback = self.usable(trajectories)
+        in_feedback = agree(self, trajectories, self.usable(trajectories), sizes)
         if in_feedback:
             check_states(trajectories, self.options.closed_loop)
         if rescale != 1.0 and held and in_feedback:
@@ -293,7 +304,7 @@ class Engine:
             if in_feedback and not self.in_backward:
                 step.build()
             fronts = [t.front for t in trajectories if t.front is not None and in_feedback]
-            front, known = merged(fronts), self.in_backward
+            front, known = averaged(merged(fronts), ranks), self.in_backward
             length = plain_updates(step, self.parameters(), self.carried, front, rescale, known)
             if step.layers:
                 assert self.recorder is not None
@@ -306,6 +317,7 @@ class Engine:
             active = in_feedback and bool(step.layers or fronts or self.in_backward)
             depth = self.options.depth if active else "off"
             made = report(self.options, step, depth, rescale, self.skipped, told)
+            ranks.meet()
         except BaseException:
             insist(undo)
             raise
@@ -334,16 +346,12 @@ class Engine:
             early,
         )
         borrowed = self.host.borrow(self.copies)
-        return Step(trajectories, borrowed, settings, self.trainable, self.running, self.base)
+        # Inside the backward pass the ranks are not at one place: each has its own samples.
+        ranks = Ranks() if early else self.company.ranks
+        return Step(
+            trajectories, borrowed, settings, self.trainable, self.running, self.base, ranks=ranks
+        )
 
     def usable(self, trajectories: list[Trajectory]) -> bool:
         """Whether all passes take part in feedback; raises where they must not be ignored."""
-        if self.options.feedback is False:
-            return False
-        check_usable(trajectories)
-        for trajectory in trajectories:
-            self.notices.say_plain(trajectory, self.names, self.trainable, self.needs_cost)
-        if self.needs_cost and any(t.cost is None for t in trajectories):
-            self.notices.say_without_cost(trajectories, self.outputs.main.decision)
-            return False
-        return bool(trajectories)
+        return takes_part(self, trajectories)

@@ -25,5 +25,9 @@ class NonFiniteError(FloatingPointError, RuntimeError):
     """A loss, gradient or new weight is infinite or not a number; nothing was changed."""
 
 
+class RankError(RuntimeError):
+    """Another rank has failed, or the ranks do not do the same; nothing was changed on any."""
+
+
 class DDPNOptWarning(UserWarning):
     """Something runs differently from what was asked (said once)."""

@@ -14,7 +14,8 @@ from torch import nn
 
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.brake import BrakeEngine
-from ddpnopt.checks import check_model, refuse_distributed
+from ddpnopt.checks import check_model
+from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.host import Host
@@ -58,6 +59,10 @@ class Feedback(Shell):
         nonfinite: "raise" or "skip" a step whose numbers are not finite; nothing is changed.
         mode: "samples" re-weights the samples' gradients layer by layer. "brake" limits how
             far each layer follows the optimizer's own step instead (`ddpnopt.brake`).
+        process_group: The ranks that take each step together; None for the default group.
+        distributed: False: this process trains by itself, whatever torch.distributed runs.
+        communication: Several ranks in closed loop: "layerwise" reduces each layer's d in the
+            rollout, exact; "two_bucket" all at once before and after it, an approximation.
 
     Raises:
         TypeError: Not an optimizer.
@@ -81,9 +86,12 @@ class Feedback(Shell):
         gram: str = "auto",
         nonfinite: str = "raise",
         mode: str = "samples",
+        *,
+        process_group: Any = None,
+        distributed: bool = True,
+        communication: str = "layerwise",
     ) -> None:
         check_model(model)
-        refuse_distributed()
         given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         check_optimizer(given, model)
         self.model = model
@@ -102,7 +110,10 @@ class Feedback(Shell):
         self._inners = tuple(Inner.of(one) for one in given)
         # The groups are the optimizers' own; what the base class makes of its own is not used.
         super().__init__([p for one in given for p in one.param_groups[0]["params"]], {})
-        self._engine = MODES[mode](model, self.options, Guest(self))
+        company = Company(
+            process_group, distributed, held=not weight_gradients, communication=communication
+        )
+        self._engine = MODES[mode](model, self.options, Guest(self), company)
 
     def _opening(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
         """The wrapped optimizers' own pre-hooks, once a step."""

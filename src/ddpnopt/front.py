@@ -14,7 +14,7 @@ K = d^T P d / sum_i |c_i g_i|^2 as seen in the previous steps (it contains the b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from ddpnopt.bellman import backward
 from ddpnopt.crossing import total
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.linearise import per_sample
+from ddpnopt.ranks import Ranks
 from ddpnopt.stages import Front, Stage, Trajectory
 from ddpnopt.step import Step
 from ddpnopt.terminal import Cost
@@ -237,7 +238,8 @@ def remember(step: Step, fronts: Sequence[Front], length: Tensor | None) -> None
     """K of this step, for the next."""
     if not fronts or length is None:
         return
-    weighted = torch.stack([front.weighted for front in fronts]).sum()
+    own = torch.stack([front.weighted for front in fronts]).sum()
+    weighted = step.ranks.total({FRONT: own})[FRONT]  # life(step) carries 1/W
     scale = float(weighted) * life(step)
     now = float(length) / scale if scale > 0 else 0.0
     if 0 < now < float("inf"):
@@ -252,6 +254,13 @@ def merged(fronts: Sequence[Front]) -> dict[Tensor, Tensor]:
         for p, d in front.corrections.items():
             total[p] = total[p] + d if p in total else d
     return total
+
+
+def averaged(found: dict[Tensor, Tensor], ranks: Ranks) -> Mapping[Tensor, Tensor]:
+    """Corrections as the mean over the ranks, as p.grad is."""
+    if not found or not ranks.several:
+        return found
+    return {p: d / ranks.size for p, d in ranks.total(found).items()}
 
 
 def corrections(step: Step) -> dict[Tensor, Tensor]:

@@ -183,7 +183,7 @@ def feedback_gains(opt: DDPNOpt, sample: int = 0) -> dict[str, Gain]:
     Raises:
         ValueError: The value function's policy is not linear, or there is no such sample.
         RuntimeError: No backward pass since the last step, or several.
-        UnsupportedModelError: The recorded pass can't be handled (named).
+        UnsupportedModelError: The recorded pass can't be handled (named), or several ranks train.
 
     Examples:
         >>> criterion(model(x), y).backward()
@@ -221,6 +221,11 @@ def _passes(opt: DDPNOpt, sample: int) -> list[Trajectory]:
         )
     if not opt.options.closed_loop:
         raise ValueError("feedback: gains are those of the closed loop; use feedback=True")
+    if engine.company.ranks.several:
+        raise UnsupportedModelError(
+            "feedback_gains is for one process: a rank of several knows its own samples alone; use "
+            "distributed=False"
+        )
     passes = list(engine.recorder.arrivals.completed) if engine.recorder is not None else []
     if len(passes) != 1 or engine.recorder is None:
         raise RuntimeError(

@@ -34,6 +34,20 @@ FACTORISED_AGAIN = (
     "double precision; opt.fallbacks counts how often, opt.state[layer.weight]['fallbacks'] where. "
     "Raise damping if it goes on"
 )
+DEFAULT_GROUP = (
+    "torch.distributed is initialised with several ranks: each step is taken on the samples of all "
+    "ranks of the default process group. Another group: process_group=...; each by itself: "
+    "distributed=False"
+)
+ANOTHER_NOT_RECOGNISED = (
+    "another rank's loss was not recognised from the output's gradient, so the steps are the "
+    "borrowed optimizer's on all ranks, without feedback; it says itself what to do"
+)
+UNEVEN = (
+    "the ranks have batches of different sizes, and DistributedDataParallel averages the ranks' "
+    "losses whatever their sizes: samples of small batches count for more. For the mean over all "
+    "samples leave DistributedDataParallel away, or use drop_last=True"
+)
 
 
 class Notices:

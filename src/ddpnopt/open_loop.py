@@ -14,7 +14,7 @@ from torch import nn
 
 from ddpnopt.borrowed import Update
 from ddpnopt.checks import check_backward, check_gradients, check_model
-from ddpnopt.distributed import check_shards
+from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.feedback import Guest, gains_of, set_gains
@@ -91,7 +91,7 @@ class OpenLoop:
         gram: str,
     ) -> None:
         check_model(model)
-        check_shards(model)
+        company = Company(reduces=False)
         given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         check_optimizer(given, model)
         check_unweighted(given)
@@ -103,7 +103,7 @@ class OpenLoop:
         self.options = Options(value_from(value), terminal, depth, True, gram, "raise")
         self._known: list[_Known] = [(weakref.ref(one), reader_of(one), {}) for one in given]
         self._stepped: set[int] = set()
-        self.engine = Engine(model, self.options, Guest(self))
+        self.engine = Engine(model, self.options, Guest(self), company)
         self._pending: dict[int, _Pending | None] = {}
         # The optimizer holds the handle, through its hooks; the handle holds it weakly.
         self._handles = [one.register_step_pre_hook(self._before) for one in given]

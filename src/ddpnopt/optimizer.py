@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpnopt.checks import check_group, check_model, refuse_distributed
+from ddpnopt.checks import check_group, check_model
+from ddpnopt.company import Company
 from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
 from ddpnopt.host import OwnGroups
@@ -55,6 +56,11 @@ class DDPNOpt(Shell):
         nonfinite: "raise" or "skip" a step whose numbers are not finite; nothing is changed.
         params: Parameters or parameter groups of the model, where not all are to be optimised or
             their options differ; a group may name its own ``curvature``.
+        process_group: The ranks that take each step together; None for the default group. Several
+            ranks are one process on all their samples, with or without `DistributedDataParallel`.
+        distributed: False: this process trains by itself, whatever torch.distributed runs.
+        communication: Several ranks in closed loop: "layerwise" reduces each layer's d in the
+            rollout, exact; "two_bucket" all at once before and after it, an approximation.
 
     Raises:
         ValueError: An option is out of range or unknown, or a parameter is not the model's.
@@ -82,9 +88,11 @@ class DDPNOpt(Shell):
         nonfinite: str = "raise",
         *,
         params: Iterable[Any] | None = None,
+        process_group: Any = None,
+        distributed: bool = True,
+        communication: str = "layerwise",
     ) -> None:
         check_model(model)
-        refuse_distributed()
         self.model = model
         self.options = Options(
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
@@ -96,7 +104,10 @@ class DDPNOpt(Shell):
             "curvature": curvature_options(curvature),
         }
         super().__init__(model.parameters() if params is None else params, defaults)
-        self._engine = self._engine_type(model, self.options, OwnGroups(self))
+        company = Company(
+            process_group, distributed, held=not weight_gradients, communication=communication
+        )
+        self._engine = self._engine_type(model, self.options, OwnGroups(self), company)
 
     # Groups ---------------------------------------------------------------------------------
 

@@ -10,9 +10,11 @@ from functools import cached_property
 import torch
 
 from ddpnopt.borrowed import Update
+from ddpnopt.directions import squares
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.positions import Kronecker
+from ddpnopt.ranks import Ranks
 from ddpnopt.step import Step
 from ddpnopt.typing import Tensor
 
@@ -25,16 +27,17 @@ class PlainRecord:
     """A recorded layer outside the feedback: what p.grad of its parameters does not hold."""
 
     layer: Layer
+    ranks: Ranks
 
     @cached_property
-    def gradients(self) -> dict[str, Tensor]:
-        """The plain gradients by the layer's rule, in the units in which backward left p.grad."""
-        return self.layer.weighted(self.layer.plain_vectors())
+    def gradients(self) -> Mapping[str, Tensor]:
+        """The plain gradients by the layer's rule, in the units that the samples' are in."""
+        return self.ranks.total(self.layer.weighted(self.layer.plain_vectors()))
 
     @cached_property
-    def squares(self) -> dict[str, Tensor]:
-        """Sums of the samples' squared gradients, likewise."""
-        return self.layer.squares(self.layer.plain_vectors())
+    def squares(self) -> tuple[dict[str, Tensor], int]:
+        """Sums of the samples' squared gradients, likewise, and the number of samples."""
+        return squares(self.layer, self.layer.plain_vectors(), self.ranks)
 
 
 def plain_updates(
@@ -68,7 +71,8 @@ def plain_updates(
         lengths += _joint_update(step, layer, {} if added else front, rescale, front)
     updates: list[Update] = []
     records: dict[int, tuple[str, PlainRecord]] = {}
-    for record in map(PlainRecord, layers):
+    own = step.settings.correction_scale
+    for record in (PlainRecord(layer, step.ranks) for layer in layers):
         records.update({id(p): (name, record) for name, p in record.layer.params.items()})
     for p in parameters:
         if id(p) in done or not p.requires_grad:
@@ -76,21 +80,22 @@ def plain_updates(
         name, known = records.get(id(p), ("", None))
         gradient = p.grad
         if gradient is None and known is not None:
-            gradient = known.gradients[name] * rescale
+            gradient = known.gradients[name] * own
         if gradient is None:
             continue
-        squares = None
+        seen = None
         if known is not None and step.borrowed.hyper[p].curvature.statistics == "squares":
-            squares = known.squares[name] * rescale**2, sum(known.layer.counts)
+            total, samples = known.squares
+            seen = total[name] * own**2, samples
         update = _update(step, p, gradient, carried, {} if added else front, rescale)
         if p in front:
             assert update.fed is not None
-            moment = step.borrowed.moment(p, update.fed, squares)
+            moment = step.borrowed.moment(p, update.fed, seen)
             P = step.borrowed.gain(p, moment, rescale)
             assert not isinstance(P, Kronecker)
             lengths.append(((update.d / rescale).square() * P).sum())
             update = replace(update, moment=moment)
-        updates.append(replace(update, squares=squares))
+        updates.append(replace(update, squares=seen))
     step.borrowed.apply(updates)
     return torch.stack(lengths).sum() if lengths else None
 
@@ -128,12 +133,14 @@ def _joint_update(
         return []
     d = {name: grad for name in joined if (grad := layer.params[name].grad) is not None}
     if len(d) < len(joined):
-        total = layer.weighted(layer.plain_vectors())
-        d = {name: d[name] if name in d else total[name] * rescale for name in joined}
+        total = step.ranks.total(layer.weighted(layer.plain_vectors()))
+        own = step.settings.correction_scale
+        d = {name: d[name] if name in d else total[name] * own for name in joined}
     for name in joined:
         if layer.params[name] in to_add:
             d[name] = d[name] + rescale * to_add[layer.params[name]]
-    joint = step.borrowed.joint(layer, layer.plain_vectors(), rescale)
+    scale = step.settings.rescale
+    joint = step.borrowed.joint(layer, layer.plain_vectors(), scale, step.ranks)
     lengths = []
     if layer.params["weight"] in front:
         life = step.borrowed.hyper[layer.params["weight"]].life * rescale

@@ -1,95 +1,249 @@
 # SPDX-License-Identifier: MIT
-"""Several processes that train one model together, and what they tell each other."""
+"""Several processes that train one model together: the only file that communicates.
+
+A step asks its `Ranks` for sums over all ranks' samples. One process is a `Ranks` that hands back
+what it is given; `Together` communicates, and sees to it that a rank that fails lets none of the
+others wait:
+
+- In a *meeting* each rank gives a row of numbers, with a flag whether it has failed. All see all
+  rows, so all raise, or none.
+- A *total* that has been announced is a plain sum. A rank that has failed gives zeros for all that
+  is announced, and its flag at the next meeting, before which nothing is kept.
+- A total that has not been announced is preceded by a meeting.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import zlib
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
 from ddpnopt.typing import Tensor
 
-
-def several() -> bool:
-    """Whether more than one process trains."""
-    d = torch.distributed
-    return d.is_available() and d.is_initialized() and d.get_world_size() > 1
+#: Numbers in a rank's row, the two flags included.
+ROW = 10
+Key = TypeVar("Key", bound=Hashable)
 
 
-def replica(model: nn.Module) -> DistributedDataParallel | None:
-    """The DistributedDataParallel that a model is, has inside, or is being run by."""
-    inside = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
-    # A model that is wrapped later (by a framework) shows its wrapper only while it is called.
-    active: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
-    return next(inside, None) or active
-
-
-@dataclass(eq=False)
 class Ranks:
-    """The ranks that one model's gradients are averaged over.
+    """One process by itself: every sum over the ranks is its own.
 
     Attributes:
-        replica: This rank's DistributedDataParallel.
-        pooled: How many vectors have been summed in this backward pass.
+        size: W.
+        rank: This one's number.
+        several: There are others.
+        two_bucket: d is reduced for all layers at once, before and after the rollout.
+        pool: Sums a vector over the ranks; None where there is nothing to sum.
     """
 
-    replica: DistributedDataParallel
-    pooled: int = 0
+    size = 1
+    rank = 0
+    several = two_bucket = False
+    pool: Callable[[Tensor], Tensor] | None = None
 
-    @property
-    def size(self) -> int:
-        """W."""
-        return torch.distributed.get_world_size(self.replica.process_group)
+    def announce(self, sizes: Sequence[int]) -> None:
+        """Every rank is here, and the next totals will be of so many numbers each.
 
-    def sum(self, vector: Tensor) -> Tensor:
-        """Over the ranks, in place."""
-        torch.distributed.all_reduce(vector, group=self.replica.process_group)
-        return vector
-
-    def pool(self, vector: Tensor) -> Tensor:
-        """The same, counted: a rank that fails half-way knows whether the others wait for it."""
-        self.pooled += 1
-        return self.sum(vector)
-
-    def least(self, numbers: Sequence[int], device: torch.device) -> list[int]:
-        """The smallest of each number over the ranks."""
-        vector = torch.tensor(numbers, dtype=torch.int64, device=device)
-        smallest = torch.distributed.ReduceOp.MIN
-        torch.distributed.all_reduce(vector, smallest, group=self.replica.process_group)
-        return [int(number) for number in vector]
-
-    def mean(
-        self, given: Mapping[Tensor, Tensor], parameters: Sequence[Tensor], failed: bool
-    ) -> tuple[dict[Tensor, Tensor], bool]:
-        """The mean over the ranks, one all_reduce for each dtype and device.
-
-        Args:
-            given: This rank's tensors by parameter; zero for parameters that have none.
-            parameters: The same on every rank.
-            failed: This rank has nothing to give.
-
-        Returns:
-            The means, and whether any rank had nothing to give.
+        Raises:
+            RankError: Of other numbers than another rank's.
         """
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for p in parameters:
-            kinds.setdefault((p.dtype, p.device), []).append(p)
-        found: dict[Tensor, Tensor] = {}
-        for some in kinds.values():
-            parts = [given[p] if p in given else torch.zeros_like(p) for p in some]
-            flag = parts[0].new_full((1,), float(failed))
-            flat = self.sum(torch.cat([*(part.reshape(-1) for part in parts), flag]))
-            failed = failed or bool(flat[-1] > 0)
-            pieces = torch.split(flat[:-1] / self.size, [p.numel() for p in some])
-            found.update({p: piece.view_as(p) for p, piece in zip(some, pieces, strict=True)})
-        return found, failed
+
+    def total(self, parts: Mapping[Key, Tensor]) -> Mapping[Key, Tensor]:
+        """Sums over the ranks, all in one call."""
+        return parts
+
+    def counted(
+        self, parts: Sequence[Tensor], counts: Sequence[int]
+    ) -> tuple[Sequence[Tensor], Sequence[int]]:
+        """Sums of tensors and of whole numbers over the ranks, all in one call."""
+        return parts, counts
+
+    def meet(self, *numbers: float) -> list[list[float]]:
+        """Every rank's numbers, once all ranks are here.
+
+        Raises:
+            NonFiniteError: Some rank's numbers are not finite.
+            RankError: Some rank has failed otherwise, or can't be reached.
+        """
+        return [list(numbers)]
 
     def gathered(self, one: Any) -> list[Any]:
         """Every rank's object."""
+        return [one]
+
+    @contextmanager
+    def together(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """A block in which an error on one rank becomes an error on every rank.
+
+        Args:
+            parameters: The optimizer's.
+        """
+        yield
+
+
+class Together(Ranks):
+    """All ranks of a process group.
+
+    Args:
+        group: The process group; None for the default one.
+        two_bucket: See `Ranks`.
+    """
+
+    several = True
+
+    def __init__(self, group: Any = None, two_bucket: bool = False) -> None:
+        self.two_bucket = two_bucket
+        self.group, self._world = group, torch.distributed.group.WORLD
+        if self._world is None:
+            raise UnsupportedModelError(
+                "torch.distributed reports several ranks, but there is no process group to reduce "
+                "over: call init_process_group, or give distributed=False"
+            )
+        self.size: int = torch.distributed.get_world_size(group)
+        self.rank: int = torch.distributed.get_rank(group)
+        self.pool = self._pool
+        self._device, self._wide = torch.device("cpu"), torch.float32
+        self._announced: deque[int] = deque()
+        self._told = False
+
+    def alive(self) -> bool:
+        """Whether the group is still the one that torch.distributed has."""
+        return self._world is torch.distributed.group.WORLD
+
+    def announce(self, sizes: Sequence[int]) -> None:
+        """A meeting, and the next totals will be of so many numbers each."""
+        mark = zlib.crc32(repr(list(sizes)).encode())
+        if len({row[0] for row in self.meet(float(mark))}) > 1:
+            raise self._shared(
+                RankError(
+                    "the ranks have other parameters in feedback; run the same layers, with the "
+                    "same parameters frozen, on every rank"
+                )
+            )
+        self._announced.extend(sizes)
+
+    def _pool(self, vector: Tensor) -> Tensor:
+        return self.total({None: vector})[None]
+
+    def total(self, parts: Mapping[Key, Tensor]) -> Mapping[Key, Tensor]:
+        """Sums over the ranks, in float32 or wider."""
+        flat = torch.cat([one.reshape(-1).to(self._device, self._wide) for one in parts.values()])
+        if self._announced:
+            size = self._announced.popleft()
+            assert flat.numel() == size, "a total of another size was announced"
+        else:
+            self.meet()
+        self._sum(flat)
+        pieces = torch.split(flat, [one.numel() for one in parts.values()])
+        return {
+            key: piece.view_as(one).to(one) if piece.dtype != one.dtype else piece.view_as(one)
+            for (key, one), piece in zip(parts.items(), pieces, strict=True)
+        }
+
+    def counted(
+        self, parts: Sequence[Tensor], counts: Sequence[int]
+    ) -> tuple[Sequence[Tensor], Sequence[int]]:
+        """Sums of tensors and of whole numbers over the ranks."""
+        every = self.meet(*map(float, counts))
+        found = self._unasked(dict(enumerate(parts))) if parts else {}
+        return list(found.values()), [int(sum(column)) for column in zip(*every, strict=True)]
+
+    def _unasked(self, parts: Mapping[Key, Tensor]) -> Mapping[Key, Tensor]:
+        """Totals right behind a meeting."""
+        self._announced.append(sum(one.numel() for one in parts.values()))
+        return self.total(parts)
+
+    def meet(self, *numbers: float) -> list[list[float]]:
+        """Every rank's numbers, if none has failed."""
+        rows = self._gather([0.0, 0.0, *numbers])
+        unfinite, otherwise = (sum(row[k] for row in rows) for k in (0, 1))
+        if otherwise:
+            raise self._shared(
+                RankError(
+                    "another rank has failed in this step (its own error says why), so no rank has "
+                    "taken it; nothing was changed"
+                )
+            )
+        if unfinite:
+            raise self._shared(
+                NonFiniteError(
+                    "a loss, gradient or new weight of another rank is not finite (its own error "
+                    "says which); nothing was changed on any rank. Lower lr, or use "
+                    "nonfinite='skip'"
+                )
+            )
+        return [row[2 : 2 + len(numbers)] for row in rows]
+
+    @contextmanager
+    def together(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """A block in which an error on one rank becomes an error on every rank."""
+        self._device = parameters[0].device if parameters else torch.device("cpu")
+        self._wide = torch.float32
+        for p in parameters:
+            self._wide = torch.promote_types(self._wide, p.dtype)
+        self._announced.clear()
+        self._told = False
+        try:
+            yield
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def gathered(self, one: Any) -> list[Any]:
+        """Every rank's object; right behind a meeting."""
         found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, one, group=self.replica.process_group)
+        with self._reachable():
+            torch.distributed.all_gather_object(found, one, group=self.group)
         return found
+
+    def _fail(self, error: Exception) -> None:
+        """Tell the others, unless it was they who said it, or nobody listens."""
+        if self._told:
+            return
+        while self._announced:
+            self._sum(torch.zeros(self._announced.popleft(), dtype=self._wide, device=self._device))
+        skips = isinstance(error, NonFiniteError)
+        rows = self._gather([float(skips), float(not skips)])
+        self._told = True
+        if skips and any(row[1] for row in rows):
+            raise RankError(
+                "this step is not finite here, and has failed otherwise on another rank (its own "
+                "error says why); nothing was changed"
+            ) from error
+
+    def _shared(self, error: Exception) -> Exception:
+        """An error that all ranks raise."""
+        self._told = True
+        return error
+
+    def _gather(self, row: Sequence[float]) -> list[list[float]]:
+        numbers = [*row, *[0.0] * (ROW - len(row))]
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._reachable():
+            torch.distributed.all_gather(every, mine, group=self.group)
+            found: list[list[float]] = torch.stack(every).tolist()
+        return found
+
+    def _sum(self, flat: Tensor) -> None:
+        with self._reachable():
+            torch.distributed.all_reduce(flat, group=self.group)
+
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._shared(
+                RankError(
+                    f"the other ranks can't be reached ({error}). If one of them has run out of "
+                    "batches, or has skipped a step: give every rank the same number of batches "
+                    "(DistributedSampler, drop_last=True). If one has failed, its own error says "
+                    "why. How long ranks wait for each other is init_process_group's timeout"
+                )
+            ) from error

@@ -21,6 +21,7 @@ from ddpnopt.retrace import Retrace
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
+from ddpnopt.two_bucket import TwoBuckets
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
@@ -31,7 +32,12 @@ Method = Callable[[Recorder, Step, Sequence[Trajectory]], None]
 def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
     """DDPNOpt's method: Bellman's recursion, then each layer's policy in the rollout."""
     recurse(recorder, step, trajectories)
-    if all(t.call is not None for t in trajectories):
+    step.announce()
+    if step.ranks.two_bucket:
+        buckets = TwoBuckets(step)
+        rollout(recorder, trajectories, step.layers, buckets.move)
+        buckets.settle()
+    elif all(t.call is not None for t in trajectories):
         rollout(recorder, trajectories, step.layers, step.apply)
     else:  # open loop
         for layer in step.layers.values():

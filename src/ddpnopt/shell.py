@@ -9,11 +9,11 @@ from typing import Any, NoReturn, Self, overload
 import torch
 from torch import nn
 
-from ddpnopt.checks import refuse_distributed
 from ddpnopt.engine import Engine
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.options import Options
 from ddpnopt.report import StepReport
+from ddpnopt.spread import check_ranks
 
 
 class Shell(torch.optim.Optimizer):
@@ -91,12 +91,14 @@ class Shell(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refuse_distributed()
         engine = self.engine
         engine.refresh()
+        engine.company.look(self.model)
         device = next(iter(engine.parameters())).device.type
         try:
-            with torch.autocast(device, enabled=False):
+            ranks, parameters = engine.company.ranks, engine.parameters()
+            with torch.autocast(device, enabled=False), ranks.together(parameters):
+                check_ranks(engine)
                 self.last_step = engine.step(closure)
         except NonFiniteError:
             if self.options.nonfinite == "raise":

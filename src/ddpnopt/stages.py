@@ -100,6 +100,11 @@ class Stage:
         return arranged(t, self.layout, self.samples, axis)
 
 
+def times(t: Tensor | None, factor: float) -> Tensor | None:
+    """A multiple of what there is."""
+    return None if t is None else t * factor
+
+
 def _split(t: Tensor, axis: int, samples: int) -> Tensor:
     return t.reshape(*t.shape[:axis], samples, -1, *t.shape[axis + 1 :])
 
@@ -212,6 +217,7 @@ class Trajectory:
         accounted: It is looked at whether the known uses account for the gradients.
         unaccounted: The layer from which a tensor goes to the loss unseen.
         cut_short: A module whose call was taken for all of the pass, until layers ran behind it.
+        share: What its loss is to be multiplied by before a step, for the ranks' average.
     """
 
     stages: list[Stage] = field(default_factory=list)
@@ -238,6 +244,7 @@ class Trajectory:
     accounted: bool = False
     unaccounted: str | None = None
     cut_short: str | None = None
+    share: float = 1.0
 
     @property
     def executions(self) -> list[Stage]:
@@ -256,10 +263,25 @@ class Trajectory:
             and any(one.G is not None for one in (s, *s.repeats))
         ]
 
+    def weigh(self, share: float) -> None:
+        """Multiply the loss of this pass by a number, as if it had been so from the beginning."""
+        root = share**0.5
+        for stage in self.stages:
+            stage.G, stage.g_x = times(stage.G, share), times(stage.g_x, share)
+            stage.Z_h, stage.Z_x = times(stage.Z_h, root), times(stage.Z_x, root)
+        for one in self.crossings:
+            one.g, one.Z = times(one.g, share), times(one.Z, root)
+        if self.front is not None:
+            corrections = {p: d * share for p, d in self.front.corrections.items()}
+            weighted = self.front.weighted * share**2
+            self.front = replace(self.front, corrections=corrections, weighted=weighted)
+        if self.cost is not None:
+            self.cost = self.cost.times(share)
+
     def forget_gradients(self) -> None:
         """Back to how the forward pass left it: its gradients have been used or thrown away."""
         self.cost = self.error = self.pending = self.front = self.fresh_front = None
-        self.arrived, self.columns, self.unaccounted = {}, 0, None
+        self.arrived, self.columns, self.unaccounted, self.share = {}, 0, None, 1.0
         for stage in self.stages:
             stage.G = stage.g_x = stage.fresh_G = stage.fresh_g_x = None
             stage.Z_h = stage.Z_x = stage.J = None

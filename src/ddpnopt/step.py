@@ -22,6 +22,7 @@ from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.layer import Layer
 from ddpnopt.parameters import named_parameters
+from ddpnopt.ranks import Ranks
 from ddpnopt.report import LayerReport
 from ddpnopt.stages import Stage, Trajectory, whole
 from ddpnopt.terminal import concatenated
@@ -68,7 +69,7 @@ class Step:
         base: Gradients that p.grad held before this backward pass (open loop under accumulation).
         closure: The closure that the step was called with.
         norms: |p.grad| of parameters whose p.grad is the plain gradient, where it is known.
-        pool: Sums a vector over several ranks.
+        ranks: Those that hold the batch together.
     """
 
     trajectories: Sequence[Trajectory]
@@ -79,7 +80,7 @@ class Step:
     base: Mapping[Tensor, Tensor] = field(default_factory=dict)
     closure: Callable[[], float] | None = None
     norms: Mapping[Tensor, float] = field(default_factory=dict)
-    pool: Callable[[Tensor], Tensor] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     layers: dict[str, Layer] = field(default_factory=dict)
     moments: dict[Tensor, Tensor | None] = field(default_factory=dict)
     joints: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -87,7 +88,7 @@ class Step:
     reports: list[LayerReport] = field(default_factory=list)
     _plain: dict[Tensor, Tensor] = field(default_factory=dict)
     _weights: dict[str, Tensor] = field(default_factory=dict)
-    _ratios: dict[str, Tensor] = field(default_factory=dict)
+    _ratios: dict[str, tuple[Coupling, Tensor]] = field(default_factory=dict)
 
     def build(self) -> None:
         """Gather each active layer's executions over all passes.
@@ -150,7 +151,7 @@ class Step:
             return
         cost = concatenated([t.cost for t in self.trajectories if t.cost is not None])
         recursion = self.settings.value.start(cost)
-        recursion.pool = self.pool
+        recursion.pool = self.ranks.pool
         backward(self.layers, recursion, self.feed, self.settings.value.statistics)
 
     # Statistics -----------------------------------------------------------------------------
@@ -167,7 +168,7 @@ class Step:
 
     def _compute_plain(self, layer: Layer) -> None:
         """The plain gradient by the layer's rule, where autograd was told not to make it."""
-        total = layer.weighted(layer.plain_vectors())
+        total = self.ranks.total(layer.weighted(layer.plain_vectors()))
         for name, p in layer.params.items():
             if self.plain_gradient(name, p) is None:
                 self._plain[p] = total[name] * self.settings.correction_scale
@@ -183,21 +184,21 @@ class Step:
         if correction is not None:
             vectors = [g + v for g, v in zip(vectors, correction, strict=True)]
         if joined:
-            joint = self.borrowed.joint(layer, vectors, self.settings.rescale)
+            joint = self.borrowed.joint(layer, vectors, self.settings.rescale, self.ranks)
             life = self.borrowed.hyper[layer.params["weight"]].life * self.settings.rescale
             layer.gain["weight"] = self.borrowed.joint_gain(layer, joint, life)
             self.joints[layer.name] = joint
         single = {name: p for name, p in layer.params.items() if name not in joined}
         kinds = {self.borrowed.hyper[p].curvature.statistics for p in single.values()}
         extra: dict[str, Tensor] = {}
-        squares: dict[str, Tensor] = {}
+        squares, samples = dict[str, Tensor](), 0
         if not kinds <= {"none"}:
             if any(self.plain_gradient(n, p) is None for n, p in single.items()):
                 self._compute_plain(layer)
             if correction is not None:
-                extra = layer.weighted(correction)
+                extra = dict(self.ranks.total(layer.weighted(correction)))
             if "squares" in kinds:
-                squares = layer.squares(vectors)
+                squares, samples = directions.squares(layer, vectors, self.ranks)
         scale = self.settings.correction_scale
         for name, p in single.items():
             moment = None
@@ -205,12 +206,12 @@ class Step:
                 g = self.plain_gradient(name, p)
                 assert g is not None
                 if name in extra:
-                    self.extra[p] = extra[name]
-                    g = g + scale * extra[name]
+                    self.extra[p] = extra[name] * scale
+                    g = g + self.extra[p]
                 if self.settings.rescale != scale:  # the step will see it rescaled
                     g = g * (self.settings.rescale / scale)
                 r = self.settings.rescale
-                known = (squares[name] * r**2, sum(layer.counts)) if name in squares else None
+                known = (squares[name] * r**2, samples) if name in squares else None
                 moment = self.borrowed.moment(p, g, known)
             if not self._follows(p):
                 self.moments[p] = moment
@@ -234,7 +235,7 @@ class Step:
             return Coupling(known)
         gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
         own = {n: g for n, g in gradients.items() if g is not None}
-        if layer.coordinates and len(own) == len(gradients):
+        if layer.coordinates and len(own) == len(gradients) and not self.ranks.several:
             sampled = directions.sampled_length(layer, own, self.settings.correction_scale)
             if sampled is not None:
                 return Coupling(sampled)
@@ -281,7 +282,8 @@ class Step:
         }
         joint = self.joints.get(layer.name)
         joined = self.borrowed.joined(layer) if joint is not None else ()
-        if joint is not None and len(joined) == len(layer.params):
+        whole = joint is not None and len(joined) == len(layer.params)
+        if joint is not None and whole and not self.ranks.several:
             P = self.borrowed.joint_gain(layer, joint, 1.0)
             direction = directions.sampled_direction(layer, P, known, vectors, scale)
             if direction is not None:
@@ -289,14 +291,19 @@ class Step:
                     self._remember_coupling(layer, directions.reweighted_length(layer, vectors))
                 self.borrowed.joint_move(layer, direction, joint)
                 return
-        if len(known) == len(layer.params):
-            d = layer.onto(known, vectors, scale)
-        else:
-            d = self._held_gradients(layer, known, vectors)
         bend = layer.policy.bend(layer, dx) if dx is not None else None
-        if bend is not None and dx is not None:
-            bent = layer.bent(bend, dx)
-            d = {n: g.add(bent[n], alpha=scale) if n in bent else g for n, g in d.items()}
+        bent = layer.bent(bend, dx) if bend is not None and dx is not None else {}
+        if len(known) == len(layer.params):
+            d = directions.reweighted(layer, known, vectors, scale, bent, self.ranks)
+        else:
+            d, used = directions.held(layer, known, vectors, scale, bent, self.ranks)
+            self._remember_coupling(layer, layer.length(used))
+        self.move(layer, d)
+
+    def move(self, layer: Layer, d: Mapping[str, Tensor]) -> None:
+        """u <- u - eta M^-1 d."""
+        joint = self.joints.get(layer.name)
+        joined = self.borrowed.joined(layer) if joint is not None else ()
         if joint is not None:
             self.borrowed.joint_step(layer, d, joint)
         self.borrowed.apply(
@@ -313,21 +320,15 @@ class Step:
             ]
         )
 
-    def _held_gradients(
-        self, layer: Layer, known: Mapping[str, Tensor], vectors: Blocks
-    ) -> dict[str, Tensor]:
-        """d where p.grad holds the plain gradients of ``known`` alone: those of biases."""
-        scale = self.settings.correction_scale
-        total = directions.whole_gradient(layer, vectors)
-        used = {n: g for n, g in total.items() if n in layer.params}
-        self._remember_coupling(layer, layer.length(used))
-        d = {n: total[n] if scale == 1.0 else total[n] * scale for n in layer.params}
-        if "bias" in known and layer.kept:
-            d.update(layer.onto({"bias": known["bias"]}, vectors, scale))
-        elif "bias" in known:
-            biases = [layer.rule.bias_gradient(layer.module, v) for v in vectors]
-            d["bias"] = known["bias"].add(torch.stack(biases).sum(0), alpha=scale)
-        return d
+    def announce(self) -> None:
+        """Tell the other ranks what is to come: d of every layer."""
+        sizes = list[int]()
+        for layer in self.layers.values() if not self.ranks.two_bucket else ():
+            known = [n for n, p in layer.params.items() if not self._is_held(n, p)]
+            apart = len(known) < len(layer.params) and "bias" in known
+            extra = layer.params["bias"].numel() if apart else 0
+            sizes.append(sum(p.numel() for p in layer.params.values()) + extra)
+        self.ranks.announce(sizes)
 
     def _remember_coupling(self, layer: Layer, length: Tensor) -> None:
         """rho of this step, as seen from the re-weighted samples, for the next."""
@@ -335,14 +336,15 @@ class Step:
         coefficient = layer.policy.coefficient if layer.policy is not None else None
         if weight is None or coefficient is None:
             return
-        own = (weight * coefficient.square())[None]
-        self._ratios[layer.name] = mean_field([Coupling(length)], own)[0]
+        self._ratios[layer.name] = Coupling(length), weight * coefficient.square()
 
     def settle(self) -> None:
         """Keep this step's rho for the next ones; one synchronisation for all layers."""
         if not self._ratios:
             return
-        ratios = torch.stack([one.cpu() for one in self._ratios.values()]).tolist()
+        couplings, own = zip(*self._ratios.values(), strict=True)
+        squares = torch.stack([one.to(own[0].device) for one in own])
+        ratios = mean_field(couplings, squares, self.ranks.pool).tolist()
         for name, ratio in zip(self._ratios, ratios, strict=True):
             before = self.running.get(name, ratio)
             self.running[name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -46,6 +46,11 @@ class Cost:
         """(B, Z, r), exact."""
         S = self.factor(None)
         return S.reshape(S.shape[0], self.w.shape[0], -1).permute(1, 2, 0)
+
+    def times(self, share: float) -> Cost:
+        """The same loss, multiplied by a number."""
+        root = share**0.5
+        return replace(self, w=self.w * share, factor=lambda rank: self.factor(rank) * root)
 
 
 def concatenated(costs: list[Cost]) -> Cost:

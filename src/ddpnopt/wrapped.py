@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +169,14 @@ class Wrapped(Borrowed):
             for new in attributes(optimizer).keys() - values.keys():
                 del own[new]
             own.update({k: copied(v) for k, v in values.items() if not holds(own, k, v)})
+
+    def retract(self, parameters: Iterable[Tensor]) -> None:
+        """Take the updates of some parameters back, and their states."""
+        some = list(parameters)
+        super().retract(some)
+        for p in some:
+            self._before.pop(p).restore()
+            self._gains.pop(p, None)
 
     def restart(self) -> None:
         """Take all updates back, to be made again another way."""

@@ -83,6 +83,7 @@ SCENES: dict[str, dict[str, Any]] = {
     "adamw accumulated": {"kind": "adamw", "passes": 2},
     "one sample a rank": {"kind": "sgd", "samples": RANKS},
     "gauss_newton": {"kind": "sgd", "value": "gauss_newton"},
+    "low_rank adamw": {"kind": "adamw", "value": "low_rank"},
 }
 
 
@@ -141,12 +142,6 @@ def other_layers(rank: int) -> str:
     return refusal(optimizer.step)
 
 
-def other_value(rank: int) -> str:
-    """Q_u of the whole batch is not known to one rank, and AdamW would be fed with it."""
-    model = DistributedDataParallel(network())
-    return refusal(lambda: train(model, "adamw", rank, value="gauss_newton"))
-
-
 def batchnorm(rank: int) -> torch.Tensor:
     """Samples weighted once in front of a mixing, by statistics of the rank's own."""
     inner = network()
@@ -199,7 +194,7 @@ def work(rank: int, folder: str) -> None:
     for case in (unrecognised_on_one_rank, not_finite_on_one_rank):
         found[case.__name__] = case(rank, DistributedDataParallel(network()))
     found["batchnorm"] = batchnorm(rank)
-    for refused in (not_replicated, partly_replicated, other_layers, other_value, sharded):
+    for refused in (not_replicated, partly_replicated, other_layers, sharded):
         found[refused.__name__] = refused(rank)
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
@@ -252,7 +247,6 @@ def test_all_ranks_decide_alike(results: list[dict[str, Any]]) -> None:
         ("not_replicated", "not run by DistributedDataParallel.*call"),
         ("partly_replicated", "'0.weight' is outside.*wrap"),
         ("other_layers", "different layers.*run the same"),
-        ("other_value", "gauss_newton.*use value='moreau'"),
         ("sharded", "'0.weight' is a DTensor.*use DistributedDataParallel"),
     ],
 )

@@ -20,7 +20,7 @@ class ChainEngine(Engine):
 
     #: What the message calls the method.
     title: ClassVar[str] = "this method"
-    graphs = False
+    graphs, alone = False, "a method of optimal control"
 
     def step(self, closure: Callable[[], float] | None = None) -> StepReport:
         """Take one step; passes of empty batches are left out, and where all are, nothing moves.

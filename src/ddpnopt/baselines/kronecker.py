@@ -28,6 +28,8 @@ class KFAC(DDPNOpt):
         weight_decay: Coupled: enters the gradient before it is preconditioned.
         nonfinite: "raise" or "skip" a step whose numbers are not finite.
         params: Parameter groups, as in `ddpnopt.DDPNOpt`.
+        process_group: The ranks that take each step together, as in `ddpnopt.DDPNOpt`.
+        distributed: False: this process trains by itself.
 
     Raises:
         ValueError: An option is out of range.
@@ -47,6 +49,8 @@ class KFAC(DDPNOpt):
         nonfinite: str = "raise",
         *,
         params: Iterable[Any] | None = None,
+        process_group: Any = None,
+        distributed: bool = True,
     ) -> None:
         super().__init__(
             model,
@@ -57,6 +61,8 @@ class KFAC(DDPNOpt):
             weight_decay=weight_decay,
             nonfinite=nonfinite,
             params=params,
+            process_group=process_group,
+            distributed=distributed,
         )
 
 

@@ -37,7 +37,7 @@ from ddpnopt.typing import Tensor
 class _ChainOnly(Engine):
     """The regulariser compares each layer with the next: it is for chains."""
 
-    graphs = False
+    graphs, alone = False, "SGDVGR"
 
 
 class SGDVGR(DDPNOpt):

@@ -10,7 +10,7 @@ George et al. 2018).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,15 @@ from ddpnopt.typing import Tensor
 
 #: Inputs U (b, g, t, i) and gradients V (b, g, t, o) of one pass.
 Factors = tuple[Tensor, Tensor]
+#: Sums of tensors and of whole numbers over the ranks that hold the batch together.
+Counted = Callable[[Sequence[Tensor], Sequence[int]], tuple[Sequence[Tensor], Sequence[int]]]
+
+
+def by_itself(
+    parts: Sequence[Tensor], counts: Sequence[int]
+) -> tuple[Sequence[Tensor], Sequence[int]]:
+    """One process has the whole batch."""
+    return parts, counts
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,20 @@ class Joint(Curvature):
 
     # A layer's matrix ------------------------------------------------------------------------
 
-    def joint(self, state: State, factors: Sequence[Factors], samples: int) -> dict[str, Any]:
+    def joint(
+        self,
+        state: State,
+        factors: Sequence[Factors],
+        samples: int,
+        counted: Counted = by_itself,
+    ) -> dict[str, Any]:
         """The layer's statistics after this step, without storing them.
 
         Args:
             state: The layer's state, read only.
             factors: Inputs and unscaled gradients at each position, for each pass.
-            samples: Number of samples B.
+            samples: Number of samples B, on all ranks.
+            counted: Sums tensors and whole numbers over the ranks.
 
         Returns:
             A, G, T_A, T_G, step, fallbacks, and what the subclass adds.
@@ -103,8 +119,9 @@ class Joint(Curvature):
             state = {}  # a bias has joined or left the matrix: other statistics
         k = state.get("step", 0) + 1
         rows = sum(U.shape[0] * U.shape[2] for U, _ in factors)
-        A = _sum([_outer(U) for U, _ in factors]) / max(samples, 1)
-        G = _sum([_outer(V) for _, V in factors]) / max(rows, 1)
+        outer = [_sum([_outer(one) for one in side]) for side in zip(*factors, strict=True)]
+        (A, G), (rows,) = counted(outer, [rows])
+        A, G = A / max(samples, 1), G / max(rows, 1)
         new = {
             "A": self._mean(state.get("A"), A, k),
             "G": self._mean(state.get("G"), G, k),
@@ -115,7 +132,7 @@ class Joint(Curvature):
         }
         if k <= self.update_every or k % self.update_every == 0:
             self._decompose(state, new)
-        self._measure(state, new, factors, samples)
+        self._measure(state, new, factors, samples, counted)
         return new
 
     @abstractmethod
@@ -123,7 +140,12 @@ class Joint(Curvature):
         """Make T_A and T_G of the present A and G."""
 
     def _measure(
-        self, state: State, new: dict[str, Any], factors: Sequence[Factors], samples: int
+        self,
+        state: State,
+        new: dict[str, Any],
+        factors: Sequence[Factors],
+        samples: int,
+        counted: Counted,
     ) -> None:
         """What is measured in the coordinates of T_A and T_G at every step: nothing here."""
         return None
@@ -186,13 +208,18 @@ class EKFAC(Joint):
             new["scale"] = R_G @ state["scale"] @ R_A.mT
 
     def _measure(
-        self, state: State, new: dict[str, Any], factors: Sequence[Factors], samples: int
+        self,
+        state: State,
+        new: dict[str, Any],
+        factors: Sequence[Factors],
+        samples: int,
+        counted: Counted,
     ) -> None:
         """s, the samples' squared gradients in the eigenbasis."""
         T_A, T_G = new["T_A"], new["T_G"]
-        now = _sum(
-            [weight_squares(transformed(U, T_A), transformed(V, T_G)) for U, V in factors]
-        ) / max(samples, 1)
+        own = [weight_squares(transformed(U, T_A), transformed(V, T_G)) for U, V in factors]
+        (total,), _ = counted([_sum(own)], [])
+        now = total / max(samples, 1)
         new["scale"] = self._mean(new.get("scale", state.get("scale")), now, new["step"])
 
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:

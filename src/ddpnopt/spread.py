@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""What can't be trained over several ranks, each with an error that names it and the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.value.augmented import Augmented
+
+if TYPE_CHECKING:
+    from ddpnopt.engine import Engine
+
+NOT_REPLICATED = (
+    "torch.distributed is initialised with several ranks, but the model was not run by "
+    "DistributedDataParallel, so its gradients can't be reduced along with the re-weighting; call "
+    "DistributedDataParallel(model), or remove() the open loop"
+)
+
+
+def check_shards(model: nn.Module) -> None:
+    """Refuse models whose parts or samples are spread over the ranks.
+
+    Raises:
+        UnsupportedModelError: The module is named.
+    """
+    for name, p in model.named_parameters():
+        if hasattr(p, "placements"):
+            raise UnsupportedModelError(
+                f"'{name}' is a DTensor (fully_shard, tensor parallelism): its gradient is spread "
+                "over the ranks; use DistributedDataParallel, or the optimizer without feedback"
+            )
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise UnsupportedModelError(
+                f"'{name or 'model'}' is FullyShardedDataParallel, which flattens the layers' "
+                "parameters; use DistributedDataParallel, or the optimizer without feedback"
+            )
+        if isinstance(module, nn.SyncBatchNorm):
+            raise UnsupportedModelError(
+                f"'{name}' is SyncBatchNorm, which mixes samples of different ranks; use BatchNorm "
+                "or GroupNorm"
+            )
+
+
+def check_parts(engine: Engine) -> None:
+    """Refuse models, value functions and methods that can't be spread over several ranks.
+
+    Raises:
+        UnsupportedModelError: Named, with the way out.
+    """
+    if not engine.company.ranks.several:
+        return
+    check_shards(engine.model)
+    augmented = "value='augmented'" if isinstance(engine.options.value, Augmented) else ""
+    alone = engine.alone or augmented
+    if alone:
+        raise UnsupportedModelError(
+            f"{alone} needs all samples of the batch in one process and is not reduced over "
+            "several ranks; use DDPNOpt or Feedback in their default mode, which are, or train in "
+            "one process"
+        )
+
+
+def check_ranks(engine: Engine) -> None:
+    """The same, and how the model is run, now and then; the same on all ranks.
+
+    Raises:
+        UnsupportedModelError: Named, with the way out.
+    """
+    company = engine.company
+    if not company.ranks.several:
+        return
+    if company.due:
+        check_parts(engine)
+    if company.replica is None:
+        if not company.reduces:
+            raise UnsupportedModelError(NOT_REPLICATED)
+        return
+    if company.replica._join_config.enable:
+        raise UnsupportedModelError(
+            "DistributedDataParallel.join() lets ranks run out of batches, and those would not "
+            "take part in the others' steps; give all ranks the same number of batches "
+            "(DistributedSampler, drop_last=True)"
+        )
+    if company.due:
+        _check_replica(engine, company.replica)
+
+
+def _check_replica(engine: Engine, ddp: DistributedDataParallel) -> None:
+    """DistributedDataParallel must average what the optimizer steps on, over the same ranks."""
+    inside = {id(p) for p in ddp.module.parameters()}
+    for p, name in engine.names().items():
+        if engine.trainable(p) and id(p) not in inside:
+            raise UnsupportedModelError(
+                f"'{name}' is outside the model's DistributedDataParallel, so its gradient is "
+                "not reduced over the ranks; wrap the module that owns all parameters"
+            )
+    ranks_of = torch.distributed.get_process_group_ranks
+    theirs, ours = ranks_of(ddp.process_group), ranks_of(engine.company.process_group)
+    if theirs != ours:
+        raise UnsupportedModelError(
+            f"DistributedDataParallel averages over ranks {theirs}, the optimizer over {ours}: "
+            "give process_group= the group that DistributedDataParallel has"
+        )
