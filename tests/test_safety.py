@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import pytest
 import ddpnopt
 
 PACKAGE = Path(ddpnopt.__file__).parent
+#: Whether this is a clone of the repository.
+CLONE = (Path(__file__).parents[1] / ".ci").is_dir()
 #: Calls that run what they are given, or unpickle it.
 REFUSED = {
     "eval",
@@ -111,6 +115,7 @@ def test_the_search_lets_good_code_pass() -> None:
 
 OFFLINE = """
 import sys
+import tomllib
 def refuse(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request"):
         sys.stderr.write(f"{event} {arguments}\\n")
@@ -152,3 +157,35 @@ def test_import_step_and_training_need_no_network(tmp_path: Path) -> None:
 def test_the_block_blocks() -> None:
     done = offline("import urllib.request\nurllib.request.urlopen('http://127.0.0.1:9/')")
     assert done.returncode != 0 and "network:" in done.stderr
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Versions by name of a file of requirements."""
+    lines = path.read_text().splitlines()
+    found = [line.rstrip("\\ ").split("==") for line in lines if re.match(r"[\w.-]+==", line)]
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+
+@pytest.mark.skipif(not CLONE, reason="a source archive has no pins")
+def test_every_pin_has_a_hash_and_every_dependency_a_pin() -> None:
+    root = Path(__file__).parents[1]
+    pinned, hashed = pins(root / "constraints.txt"), pins(root / ".ci" / "hashes.txt")
+    # torch's build depends on the machine: it alone is installed without one.
+    assert pinned.pop("torch") and hashed == pinned, "run `make hashes`"
+    blocks = re.split(r"\n(?=[\w.-]+==)", (root / ".ci" / "hashes.txt").read_text())
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in blocks)
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    needed = project["build-system"]["requires"] + [
+        line for extra in project["project"]["optional-dependencies"].values() for line in extra
+    ]
+    names = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=~!; ]", n)[0]).lower() for n in needed}
+    assert names - {"ddpnopt"} <= set(pinned), "write the environment's `pip freeze`"
+
+
+@pytest.mark.skipif(not CLONE, reason="a source archive has no Makefile")
+def test_torch_is_the_only_install_without_hashes() -> None:
+    text = (Path(__file__).parents[1] / "Makefile").read_text()
+    first, second, third = re.findall(r"\$\(PIP\) install (.*)", text)
+    assert first.startswith("--no-deps \"$$(grep '^torch=='")
+    assert "--require-hashes" in second and ".ci/hashes.txt" in second
+    assert "--no-build-isolation -c constraints.txt" in third

@@ -65,7 +65,11 @@ def read_runs(path: Path, *, all_versions: bool = False) -> list[RunResult]:
     """
     record = path if path.suffix == ".json" else path / "result.json"
     if record.is_file():
-        return [RunResult.model_validate_json(record.read_text())]
+        try:
+            return [RunResult.model_validate_json(record.read_text(encoding="utf-8"))]
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{record}: not a record of `ddpnopt train` ({reason})") from error
     results = SqliteStore(store_file(path)).results(all_versions=all_versions)
     return [result for result in results if result.epochs]
 

@@ -213,16 +213,13 @@ class SqliteStore:
         """
         found: list[RunResult] = []
         unreadable = 0
-        for row in self._select(
-            "SELECT code, record FROM runs WHERE ? OR code=? ORDER BY number",
-            all_versions,
-            self.code,
-        ):
+        query = "SELECT code, record FROM runs WHERE ? OR code=? ORDER BY number"
+        for row in self._select(query, all_versions, self.code):
             try:
-                found.append(RunResult.model_validate_json(row["record"]))
-            except ValidationError as error:
+                found.append(self._result(row))
+            except StoreError:
                 if row["code"] == self.code:
-                    raise StoreError(f"{self.path} is damaged: {error}") from error
+                    raise
                 unreadable += 1
         if unreadable:
             warnings.warn(
@@ -234,8 +231,14 @@ class SqliteStore:
     def get(self, key: str) -> RunResult | None:
         """The result named `key`, see `key`; None where there is none."""
         for row in self._select("SELECT record FROM runs WHERE key=?", key):
-            return RunResult.model_validate_json(row["record"])
+            return self._result(row)
         return None
+
+    def _result(self, row: sqlite3.Row) -> RunResult:
+        try:
+            return RunResult.model_validate_json(row["record"])
+        except (ValidationError, TypeError) as error:
+            raise StoreError(f"{self.path} is damaged: {error}") from error
 
     def append(self, result: RunResult) -> None:
         """Add one result; it is on disk when this returns.
@@ -289,8 +292,10 @@ class SqliteStore:
         for row in self._select(
             "SELECT payload FROM records WHERE kind=? AND key=? AND code=?", kind, key, self.code
         ):
-            payload: dict[str, Any] = json.loads(row["payload"])
-            return payload
+            try:
+                return dict(json.loads(row["payload"]))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise StoreError(f"{self.path} is damaged: {kind} {key}: {error}") from error
         return None
 
     def claim(self, key: str, *, again: bool = False) -> bool:
@@ -318,16 +323,18 @@ class SqliteStore:
         return True
 
     def _is_alive(self, claim: sqlite3.Row) -> bool:
-        if time.time() - claim["beat"] > EXPIRY:
-            return False
-        if claim["host"] != self.host:
-            return True
         try:
+            if time.time() - claim["beat"] > EXPIRY:
+                return False
+            if claim["host"] != self.host:
+                return True
             os.kill(claim["pid"], 0)
         except ProcessLookupError:
             return False
         except PermissionError:
             pass
+        except (TypeError, ValueError, OverflowError) as error:
+            raise StoreError(f"{self.path} is damaged: table of claims: {error}") from error
         return True
 
     def beat(self) -> None:
@@ -337,10 +344,7 @@ class SqliteStore:
 
     def release(self, keys: Iterable[str] | None = None) -> None:
         """Give claims of this process back: those of `keys`, or all."""
+        query = "DELETE FROM claims WHERE owner=?" + ("" if keys is None else " AND key=?")
+        values = [(self.owner,)] if keys is None else [(self.owner, key) for key in keys]
         with self._transaction() as connection:
-            if keys is None:
-                connection.execute("DELETE FROM claims WHERE owner=?", (self.owner,))
-            else:
-                connection.executemany(
-                    "DELETE FROM claims WHERE owner=? AND key=?", [(self.owner, k) for k in keys]
-                )
+            connection.executemany(query, values)

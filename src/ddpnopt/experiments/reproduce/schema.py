@@ -25,6 +25,9 @@ from ddpnopt.experiments.reproduce.locate import line_of, lines_of
 from ddpnopt.experiments.reproduce.mistakes import Misplaced, describe
 from ddpnopt.experiments.scaling import SCALES
 
+#: Characters of a settings file at most; the longest packaged one has a tenth of that.
+MAX_LENGTH = 60_000
+
 
 class SettingsError(ValueError):
     """A settings file can't be used; the message has a line for each mistake."""
@@ -164,10 +167,17 @@ def parse(model: type[Settings], text: str, source: str) -> Settings:
         SettingsError: No TOML, unknown or missing keys, impossible values; every mistake on a line
             of its own: file, line, key, what was given, what is allowed.
     """
+    # TOML allows texts that take time quadratic in their length to read.
+    if len(text) > MAX_LENGTH:
+        raise SettingsError(
+            f"{source}: {len(text):,} characters, too long for settings (at most {MAX_LENGTH:,})"
+        )
     try:
         content: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{source}: not TOML: {error}") from error
+    except RecursionError as error:
+        raise SettingsError(f"{source}: values inside values without end") from error
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -198,7 +208,8 @@ def load(model: type[Settings], name: str, path: Path | None = None) -> Settings
     if path is None:
         return parse(model, packaged(name), f"{name}.toml")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_LENGTH + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise SettingsError(
