@@ -441,3 +441,19 @@ def test_ranks_wait_no_longer_than_the_group_does(results: list[dict[str, Any]])
     first, second = of(results, "waiting")
     assert re.search("can't be reached.*same number of batches", first["error"], re.DOTALL)
     assert second["error"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"communication": "fast"}, "communication='fast': choose from layerwise, two_bucket"),
+        ({"communication": "two_bucket", "weight_gradients": False}, "use weight_gradients=True"),
+        ({"process_group": "workers"}, "process_group='workers': expected a group"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], words: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=words):
+        DDPNOpt(model, **options)
+    with pytest.raises(ValueError, match=words):
+        Feedback(model, torch.optim.SGD(model.parameters(), 0.1), **options)
