@@ -104,7 +104,7 @@ class Company:
 
         Raises:
             UnsupportedModelError: DistributedDataParallel runs a model that is to be trained by
-                this process alone.
+                this process alone, or won't be told not to reduce.
         """
         if not self.distributed and several() and replica(model) is not None:
             raise UnsupportedModelError(
@@ -118,6 +118,11 @@ class Company:
             self.ranks = Together(self.process_group, self.two_bucket)
         self.replica = replica(model) or self.replica
         if self.held and self.replica is not None:
+            if self.replica.static_graph:
+                raise UnsupportedModelError(
+                    "weight_gradients=False with DistributedDataParallel(static_graph=True), which "
+                    "insists on reducing every gradient: leave one of them away"
+                )
             self.replica.require_backward_grad_sync = False
 
     def leave(self) -> None:

@@ -205,10 +205,13 @@ class Together(Ranks):
         """Tell the others, unless it was they who said it, or nobody listens."""
         if self._told:
             return
-        while self._announced:
-            self._sum(torch.zeros(self._announced.popleft(), dtype=self._wide, device=self._device))
         skips = isinstance(error, NonFiniteError)
-        rows = self._gather([float(skips), float(not skips)])
+        try:
+            for size in self._announced:
+                self._sum(torch.zeros(size, dtype=self._wide, device=self._device))
+            rows = self._gather([float(skips), float(not skips)])
+        except RankError:  # nobody is left to be told: this rank's own error says more
+            return
         self._told = True
         if skips and any(row[1] for row in rows):
             raise RankError(

@@ -260,6 +260,10 @@ def refused(rank: int) -> dict[str, Any]:
         "vgr": once(ddpnopt.SGDVGR),
         "sync": once(DDPNOpt, sync),
         "partly": once(DDPNOpt, partly),
+        "static": once(
+            lambda m: DDPNOpt(m, weight_gradients=False),
+            DistributedDataParallel(network(), static_graph=True),
+        ),
         "alone": once(lambda m: DDPNOpt(m, distributed=False), DistributedDataParallel(network())),
         "sharded": once(DDPNOpt, fully_shard(network(), mesh=init_device_mesh("cpu", (RANKS,)))),
     }
@@ -420,6 +424,7 @@ def test_what_is_said_is_said_once(results: list[dict[str, Any]]) -> None:
         ("vgr", "SGDVGR needs all samples"),
         ("sync", "'1' is SyncBatchNorm.*use BatchNorm or GroupNorm"),
         ("alone", "distributed=False, but DistributedDataParallel runs.*leave one of them"),
+        ("static", "weight_gradients=False with.*static_graph=True.*leave one of them"),
         ("partly", "'0.weight' is outside the model's DistributedDataParallel.*wrap"),
         ("sharded", "'0.weight' is a DTensor.*use DistributedDataParallel"),
     ],
@@ -441,3 +446,19 @@ def test_ranks_wait_no_longer_than_the_group_does(results: list[dict[str, Any]])
     first, second = of(results, "waiting")
     assert re.search("can't be reached.*same number of batches", first["error"], re.DOTALL)
     assert second["error"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"communication": "fast"}, "communication='fast': choose from layerwise, two_bucket"),
+        ({"communication": "two_bucket", "weight_gradients": False}, "use weight_gradients=True"),
+        ({"process_group": "workers"}, "process_group='workers': expected a group"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], words: str) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=words):
+        DDPNOpt(model, **options)
+    with pytest.raises(ValueError, match=words):
+        Feedback(model, torch.optim.SGD(model.parameters(), 0.1), **options)
