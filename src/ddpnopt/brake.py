@@ -29,7 +29,7 @@ from ddpnopt.host import Host
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.options import Options
-from ddpnopt.replay import preserve
+from ddpnopt.replay import ALONE, preserve
 from ddpnopt.report import LayerReport
 from ddpnopt.rollout import rollout
 from ddpnopt.stages import Trajectory
@@ -127,7 +127,7 @@ def brake(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) ->
     w = cost.w
     value = Value(w, w * cost.kappa, w.new_zeros(len(w), 0))
     policies: dict[str, Brake] = {}
-    with recorder.pause() as undoing:
+    with ALONE, recorder.pause() as undoing:
         preserve(undoing, recorder.anatomy.modules)
         for name, layer in reversed(layers.items()):
             D = _progress(layer, borrowed, after).to(w) / w

@@ -23,6 +23,9 @@ from ddpnopt.retrace import Retrace
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import Undoing, insist
 
+#: One thread at a time: generators and some of torch's switches are the process's.
+ALONE = threading.RLock()
+
 
 def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
     """Arguments as detached aliases; tensors and their versions are added to ``watched``."""
@@ -118,7 +121,7 @@ def set_training(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Leave buffers, training flags and generators as they are before the block: see `preserve`."""
-    with Undoing() as undoing:
+    with ALONE, Undoing() as undoing:
         preserve(undoing, list(model.modules()))
         yield
 

@@ -16,7 +16,7 @@ from ddpnopt.crossing import Moved, Predicted
 from ddpnopt.cuts import cut, hook_replays
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.layer import Layer
-from ddpnopt.replay import Replay, interleave, preserve
+from ddpnopt.replay import ALONE, Replay, interleave, preserve
 from ddpnopt.retrace import Retrace
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.step import Step
@@ -100,7 +100,7 @@ def rollout(
         reached.append(name)
         _move(layers[name], list(states.values()), moved, apply)
 
-    with recorder.pause() as undoing:
+    with ALONE, recorder.pause() as undoing:
         preserve(undoing, recorder.anatomy.modules)
         current: list[Replay] = []
         named = recorder.anatomy.named

@@ -100,7 +100,7 @@ class Wrapped(Borrowed):
 
         undoing.add(restore)
         for p, d in gradients.items():
-            p.grad = d
+            p.grad = d.to(p.dtype)  # a layer's rule gives half precision's wider
         return undoing
 
     def keep(self, inner: Inner, updates: Sequence[Update]) -> None:

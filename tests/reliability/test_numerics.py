@@ -13,7 +13,7 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,6 +72,7 @@ def exact(kappa: float, excess: float, S: float, q: float, flow: bool) -> tuple[
     q=signed(-30, 30),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example(kappa=1.0, excess=1.0, S=0.0, q=1e3, dtype=torch.float64)
 def test_coefficients_against_many_digits(
     kappa: float, excess: float, S: float, q: float, dtype: torch.dtype
 ) -> None:

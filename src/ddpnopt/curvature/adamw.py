@@ -69,7 +69,9 @@ class AdamW(Curvature):
         assert moment is not None
         step = state.get("step", 0) + 1
         m = state.get("exp_avg")
-        m = (torch.zeros_like(d) if m is None else m).lerp(d, 1 - self.betas[0])
+        m = torch.zeros_like(d) if m is None else m
+        # A layer's rule gives half precision's d wider than autograd does, which other steps take.
+        m = m.lerp(d.to(m.dtype), 1 - self.betas[0])
         M = moment.sqrt().div_(self._correction(step)).add_(self.eps)
         p.addcdiv_(m, M, value=-lr / (1 - self.betas[0] ** step))
         return {"step": step, "exp_avg": m, "exp_avg_sq": moment}
