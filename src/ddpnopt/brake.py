@@ -193,11 +193,8 @@ def _follow(layer: Layer, borrowed: Borrowed, after: dict[Tensor, Tensor], gamma
 class BrakeEngine(Engine):
     """An engine whose layers are braked; in open loop, too, nothing is written to p.grad."""
 
+    writes = False
+
     def __init__(self, model: nn.Module, options: Options, host: Host) -> None:
         super().__init__(model, options, host)
         self.method = brake
-
-    @property
-    def in_backward(self) -> bool:
-        """Never: gradients stay plain."""
-        return False

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,7 @@ def check_model(model: nn.Module) -> None:
         UnsupportedModelError: Compiled or replicated by DataParallel.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"DDPNOpt(model): expected a torch.nn.Module, got {type(model).__name__}; parameters "
-            "go to params="
-        )
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"'{name}' is not initialised: run one forward pass first")
@@ -65,19 +62,26 @@ def refuse_distributed() -> None:
         )
 
 
-def check_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
+def check_group(group: Mapping[str, Any], owned: Container[Tensor]) -> None:
     """Check a parameter group's members and numbers.
+
+    Args:
+        group: The group.
+        owned: The model's parameters.
 
     Raises:
         ValueError: A parameter is not the model's, or a number is out of range.
     """
     for place, p in enumerate(group["params"]):
-        known = isinstance(p, Tensor) and p in names
-        if not known:
-            shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+        if not isinstance(p, Tensor):
             raise ValueError(
-                f"params: parameter {place} of the group (shape {shape}) does not belong to the "
-                "model; give DDPNOpt the module that owns all of them"
+                f"params: member {place} of the group is of type {type(p).__name__}; give DDPNOpt "
+                "the torch.nn.Module, or its parameters or parameter groups"
+            )
+        if p not in owned:
+            raise ValueError(
+                f"params: parameter {place} of the group (shape {tuple(p.shape)}) does not belong "
+                "to the model; give DDPNOpt the module that owns all of them"
             )
     for option, low, high in (("lr", 0, None), ("momentum", 0, 1), ("weight_decay", 0, None)):
         number = float(group[option])

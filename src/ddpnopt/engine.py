@@ -8,7 +8,6 @@ in open loop what has been added to p.grad.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.arrivals import Arrivals
+from ddpnopt.binding import Unbound
 from ddpnopt.checks import (
     check_backward,
     check_gradients,
@@ -32,18 +32,13 @@ from ddpnopt.gradients import Consumed, Fingerprint, added
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
-from ddpnopt.notices import (
-    CLIPPED_BIASES,
-    NO_OUTPUT_GRADIENT,
-    NOT_RECOGNISED,
-    Notices,
-)
+from ddpnopt.notices import CLIPPED_BIASES, Notices
 from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
 from ddpnopt.ranks import Ranks, replica, several
 from ddpnopt.report import StepReport
-from ddpnopt.reporting import report
+from ddpnopt.reporting import outcome, report
 from ddpnopt.rollout import Method, policies
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.step import Settings, Step
@@ -57,8 +52,9 @@ class Engine:
     Attributes:
         method: How a step moves the layers in feedback.
         graphs: The method needs no chain of layers.
-        needs_cost: The method uses the terminal cost: a step whose loss is not recognised is the
-            borrowed optimizer's, and the front is weighted by it.
+        writes: In open loop, backward writes the re-weighted gradients to p.grad.
+        waiting: The model is not known yet: nothing is recorded.
+        needs_cost: A step whose loss is not recognised is the borrowed optimizer's.
 
     Args:
         model: The network.
@@ -66,13 +62,14 @@ class Engine:
         host: The optimizer itself, seen from here.
     """
 
-    graphs = True
+    graphs = writes = True
 
     def __init__(self, model: nn.Module, options: Options, host: Host) -> None:
         self.model, self.options, self.host = model, options, host
         self.method: Method = policies
-        self.needs_cost = True
-        self.diagnose = False
+        self.needs_cost, self.diagnose = True, False
+        early = self.writes and options.weight_gradients
+        self.in_backward = early and options.feedback == "open_loop"
         self.skipped, self.rescale = 0, 1.0
         self.copies: dict[int, Tensor] = {}
         self.running: dict[str, float] = {}
@@ -86,14 +83,27 @@ class Engine:
         self.fingerprint, self._consumed = Fingerprint(), Consumed()
         self._members: set[int] = set()
         self.recorder: Recorder | None = None
-        self.refresh()
+        self.waiting = isinstance(model, Unbound)
         self.attach()
+
+    def bind(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """The model is known, by a call of it that has begun with these positional arguments."""
+        self.model, self.waiting = model, False
+        self.attach()
+        if self.recorder is not None:
+            self.recorder.join(args)
+
+    @property
+    def records(self) -> bool:
+        """Passes have to be recorded, for feedback or for some group's curvature."""
+        return self.options.feedback is not False or self.host.squares()
 
     def attach(self) -> None:
         """Record passes, where feedback or some group's curvature needs them."""
-        feedback = self.options.feedback is not False
-        if self.recorder is not None or not (feedback or self.host.squares()):
+        self.refresh()
+        if self.recorder is not None or self.waiting or not self.records:
             return
+        feedback = self.options.feedback is not False
         gradient = self.options.value.linearization == "gradient"
         arrivals = Arrivals(
             weakly(self._expected),
@@ -143,13 +153,9 @@ class Engine:
         """Paths of the model's parameters."""
         return {p: name for name, p in self.model.named_parameters()}
 
-    @property
-    def in_backward(self) -> bool:
-        """Re-weighted gradients are written to p.grad by backward itself."""
-        return self.options.feedback == "open_loop" and self.options.weight_gradients
-
     def detach(self) -> None:
         """Remove every hook."""
+        self.waiting = False
         if self.recorder is not None:
             self.recorder.detach()
             self.recorder = None
@@ -303,11 +309,9 @@ class Engine:
             raise
         self.host.commit(step.borrowed)
         self.rescale = rescale
-        if in_feedback and self.in_backward and self.open_report is not None:
-            return replace(self.open_report, rescale=rescale)
-        active = in_feedback and (step.layers or fronts or self.in_backward)
-        depth = self.options.depth if active else "off"
-        return report(self.options, step, depth, rescale, self.skipped)
+        opened = self.open_report if in_feedback and self.in_backward else None
+        active = in_feedback and bool(step.layers or fronts or self.in_backward)
+        return outcome(self.options, step, active, opened, rescale, self.skipped)
 
     def fresh(self, parameters: list[Tensor]) -> bool:
         """Whether a gradient is new since the last step."""
@@ -341,9 +345,6 @@ class Engine:
         for trajectory in trajectories:
             self.notices.say_plain(trajectory, self.names, self.trainable, self.needs_cost)
         if self.needs_cost and any(t.cost is None for t in trajectories):
-            if any(t.stages[-1].G is None for t in trajectories):
-                self.notices.say(NO_OUTPUT_GRADIENT)
-            elif self.outputs.main.decision == "unrecognised":
-                self.notices.say(NOT_RECOGNISED)
+            self.notices.say_costless(trajectories, self.outputs.main.decision)
             return False
         return bool(trajectories)

@@ -70,6 +70,8 @@ class Feedback(Shell):
         >>> opt.zero_grad(); criterion(model(x), y).backward(); opt.step()
     """
 
+    _kept = ("model", "options", "mode", "_inners")
+
     def __init__(
         self,
         model: nn.Module,
@@ -102,7 +104,13 @@ class Feedback(Shell):
         self._inners = tuple(Inner.of(one) for one in given)
         # The groups are the optimizers' own; what the base class makes of its own is not used.
         super().__init__([p for one in given for p in one.param_groups[0]["params"]], {})
-        self._engine = MODES[mode](model, self.options, Guest(self))
+        self._engine = self._make_engine()
+
+    def _make_engine(self) -> Engine:
+        return MODES[self.mode](self.model, self.options, Guest(self))
+
+    def _torch_state(self) -> dict[str, Any]:
+        return {}  # all of it is the wrapped optimizers'
 
     def _opening(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
         """The wrapped optimizers' own pre-hooks, once a step."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ddpnopt.errors import DDPNOptWarning
@@ -43,6 +43,13 @@ class Notices:
         if message not in self._said:
             self._said.add(message)
             warnings.warn(message, DDPNOptWarning, stacklevel=5)
+
+    def say_costless(self, trajectories: Sequence[Trajectory], decision: str) -> None:
+        """Say why passes have no terminal cost, where that is not for lack of data yet."""
+        if any(t.stages[-1].G is None for t in trajectories):
+            self.say(NO_OUTPUT_GRADIENT)
+        elif decision == "unrecognised":
+            self.say(NOT_RECOGNISED)
 
     def say_plain(
         self,

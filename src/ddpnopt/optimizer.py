@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpnopt.binding import Binding, Unbound, model_and_parameters
 from ddpnopt.checks import check_group, check_model, refuse_distributed
 from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
 from ddpnopt.host import OwnGroups
 from ddpnopt.hyperparameters import curvature_options
+from ddpnopt.inert import weakly
 from ddpnopt.options import Options, value_from
 from ddpnopt.recognition import Terminal
 from ddpnopt.shell import Shell
@@ -33,7 +35,9 @@ class DDPNOpt(Shell):
 
     Args:
         model: The network. Behind the last branch and the last mixing of samples its layers get
-            their own feedback; all that lies in front is re-weighted once a sample.
+            their own feedback; all that lies in front is re-weighted once a sample. Frameworks that
+            construct ``cls(params, lr=...)`` give parameters or groups instead: the model is then
+            the first module called that owns them all.
         lr: Learning rate eta.
         curvature: "identity" (SGD), "rmsprop", "adamw", "kfac", "ekfac", or an object with its
             options.
@@ -67,7 +71,7 @@ class DDPNOpt(Shell):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Iterable[Any] | None = None,
         lr: float = 0.1,
         curvature: str | Curvature = "identity",
         value: str | ValueFunction = "moreau",
@@ -81,9 +85,8 @@ class DDPNOpt(Shell):
         *,
         params: Iterable[Any] | None = None,
     ) -> None:
-        check_model(model)
+        self.model, members = model_and_parameters(model, params)
         refuse_distributed()
-        self.model = model
         self.options = Options(
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
         )
@@ -93,8 +96,23 @@ class DDPNOpt(Shell):
             "weight_decay": weight_decay,
             "curvature": curvature_options(curvature),
         }
-        super().__init__(model.parameters() if params is None else params, defaults)
-        self._engine = self._engine_type(model, self.options, OwnGroups(self))
+        super().__init__(members, defaults)
+        self._engine = self._make_engine()
+
+    def _make_engine(self) -> Engine:
+        if isinstance(self.model, Unbound):
+            self._binding = Binding(weakly(self._parameters), weakly(self._bind))
+        return self._engine_type(self.model, self.options, OwnGroups(self))
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _bind(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """The model is called for the first time."""
+        if self.engine.waiting:
+            check_model(model)
+            self.model = model
+            self.engine.bind(model, args)
 
     # Groups ---------------------------------------------------------------------------------
 
@@ -111,7 +129,8 @@ class DDPNOpt(Shell):
         members = [given] if isinstance(given, Tensor) else list(given)
         group["params"] = [p[1] if isinstance(p, tuple) else p for p in members]
         group["curvature"] = curvature_options(group["curvature"])
-        check_group(group, {p: name for name, p in self.model.named_parameters()})
+        unbound = isinstance(self.model, Unbound)
+        check_group(group, set(group["params"] if unbound else self.model.parameters()))
         super().add_param_group(group)
         if self._engine is not None:
             self._engine.attach()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ddpnopt.options import Options
 from ddpnopt.report import LayerReport, StepReport
 from ddpnopt.stages import Trajectory
@@ -27,6 +29,32 @@ def report(
         skipped,
         _front(fronts[0]) if fronts and options.feedback is not False else None,
     )
+
+
+def outcome(
+    options: Options,
+    step: Step,
+    active: bool,
+    opened: StepReport | None,
+    rescale: float,
+    skipped: int,
+) -> StepReport:
+    """The record of a step at the depth that it had.
+
+    Args:
+        options: The optimizer's choices.
+        step: The step.
+        active: Some layer was in feedback.
+        opened: The record that the backward pass has made, in open loop.
+        rescale: r.
+        skipped: How many steps have been skipped.
+    """
+    if opened is not None:
+        return replace(opened, rescale=rescale)
+    depth = options.depth if active else "off"
+    if depth == "closed_loop" and any(t.call is None for t in step.trajectories):
+        depth = "open_loop"  # a pass that can't be run again
+    return report(options, step, depth, rescale, skipped)
 
 
 def _front(trajectory: Trajectory) -> LayerReport:

@@ -51,7 +51,7 @@ def recurse(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) 
         return
     with step.borrowed.undone():
         for trajectory in trajectories:
-            if trajectory.call is None or [s.name for s in trajectory.active] != list(step.layers):
+            if [stage.name for stage in trajectory.active] != list(step.layers):
                 raise UnsupportedModelError(
                     "second-order dynamics need a chain of layers and the closed loop: use "
                     "feedback=True, or dynamics='first_order'"
@@ -81,8 +81,7 @@ def rollout(
         UnsupportedModelError: The calls can't be repeated, or take another path.
     """
     for trajectory in trajectories:
-        assert trajectory.call is not None
-        trajectory.call.check_inputs()
+        trajectory.again().check_inputs()
     order = list(layers)
     reached: list[str] = []
     moved = [
@@ -144,9 +143,8 @@ def _replay(
     functional: Mapping[int, tuple[str, nn.Module]],
 ) -> Replay:
     """A pass to be run again; watched if it is known by what crosses its cuts."""
-    assert trajectory.call is not None
     again = {n for n, layer in layers.items() if any(s.repeats for s in layer.blocks)}
-    replay = Replay(trajectory.call, again=frozenset(again))
+    replay = Replay(trajectory.again(), again=frozenset(again))
     if moved is not None and trajectory.path is not None:
         replay.trace = Retrace(moved, trajectory.path)
         replay.trace.functional = {k: one for k, one in functional.items() if one[0] in layers}

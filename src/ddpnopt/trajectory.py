@@ -65,7 +65,7 @@ class Recorder:
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
         self.weight_gradients, self.arrivals = weight_gradients, arrivals
         self.classifier = Classifier(arrivals, trainable, graphs, closed_loop)
-        self.paused = False
+        self.paused, self._joined_late = False, False
         self.watching = Watching(closed_loop, graphs)
         self._open: Trajectory | None = None
         self._depth: list[nn.Module] = []
@@ -152,6 +152,11 @@ class Recorder:
             if self.watching.watch is not None:
                 self.watching.watch.restart()
 
+    def join(self, args: tuple[Any, ...]) -> None:
+        """A call of the model began before there were hooks; its kwargs are seen at its end."""
+        self._joined_late = True
+        self._enter("", self.model, args, {})
+
     def _look_again(self) -> None:
         """Parameters may have been swapped or frozen, layers replaced, since the last pass."""
         self.refresh()
@@ -175,6 +180,9 @@ class Recorder:
         self._depth.pop()
         if self._depth:
             return None
+        late, self._joined_late, begun = self._joined_late, False, self._open
+        if late and kwargs and begun and begun.call and begun.call.module is module:
+            begun.call = None  # the kwargs may have changed since: it can't be run again
         if output is not None and self._open is not None:
             self._find_output(output)
         if self.watching.watch is not None and output is not None:
