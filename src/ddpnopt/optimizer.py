@@ -24,6 +24,8 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 
 FORMAT_VERSION = 1
+#: What every parameter group says; torch adds entries of its own to the defaults.
+GROUP_OPTIONS = {"lr", "momentum", "weight_decay", "curvature"}
 
 
 class DDPNOpt(Shell):
@@ -169,7 +171,7 @@ class DDPNOpt(Shell):
         if missing:
             raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))}")
         for number, group in enumerate(state_dict.get("param_groups", [])):
-            lost = self.defaults.keys() - group.keys()
+            lost = GROUP_OPTIONS - group.keys()
             if lost:
                 raise ValueError(
                     f"load_state_dict: parameter group {number} lacks {', '.join(sorted(lost))}"

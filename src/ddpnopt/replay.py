@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,15 @@ def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
     if type(value) is dict:
         return {k: frozen(v, watched) for k, v in value.items()}
     return value
+
+
+def _untouched(value: Any) -> bool:
+    """Whether a value can be shown to be as it was made."""
+    if isinstance(value, Tensor):
+        return not value.is_inference() and value._version == 0
+    if isinstance(value, tuple):
+        return all(map(_untouched, value))
+    return value is None or isinstance(value, str | int | float | torch.dtype | torch.device)
 
 
 @dataclass
@@ -69,6 +78,16 @@ class Call:
         buffers = [(m, n, b.detach().clone()) for m, n, b in buffers_of(inside)]
         state = Randomness.capture()
         return Call(name, module, args, kwargs, watched, state, autocast, inside, training, buffers)
+
+    def completed(self, kwargs: Mapping[str, Any]) -> Call | None:
+        """With keyword arguments that are known since its end only.
+
+        Returns:
+            The call, or None where it may have changed what it was given.
+        """
+        if not all(map(_untouched, kwargs.values())):
+            return None
+        return replace(self, kwargs=frozen(dict(kwargs), self.watched))
 
     def check_inputs(self) -> None:
         """Raise if an argument has been overwritten since the nominal pass."""

@@ -259,8 +259,9 @@ class Trajectory:
         """
         if self.call is None:
             raise UnsupportedModelError(
-                "the model became known by a call with keyword arguments, which can't be run "
-                "again; give the optimizer the module instead of its parameters"
+                "the model became known by a call with keyword arguments that may have changed "
+                "since, so it can't be run again; give the optimizer the module instead of its "
+                "parameters"
             )
         return self.call
 

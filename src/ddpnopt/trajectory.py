@@ -182,7 +182,7 @@ class Recorder:
             return None
         late, self._joined_late, begun = self._joined_late, False, self._open
         if late and kwargs and begun and begun.call and begun.call.module is module:
-            begun.call = None  # the kwargs may have changed since: it can't be run again
+            begun.call = begun.call.completed(kwargs)
         if output is not None and self._open is not None:
             self._find_output(output)
         if self.watching.watch is not None and output is not None:

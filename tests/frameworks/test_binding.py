@@ -65,11 +65,19 @@ class Keywords(nn.Module):
         return inputs
 
 
-def train(model: nn.Module, opt: Any, steps: Iterable[int], keyword: bool = False) -> torch.Tensor:
+def train(
+    model: nn.Module,
+    opt: Any,
+    steps: Iterable[int],
+    keyword: bool = False,
+    written: bool = False,
+) -> torch.Tensor:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(8, 6, generator=generator).double()
         y = torch.randint(4, (8,), generator=generator)
+        if written:
+            x.mul_(1)
         opt.zero_grad()
         F.cross_entropy(model(inputs=x) if keyword else model(x), y).backward()
         opt.step()
@@ -103,25 +111,57 @@ def test_params_by_name() -> None:
     assert torch.equal(train(model, opt, range(3)), train(twin, DDPNOpt(twin, lr=0.2), range(3)))
 
 
-def test_the_first_step_is_open_loop_where_keywords_are_needed() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_keywords(kind: str) -> None:
+    """Tensors that nobody has written to are as they were when the call began."""
+    model, twin = Keywords(), Keywords()
+    opt = KINDS[kind](model.parameters())
+    found = train(model, opt, range(3), keyword=True)
+    assert torch.equal(found, train(twin, KINDS[kind](twin), range(3), keyword=True))
+
+
+def test_the_first_step_is_open_loop_where_keywords_may_have_changed() -> None:
     model, twin = Keywords(), Keywords()
     opt, other = DDPNOpt(model.parameters(), lr=0.5), DDPNOpt(twin, lr=0.5, feedback="open_loop")
-    first = train(model, opt, [0], keyword=True)
+    first = train(model, opt, [0], keyword=True, written=True)
     assert opt.last_step is not None and opt.last_step.depth == "open_loop"
-    torch.testing.assert_close(first, train(twin, other, [0], keyword=True), rtol=0, atol=1e-12)
+    expected = train(twin, other, [0], keyword=True)
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-12)
     other.detach()
     closed = DDPNOpt(twin, lr=0.5)
-    second = train(model, opt, [1], keyword=True)
+    second = train(model, opt, [1], keyword=True, written=True)
     assert opt.last_step.depth == "closed_loop"
     torch.testing.assert_close(second, train(twin, closed, [1], keyword=True), rtol=0, atol=1e-12)
     assert (first - second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("change", ["written", "container"])
+def test_keywords_that_the_model_changes(change: str) -> None:
+    """Run again with what it has left behind, the pass would be another one."""
+
+    class Changes(Keywords):
+        def forward(self, inputs: Any = None) -> torch.Tensor:
+            x = inputs.pop() if change == "container" else inputs.clone()
+            if change == "written":
+                inputs.mul_(3)
+            return super().forward(x)
+
+    model, twin = Changes(), Keywords()
+    opt, other = DDPNOpt(model.parameters(), lr=0.5), DDPNOpt(twin, lr=0.5, feedback="open_loop")
+    x, y = torch.ones(3, 6).double(), torch.tensor([0, 1, 2])
+    given = [x.clone()] if change == "container" else x.clone()
+    F.cross_entropy(model(inputs=given), y).backward()
+    F.cross_entropy(twin(x), y).backward()
+    opt.step()
+    other.step()
+    torch.testing.assert_close(train(model, opt, []), train(twin, other, []), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["SGDVGR", "EMSA", "VanillaDDP"])
 def test_methods_that_must_run_the_pass_again_say_so(kind: str) -> None:
     model = Keywords()
     with pytest.raises(UnsupportedModelError, match="keyword arguments.*give the optimizer the"):
-        train(model, KINDS[kind](model.parameters()), [0], keyword=True)
+        train(model, KINDS[kind](model.parameters()), [0], keyword=True, written=True)
 
 
 def test_what_comes_before_the_first_call() -> None:
