@@ -28,7 +28,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TypeError: Not a module.
         ValueError: No parameters, or not yet initialised ones.
-        UnsupportedModelError: Compiled or replicated by DataParallel.
+        UnsupportedModelError: Replicated by DataParallel.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -40,12 +40,6 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
             raise UnsupportedModelError(f"'{name or 'model'}' is nn.DataParallel: not supported")
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or type(module).__name__ == "OptimizedModule":
-            raise UnsupportedModelError(
-                f"'{name or 'model'}' is compiled by torch.compile, which hides the layers; give "
-                "DDPNOpt the uncompiled module"
-            )
 
 
 def refuse_distributed() -> None:
@@ -115,9 +109,11 @@ def check_backward(
     if recorder is not None and not trajectories and recorder.anatomy.layers():
         raise RuntimeError(
             "gradients arrived, but no forward pass of the model was recorded: was it called "
-            "through torch.compile, torch.func, or not at all? Was the backward pass run with "
-            "create_graph=True? Train the uncompiled module with a plain backward pass, or use "
-            "feedback=False (remove() of the open loop's handle)"
+            "through torch.func, or not at all? Was the backward pass run with create_graph=True? "
+            "Had torch.compile compiled it before the optimizer was made? Then give the optimizer "
+            "the compiled module, or call torch.compiler.reset() after its construction. Else "
+            "train with a plain backward pass, or use feedback=False (remove() of the open loop's "
+            "handle)"
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpnopt.compiled import as_written, compiled
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.modes import rebuilt
 from ddpnopt.randomness import Randomness, cuda_in_use
@@ -60,6 +61,7 @@ class Call:
     inside: Sequence[nn.Module]
     training: tuple[bool, ...]
     buffers: list[tuple[nn.Module, str, Tensor]]
+    compiled: bool = False
 
     @staticmethod
     def capture(
@@ -77,7 +79,19 @@ class Call:
         args, kwargs = frozen(args, watched), frozen(kwargs, watched)
         buffers = [(m, n, b.detach().clone()) for m, n, b in buffers_of(inside)]
         state = Randomness.capture()
-        return Call(name, module, args, kwargs, watched, state, autocast, inside, training, buffers)
+        return Call(
+            name,
+            module,
+            args,
+            kwargs,
+            watched,
+            state,
+            autocast,
+            inside,
+            training,
+            buffers,
+            compiled(inside),
+        )
 
     def completed(self, kwargs: Mapping[str, Any]) -> Call | None:
         """With keyword arguments that are known since its end only.
@@ -108,6 +122,8 @@ class Call:
                 stack.enter_context(
                     torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
                 )
+            if self.compiled:
+                stack.enter_context(as_written())
             if trace is not None:
                 stack.enter_context(trace)
             self.module(*self.args, **self.kwargs)

@@ -215,7 +215,7 @@ class Recorder:
         return h if replaced is None else replaced
 
     def _close(self, complete: bool) -> None:
-        watch, trajectory = self.watching.end(), self._open
+        watch, trajectory = self.watching.stop(), self._open
         if complete and trajectory is not None and trajectory.stages and self._ledger.edges:
             assert self._last is not None
             self.watching.look(trajectory, watch, self._ledger, self.model, self.anatomy)
@@ -226,6 +226,7 @@ class Recorder:
         self._open, self._link, self._last = None, None, None
         self._ledger = Ledger(set())
         self.classifier.passes += 1
+        self.watching.end()
 
     def _reach(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: a time step begins."""
