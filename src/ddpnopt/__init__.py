@@ -7,6 +7,7 @@ from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError, Unsupp
 from ddpnopt.explain import explain
 from ddpnopt.feedback import Feedback
 from ddpnopt.gains import Gain, feedback_gains
+from ddpnopt.logs import StepLog, scalars
 from ddpnopt.losses import MMCLoss
 from ddpnopt.open_loop import OpenLoop, open_loop
 from ddpnopt.optimizer import DDPNOpt
@@ -32,6 +33,7 @@ __all__ = [
     "MMCLoss",
     "NonFiniteError",
     "OpenLoop",
+    "StepLog",
     "StepReport",
     "TerminalError",
     "UnsupportedModelError",
@@ -41,5 +43,6 @@ __all__ = [
     "explain",
     "feedback_gains",
     "open_loop",
+    "scalars",
     "value",
 ]

@@ -34,6 +34,8 @@ from ddpnopt.experiments.training import Epoch, RunConfig, check
 from ddpnopt.experiments.training import train as run_training
 from ddpnopt.experiments.tune_command import EPILOG as tune_epilog
 from ddpnopt.experiments.tune_command import tune_command
+from ddpnopt.experiments.watch_command import EPILOG as watch_epilog
+from ddpnopt.experiments.watch_command import LogOption, logged, watch_command
 
 app = typer.Typer(
     name="ddpnopt",
@@ -132,6 +134,7 @@ def train(
         int,
         typer.Option("--threads", min=1, help="CPU threads; small networks are fastest with 1."),
     ] = 1,
+    log: LogOption = None,
     out: OutOption = Path("results/train"),
 ) -> None:
     """Train one network; write its record (JSON), its curve (CSV) and a plot (PNG)."""
@@ -155,9 +158,10 @@ def train(
         check(config)
 
     torch.set_num_threads(threads)
-    with console.status(f"{config.label} on {dataset}, lr {lr:g}"):
+    with console.status(f"{config.label} on {dataset}, lr {lr:g}"), logged(log) as note:
 
         def show(record: Epoch) -> None:
+            note(record)
             console.print(
                 f"epoch {record.epoch}/{epochs}: training loss {record.train_loss:.4f}, "
                 f"test accuracy {100 * record.test_accuracy:.1f} %, {record.seconds:.2f} s"
@@ -303,6 +307,7 @@ for name, command, epilog in (
     ("tune", tune_command, tune_epilog),
     ("plot", plot_command, plot_epilog),
     ("bench", bench_command, bench_epilog),
+    ("watch", watch_command, watch_epilog),
 ):
     app.command(name, epilog=epilog)(command)
 
