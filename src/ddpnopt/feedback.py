@@ -17,6 +17,7 @@ from ddpnopt.brake import BrakeEngine
 from ddpnopt.checks import check_model, refuse_distributed
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
+from ddpnopt.formats import FORMAT_VERSION, upgraded
 from ddpnopt.host import Host
 from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
@@ -34,7 +35,6 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 from ddpnopt.wrapped import Wrapped
 
-FORMAT_VERSION = 1
 #: How a layer's step is bounded, by name.
 MODES: dict[str, type[Engine]] = {"samples": Engine, "brake": BrakeEngine}
 
@@ -227,23 +227,19 @@ class Feedback(Shell):
         own, states = state_dict.get("ddpnopt"), state_dict.get("inner")
         if own is None and states is None and {"state", "param_groups"} <= state_dict.keys():
             states = [state_dict]
-        elif own is None or states is None or own.get("version") != FORMAT_VERSION:
+        elif own is None or states is None:
             found = "no 'inner' entry" if states is None else "no 'ddpnopt' entry"
-            if own is not None and own.get("version") != FORMAT_VERSION:
-                found = f"format {own.get('version')}"
             raise ValueError(
-                f"load_state_dict: {found}; expected the state_dict of a Feedback, format "
-                f"{FORMAT_VERSION}, or of the wrapped optimizer"
+                f"load_state_dict: {found}; expected the state_dict of a Feedback, or of the "
+                "wrapped optimizer"
             )
+        if own is not None:
+            own = upgraded(own, {"gains": None, **self.engine.state_dict()}, "Feedback")
         if len(states) != len(self._inners):
             raise ValueError(
                 f"load_state_dict: the state is of {len(states)} optimizers, {len(self._inners)} "
                 "are wrapped"
             )
-        if own is not None:
-            missing = self.engine.state_dict().keys() - own.keys()
-            if missing:
-                raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))}")
         for one, state in zip(self.optimizers, states, strict=True):
             one.load_state_dict(state)
         if own is not None:

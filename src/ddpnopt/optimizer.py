@@ -13,6 +13,7 @@ from ddpnopt.binding import Binding, Unbound, model_and_parameters
 from ddpnopt.checks import check_group, check_model, refuse_distributed
 from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
+from ddpnopt.formats import FORMAT_VERSION, upgraded
 from ddpnopt.host import OwnGroups
 from ddpnopt.hyperparameters import curvature_options
 from ddpnopt.inert import weakly
@@ -23,7 +24,6 @@ from ddpnopt.terminal import MMC, MSE
 from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 
-FORMAT_VERSION = 1
 #: What every parameter group says; torch adds entries of its own to the defaults.
 GROUP_OPTIONS = {"lr", "momentum", "weight_decay", "curvature"}
 
@@ -160,16 +160,11 @@ class DDPNOpt(Shell):
         Raises:
             ValueError: The state is another optimizer's, or of a newer format.
         """
-        own = state_dict.get("ddpnopt")
-        if own is None or own.get("version") != FORMAT_VERSION:
-            found = "no 'ddpnopt' entry" if own is None else f"format {own.get('version')}"
+        if "ddpnopt" not in state_dict:
             raise ValueError(
-                f"load_state_dict: {found}; expected the state_dict of a DDPNOpt, "
-                f"format {FORMAT_VERSION}"
+                "load_state_dict: no 'ddpnopt' entry; expected the state_dict of a DDPNOpt"
             )
-        missing = self.engine.state_dict().keys() - own.keys()
-        if missing:
-            raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))}")
+        own = upgraded(state_dict["ddpnopt"], self.engine.state_dict(), type(self).__name__)
         for number, group in enumerate(state_dict.get("param_groups", [])):
             lost = GROUP_OPTIONS - group.keys()
             if lost:
