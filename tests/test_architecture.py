@@ -153,7 +153,7 @@ def tracked() -> list[Path]:
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in listing.stdout.split("\0") if name]
-    return [f for f in files if f.is_file() and f.suffix not in {".png", ".csv", ".svg"}]
+    return [f for f in files if f.is_file() and f.suffix not in {".png", ".csv", ".svg", ".pt"}]
 
 
 def test_nothing_names_the_machine_it_was_made_on() -> None:

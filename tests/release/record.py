@@ -76,7 +76,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "ddpnopt-rmsprop": lambda model: DDPNOpt(model, lr=0.003, curvature="rmsprop"),
     "ddpnopt-kfac": lambda model: DDPNOpt(model, lr=0.1, curvature="kfac"),
     "low_rank": lambda model: DDPNOpt(model, lr=0.5, value="low_rank"),
-    "gauss_newton": lambda model: DDPNOpt(model, lr=0.5, value="gauss_newton"),
+    "gauss_newton": lambda model: DDPNOpt(model, lr=0.2, value="gauss_newton"),
     "feedback-adamw": lambda model: Feedback(model, torch.optim.AdamW(model.parameters(), 0.01)),
     "open_loop-sgd": Wrapped,
 }
