@@ -152,7 +152,7 @@ def check_gradients(
                 "the loss); nothing was changed. Lower lr, or use nonfinite='skip'"
             )
     for p in stepped:
-        if p.grad is None or not p.grad.is_sparse:
+        if borrowed.judges_sparse or p.grad is None or not p.grad.is_sparse:
             continue
         hyper = borrowed.hyper[p]
         fed = hyper.curvature.statistics == "gradient"
