@@ -24,6 +24,7 @@ from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
 from ddpnopt.front import corrections
 from ddpnopt.notices import ANOTHER_NOT_RECOGNISED, DEFAULT_GROUP, UNEVEN
 from ddpnopt.recognition import Recogniser
+from ddpnopt.reweighting import write
 from ddpnopt.spread import check_ranks
 from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
@@ -46,6 +47,7 @@ class Fact:
         samples: How many.
         unit: w of its samples, where all have the same; else 0.
         grads: Mark of which parameters have a gradient.
+        again: Its passes can be run again.
         whole: p.grad is the ranks' mean already, and nothing else.
         norm: Sum of the norms of p.grad.
         weights: Checksum of the weights.
@@ -56,6 +58,7 @@ class Fact:
     samples: float
     unit: float
     grads: float
+    again: float
     whole: float = 0.0
     norm: float = 0.0
     weights: float = 0.0
@@ -110,6 +113,7 @@ def _exchange(
         samples=float(sum(t.samples for t in trajectories)),
         unit=low if high <= low * (1 + 1e-3) else 0.0,
         grads=float(_mark([p.grad is None for p in own])),
+        again=float(all(t.call is not None for t in trajectories)),
         whole=float(ddp is not None and ddp.require_forward_param_sync and not engine.base),
         norm=norm,
         weights=weights,
@@ -206,7 +210,7 @@ def _reweigh(
     except (NonFiniteError, UnsupportedModelError, RankError) as error:
         trajectories[0].error = error  # p.grad is still plain
         return
-    engine.write(step, mean)
+    write(engine, step, mean)
 
 
 def _mean(engine: Engine, given: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -276,6 +280,9 @@ def agree(
         return False
     if engine.company.replica is not None and len({fact.samples for fact in facts}) > 1:
         engine.notices.say(UNEVEN)
+    if not all(fact.again for fact in facts):
+        for trajectory in trajectories:
+            trajectory.call = None  # no rank rolls out what another one can't
     _weigh(trajectories)
     return True
 

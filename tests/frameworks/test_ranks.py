@@ -89,6 +89,10 @@ def own(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return lambda model: DDPNOpt(model, **options)
 
 
+def found(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: DDPNOpt(model.parameters(), **options)
+
+
 def around(kind: type[torch.optim.Optimizer], **options: Any) -> Any:
     extra = {k: options.pop(k) for k in ("feedback", "weight_gradients") if k in options}
     return lambda model: Feedback(model, kind(model.parameters(), **options), **extra)
@@ -130,6 +134,13 @@ SCENES: dict[str, Scene] = {
     "open loop": Scene(own(lr=0.5, feedback="open_loop"), clip=0.7),
     "open loop, kfac": Scene(own(lr=0.1, curvature="kfac", feedback="open_loop"), ddp=False),
     "open loop around AdamW": Scene(around(torch.optim.AdamW, lr=0.02, feedback="open_loop")),
+    # The model is found by its first call: that of DistributedDataParallel, where there is one.
+    "parameters": Scene(found(lr=0.5, momentum=0.5), clip=0.7),
+    "parameters, kfac": Scene(found(lr=0.1, curvature="kfac"), ddp=False),
+    "parameters, open loop": Scene(found(lr=0.5, feedback="open_loop")),
+    "parameters, plain": Scene(found(lr=0.5, feedback=False)),
+    "parameters, without weight gradients": Scene(found(lr=0.5, weight_gradients=False)),
+    "compiled": Scene(own(lr=0.5), lambda: torch.compile(dense(), backend="eager")),  # type: ignore[arg-type, return-value]
     "images": Scene(own(lr=0.1), images),
     "images adamw": Scene(own(lr=0.02, curvature="adamw"), images, ddp=False),
     "images, kfac": Scene(own(lr=0.05, curvature="kfac"), images, ddp=False),
