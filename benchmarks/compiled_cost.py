@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Step times on a compiled model and on the same one uncompiled, interleaved.
 
-    python benchmarks/compiled_cost.py
+python benchmarks/compiled_cost.py
 """
 
 from __future__ import annotations
