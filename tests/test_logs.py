@@ -94,6 +94,25 @@ def test_a_resumed_run_is_one_curve_and_a_line_cut_off_is_gone(tmp_path: Path) -
     assert path.read_text().count("scalar") == 1
 
 
+def test_back_to_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with StepLog(tmp_path / "killed", tensorboard=True) as log:
+        for log.step, loss in enumerate((4.0, 3.0, 99.0, 98.0), 1):
+            log.write({"loss": loss, "coefficient/a,b": 0.5})
+        log.rewind(2)
+        assert log.step == 2
+        log.step = 3
+        log.write({"loss": 2.0})
+    found = {place: one for place, one in table(tmp_path / "killed").items() if place[1] == "loss"}
+    assert found == {(1, "loss"): 4.0, (2, "loss"): 3.0, (3, "loss"): 2.0}
+    assert table(tmp_path / "killed")[2, "coefficient/a,b"] == 0.5
+    reader = EventAccumulator(str(tmp_path / "killed"))
+    reader.Reload()
+    assert [event.value for event in reader.Scalars("loss")] == [4.0, 3.0, 2.0]
+
+
 def test_every_other_step(tmp_path: Path) -> None:
     train(tmp_path, 5, every=2)
     assert sorted({step for step, _ in table(tmp_path)}) == [2, 4]

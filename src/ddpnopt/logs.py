@@ -85,10 +85,32 @@ class StepLog:
         path = self.folder / FILE
         self.step = last_step(path)
         self._events = _events(self.folder) if tensorboard else None
-        self._file: TextIO = path.open("a", newline="", encoding="utf-8")
+        self._open()
+
+    def _open(self) -> None:
+        self._file: TextIO = (self.folder / FILE).open("a", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file)
         if self._file.tell() == 0:
             self._rows.writerow(HEADER)
+
+    def rewind(self, step: int) -> None:
+        """Take off what was logged behind a step, from which a training goes on (a checkpoint's).
+
+        Args:
+            step: The last one that stays.
+        """
+        self._file.close()
+        path, part = self.folder / FILE, self.folder / f"{FILE}.part"
+        with path.open(newline="", encoding="utf-8") as old:
+            with part.open("w", newline="", encoding="utf-8") as new:
+                head = next(old, "")
+                new.writelines([head, *(line for line in old if int(line.split(",")[0]) <= step)])
+        part.replace(path)
+        self.step = min(self.step, step)
+        if self._events is not None:
+            self._events.close()
+            self._events = _events(self.folder, self.step + 1)
+        self._open()
 
     def __call__(
         self, optimizer: object, loss: Tensor | float | None = None, **more: Tensor | float
@@ -175,7 +197,7 @@ def rows(path: Path) -> Iterator[tuple[int, str, float]]:
                 )
 
 
-def _events(folder: Path) -> Any:
+def _events(folder: Path, purged: int | None = None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
@@ -183,4 +205,4 @@ def _events(folder: Path) -> Any:
             "StepLog(tensorboard=True) needs the package tensorboard: pip install tensorboard, or "
             "leave the option out and read steps.csv"
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=purged)

@@ -82,6 +82,23 @@ def test_train_log_watch(tmp_path: Path) -> None:
     assert len((tmp_path / "log" / "steps.csv").read_text().splitlines()) > 50
 
 
+def test_the_log_of_a_resumed_training_is_that_of_one(tmp_path: Path) -> None:
+    """What was logged behind the checkpoint, before the training was killed, is taken off."""
+
+    def run(name: str, epochs: int, *more: str) -> str:
+        line = f"train --dataset wine --arch mlp-8x2-tanh --batch 32 --epochs {epochs}".split()
+        folders = ["--log", str(tmp_path / name), "--checkpoint", str(tmp_path / f"{name}-states")]
+        done = CliRunner().invoke(app, [*line, *folders, *more, "--out", str(tmp_path / "out")])
+        assert done.exit_code == 0, done.output
+        return (tmp_path / name / "steps.csv").read_text()
+
+    run("killed", 1)
+    with StepLog(tmp_path / "killed") as log:
+        log.step += 2
+        log.write({"loss": 99.0})
+    assert run("killed", 2, "--resume") == run("straight", 2)
+
+
 def until(terminal: int, words: bytes, seconds: float = 60.0) -> None:
     seen, end = b"", time.monotonic() + seconds
     while words not in seen:

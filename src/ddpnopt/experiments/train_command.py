@@ -152,13 +152,18 @@ def _show(record: Epoch, epochs: int) -> None:
 def _run(config: RunConfig, checkpoints: Checkpoints | None, log: Path | None, out: Path) -> None:
     """Train, show every epoch, write the results."""
     title = f"{config.label} on {config.dataset}, lr {config.lr:g}"
-    with stopping_errors(), console.status(title), logged(log) as note:
+    with stopping_errors(), console.status(title), logged(log) as steps:
+
+        def start(step: int) -> None:
+            if steps is not None and checkpoints is not None and checkpoints.resume:
+                steps.rewind(step)
 
         def show(record: Epoch) -> None:
-            note(record)
+            if steps is not None:
+                steps.write({"loss": record.train_loss, "accuracy": record.test_accuracy})
             _show(record, config.epochs)
 
-        result = train(config, show, checkpoints)
+        result = train(config, show, checkpoints, start)
     if result.diverged:
         console.print(f"[yellow]diverged: {result.reason}[/]")
     for path in write_run(result, out):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ddpnopt.experiments.records import Epoch
 from ddpnopt.logs import FILE, HEADER, StepLog
 
 EPILOG = "Example: [bold]ddpnopt watch runs/first[/], with StepLog('runs/first') in the program"
@@ -44,19 +43,15 @@ LogOption = Annotated[
 
 
 @contextmanager
-def logged(folder: Path | None) -> Iterator[Callable[[Epoch], None]]:
-    """Within the block every optimizer step is logged; yields what takes an epoch's record."""
+def logged(folder: Path | None) -> Iterator[StepLog | None]:
+    """Within the block every optimizer step is logged, where a folder is given."""
     if folder is None:
-        yield lambda record: None
+        yield None
         return
     with StepLog(folder) as log:
-
-        def note(record: Epoch) -> None:
-            log.write({"loss": record.train_loss, "accuracy": record.test_accuracy})
-
         handle = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: log(optimizer))
         try:
-            yield note
+            yield log
         finally:
             handle.remove()
 
