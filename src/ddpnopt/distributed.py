@@ -22,6 +22,7 @@ from ddpnopt.checks import usable
 from ddpnopt.company import checksum
 from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
 from ddpnopt.front import corrections
+from ddpnopt.gradients import dense_gradients
 from ddpnopt.notices import ANOTHER_NOT_RECOGNISED, DEFAULT_GROUP, UNEVEN
 from ddpnopt.recognition import Recogniser
 from ddpnopt.reweighting import write
@@ -190,13 +191,13 @@ def _reweigh(
     if len({fact.layers for fact in facts}) > 1:
         trajectories[0].error = _other_layers(trajectories[0])
         return
-    ranks, own = engine.company.ranks, [p for p in engine.expected() if p.grad is not None]
+    # Sparse gradients are plain, and DistributedDataParallel has averaged them.
+    ranks, grads = engine.company.ranks, dense_gradients(engine.expected())
     _weigh(trajectories)
     if not engine.company.averages:
         if all(fact.whole for fact in facts):
             engine.base = {}
         else:
-            grads = {p: p.grad for p in own if p.grad is not None}
             base = engine.base
             passed = {p: g - base[p] if p in base else g for p, g in grads.items()}
             engine.base = {p: grads[p] - one for p, one in _mean(engine, passed).items()}
@@ -205,7 +206,7 @@ def _reweigh(
             scale = 1 / ranks.size
             step = engine.new_step(trajectories, engine.rescale * scale, scale)
             found = corrections(step)
-            given = {p: found[p] if p in found else torch.zeros_like(p) for p in own}
+            given = {p: found[p] if p in found else torch.zeros_like(p) for p in grads}
             mean = _mean(engine, given)
     except (NonFiniteError, UnsupportedModelError, RankError) as error:
         trajectories[0].error = error  # p.grad is still plain

@@ -53,6 +53,24 @@ def images() -> nn.Module:
     return Images().double()
 
 
+class Words(nn.Module):
+    """Numbers as words, whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(12, 6, sparse=True)
+        self.inner, self.head = nn.Linear(36, 7), nn.Linear(7, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        words = (4 * x.abs()).long().clamp(max=11)
+        return self.head(torch.tanh(self.inner(self.words(words).flatten(1))))
+
+
+def sparse() -> nn.Module:
+    torch.manual_seed(5)
+    return Words().double()
+
+
 def batch(step: int, samples: int) -> Given:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(samples, 6, generator=generator).double()
@@ -207,6 +225,12 @@ def steps(name: str) -> int:
     return STEPS or (8 if name in REQUIRED else 3)
 
 
+#: What DistributedDataParallel averages itself; without it they are refused.
+SPARSE: dict[str, Scene] = {
+    "closed loop": Scene(own(lr=0.5), sparse),
+    "around Adagrad": Scene(around(torch.optim.Adagrad, lr=0.1), sparse),
+    "open loop": Scene(around(torch.optim.Adagrad, lr=0.1, feedback="open_loop"), sparse),
+}
 BUCKETS: dict[str, Scene] = {
     "identity": Scene(own(lr=0.5, communication="two_bucket")),
     "adamw": Scene(own(lr=0.02, curvature="adamw", communication="two_bucket")),
@@ -229,6 +253,7 @@ def work(rank: int, folder: str) -> dict[Any, Any]:
         for same in (True, False)
     }
     found |= {(name, ddp): train(SCENES[name], rank, ddp, steps(name)) for name, ddp in names()}
+    found |= {("sparse", name): train(scene, rank, True, 3) for name, scene in SPARSE.items()}
     dist.destroy_process_group()
     return found
 
@@ -243,6 +268,15 @@ def test_two_ranks_are_one_process(results: list[dict[Any, Any]], name: str, ddp
     first, second = (result[name, ddp] for result in results)
     assert torch.equal(first, second)
     one = train(SCENES[name], None, False, steps(name))
+    torch.testing.assert_close(first, one, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_gradients(results: list[dict[Any, Any]], name: str) -> None:
+    """DistributedDataParallel divides them in place, while the states' gradients still count."""
+    first, second = (result["sparse", name] for result in results)
+    assert torch.equal(first, second)
+    one = train(SPARSE[name], None, False, 3)
     torch.testing.assert_close(first, one, rtol=0, atol=1e-10)
 
 
