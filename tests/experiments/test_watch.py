@@ -41,7 +41,7 @@ def test_it_reads_on_while_the_run_writes(tmp_path: Path) -> None:
             text = shown(view)
             assert f"step {step}" in text and f"loss {loss:.6g}" in text
             assert "0.750" in text and "25%" in text and f"0.{step}00" in text and "b,c" in text
-    assert "█▃▁" in text
+    assert "█▃▁" in text and view.losses == [4.0, 2.0, 1.0]
     with (tmp_path / "steps.csv").open("a") as file:
         file.write("4,loss,0.")
     view.look()
