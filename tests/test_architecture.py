@@ -18,7 +18,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CORE = [f for f in FILES if "experiments" not in f.relative_to(PACKAGE).parts]
 AXES = ("layers", "curvature", "value")
 # The only files that may attach something to a user's module, tensor or optimizer.
-HOOK_FILES = {"trajectory.py", "watching.py", "classification.py", "cuts.py", "open_loop.py"}
+HOOK_FILES = {
+    "trajectory.py",
+    "binding.py",
+    "watching.py",
+    "classification.py",
+    "cuts.py",
+    "open_loop.py",
+}
 # Shape contracts are an optional import of this one file.
 CONTRACT_FILES = {"typing.py": {"jaxtyping"}}
 EXTRAS = (
@@ -146,7 +153,7 @@ def tracked() -> list[Path]:
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in listing.stdout.split("\0") if name]
-    return [f for f in files if f.is_file() and f.suffix not in {".png", ".csv", ".svg"}]
+    return [f for f in files if f.is_file() and f.suffix not in {".png", ".csv", ".svg", ".pt"}]
 
 
 def test_nothing_names_the_machine_it_was_made_on() -> None:

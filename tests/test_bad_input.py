@@ -200,16 +200,21 @@ def test_parameters_given_twice() -> None:
         DDPNOpt(model, params=groups)
 
 
-@pytest.mark.parametrize("model", [None, [1, 2], "net", torch.nn.Parameter(torch.zeros(2))])
+@pytest.mark.parametrize("model", [None, 3, torch.nn.Parameter(torch.zeros(2))])
 def test_model_that_is_no_module(model: object) -> None:
     with pytest.raises(TypeError, match=r"Module"):
         DDPNOpt(model)  # type: ignore[arg-type]
 
 
-def test_parameters_in_the_models_place() -> None:
-    """The habit from torch.optim gets told what to pass."""
-    with pytest.raises(TypeError, match=r"model"):
-        DDPNOpt(mlp().parameters(), lr=0.1)  # type: ignore[arg-type]
+@pytest.mark.parametrize("model", [[1, 2], "net", [{"params": [1]}]])
+def test_members_that_are_no_parameters(model: object) -> None:
+    with pytest.raises(ValueError, match=r"member 0 .*Module"):
+        DDPNOpt(model)  # type: ignore[arg-type]
+
+
+def test_parameters_twice() -> None:
+    with pytest.raises(TypeError, match=r"twice"):
+        DDPNOpt(mlp().parameters(), params=mlp().parameters())
 
 
 def test_model_without_parameters() -> None:

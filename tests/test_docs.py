@@ -61,6 +61,13 @@ def test_examples_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     runpy.run_path(str(example), run_name="__main__")
 
 
+def test_the_gallery_shows_every_example() -> None:
+    shown = re.findall(
+        r"^\| `(\w+\.py)` \|", (ROOT / "docs" / "gallery.md").read_text(), re.MULTILINE
+    )
+    assert sorted(shown) == [example.name for example in EXAMPLES]
+
+
 def test_the_readme_has_a_quickstart() -> None:
     assert any("DDPNOpt(" in code for _, code in blocks(ROOT / "README.md"))
 

@@ -13,6 +13,7 @@ from ddpnopt.errors import (
 from ddpnopt.explain import explain
 from ddpnopt.feedback import Feedback
 from ddpnopt.gains import Gain, feedback_gains
+from ddpnopt.logs import StepLog, scalars
 from ddpnopt.losses import MMCLoss
 from ddpnopt.open_loop import OpenLoop, open_loop
 from ddpnopt.optimizer import DDPNOpt
@@ -39,6 +40,7 @@ __all__ = [
     "NonFiniteError",
     "OpenLoop",
     "RankError",
+    "StepLog",
     "StepReport",
     "TerminalError",
     "UnsupportedModelError",
@@ -48,5 +50,6 @@ __all__ = [
     "explain",
     "feedback_gains",
     "open_loop",
+    "scalars",
     "value",
 ]

@@ -223,11 +223,14 @@ def counts() -> bool:
 
 def gradient_at_h(
     ref: weakref.ref[Arrivals], trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor
-) -> None:
-    """Hook of a stage's output."""
+) -> Tensor | None:
+    """Hook of a stage's output; what it returns is the gradient that the stage works on."""
     arrivals = ref()
     if arrivals is not None and counts():
         arrivals.at_h(trajectory, stage, link, G)
+        if getattr(stage.module, "sparse", False):
+            return G.clone()  # p.grad shares its memory, and is scaled in place by whoever clips
+    return None
 
 
 def gradient_at_x(ref: weakref.ref[Arrivals], stage: Stage, G: Tensor) -> None:

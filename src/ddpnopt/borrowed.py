@@ -51,12 +51,17 @@ class Update:
 class Borrowed:
     """Updates parameters in place and can take everything back.
 
+    Attributes:
+        judges_sparse: What makes the updates knows itself whether it takes sparse gradients.
+
     Args:
         hyper: Every parameter's hyperparameters in this step.
         state: The optimizer's state by parameter; written only by `commit`.
         copies: Memory for the weights before the step, kept from step to step: fresh pages cost
             more than the copy.
     """
+
+    judges_sparse = False
 
     def __init__(
         self,

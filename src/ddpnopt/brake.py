@@ -191,15 +191,10 @@ def _follow(layer: Layer, borrowed: Borrowed, after: dict[Tensor, Tensor], gamma
 class BrakeEngine(Engine):
     """An engine whose layers are braked; in open loop, too, nothing is written to p.grad."""
 
-    alone = "mode='brake'"
+    writes, alone = False, "mode='brake'"
 
     def __init__(
         self, model: nn.Module, options: Options, host: Host, company: Company | None = None
     ) -> None:
         super().__init__(model, options, host, company)
         self.method = brake
-
-    @property
-    def in_backward(self) -> bool:
-        """Never: gradients stay plain."""
-        return False

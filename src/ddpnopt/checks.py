@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,13 +30,10 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TypeError: Not a module.
         ValueError: No parameters, or not yet initialised ones.
-        UnsupportedModelError: Compiled or replicated by DataParallel.
+        UnsupportedModelError: Replicated by DataParallel.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"DDPNOpt(model): expected a torch.nn.Module, got {type(model).__name__}; parameters "
-            "go to params="
-        )
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"'{name}' is not initialised: run one forward pass first")
@@ -45,27 +42,28 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
             raise UnsupportedModelError(f"'{name or 'model'}' is nn.DataParallel: not supported")
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or type(module).__name__ == "OptimizedModule":
-            raise UnsupportedModelError(
-                f"'{name or 'model'}' is compiled by torch.compile, which hides the layers; give "
-                "DDPNOpt the uncompiled module"
-            )
 
 
-def check_group(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
+def check_group(group: Mapping[str, Any], owned: Container[Tensor]) -> None:
     """Check a parameter group's members and numbers.
+
+    Args:
+        group: The group.
+        owned: The model's parameters.
 
     Raises:
         ValueError: A parameter is not the model's, or a number is out of range.
     """
     for place, p in enumerate(group["params"]):
-        known = isinstance(p, Tensor) and p in names
-        if not known:
-            shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
+        if not isinstance(p, Tensor):
             raise ValueError(
-                f"params: parameter {place} of the group (shape {shape}) does not belong to the "
-                "model; give DDPNOpt the module that owns all of them"
+                f"params: member {place} of the group is of type {type(p).__name__}; give DDPNOpt "
+                "the torch.nn.Module, or its parameters or parameter groups"
+            )
+        if p not in owned:
+            raise ValueError(
+                f"params: parameter {place} of the group (shape {tuple(p.shape)}) does not belong "
+                "to the model; give DDPNOpt the module that owns all of them"
             )
     for option, low, high in (("lr", 0, None), ("momentum", 0, 1), ("weight_decay", 0, None)):
         number = float(group[option])
@@ -99,9 +97,11 @@ def check_backward(
     if recorder is not None and not trajectories and recorder.anatomy.layers():
         raise RuntimeError(
             "gradients arrived, but no forward pass of the model was recorded: was it called "
-            "through torch.compile, torch.func, or not at all? Was the backward pass run with "
-            "create_graph=True? Train the uncompiled module with a plain backward pass, or use "
-            "feedback=False (remove() of the open loop's handle)"
+            "through torch.func, or not at all? Was the backward pass run with create_graph=True? "
+            "Had torch.compile compiled it before the optimizer was made? Then give the optimizer "
+            "the compiled module, or call torch.compiler.reset() after its construction. Else "
+            "train with a plain backward pass, or use feedback=False (remove() of the open loop's "
+            "handle)"
         )
 
 
@@ -146,7 +146,7 @@ def check_gradients(
                 f"lr={hyper.lr} of '{names().get(p, 'a parameter')}' is out of the range of "
                 f"{p.dtype}; nothing was changed. Lower lr, or keep the weights in float32"
             )
-        if p.grad is None or not p.grad.is_sparse:
+        if borrowed.judges_sparse or p.grad is None or not p.grad.is_sparse:
             continue
         fed = hyper.curvature.statistics == "gradient"
         if fed or hyper.weight_decay:

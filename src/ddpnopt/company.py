@@ -125,6 +125,25 @@ class Company:
                 )
             self.replica.require_backward_grad_sync = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: the choices; who is there is looked up anew.
+
+        Raises:
+            TypeError: A process group can't leave its process.
+        """
+        if self.process_group is not None:
+            raise TypeError(
+                "an optimizer with process_group= can't be pickled, since the group belongs to "
+                "this process: save the model's and the optimizer's state_dict instead"
+            )
+        return {**vars(self), "ranks": Ranks(), "replica": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Company:
+        """A company of the same group, for a copied model."""
+        copied = object.__new__(Company)
+        vars(copied).update(vars(self), ranks=Ranks(), replica=None)
+        return copied
+
     def leave(self) -> None:
         """Let DistributedDataParallel reduce again."""
         if self.held and self.replica is not None:

@@ -209,8 +209,7 @@ def paths(trajectory: Trajectory) -> list[Sequence[nn.Module] | None]:
     Returns:
         One for each layer in feedback, the last one's empty; None where only `segment` will do.
     """
-    call, layers = trajectory.call, [stage.module for stage in trajectory.active]
-    assert call is not None
+    call, layers = trajectory.again(), [stage.module for stage in trajectory.active]
     found: list[Sequence[nn.Module] | None] = [None] * (len(layers) - 1)
     flat = _flat(call.module)
     autocast = any(enabled for enabled, _ in call.autocast.values())
@@ -244,11 +243,11 @@ def _unhooked(module: nn.Module) -> bool:
 
 
 def _run(trajectory: Trajectory, model: nn.Module, cutter: _Cutter) -> None:
-    assert trajectory.call is not None
-    trajectory.call.check_inputs()
+    call = trajectory.again()
+    call.check_inputs()
     with probing(), preserved(model), torch.enable_grad(), _hooked(trajectory.active, cutter):
         try:
-            Replay(trajectory.call).run_in_place(grad=True)
+            Replay(call).run_in_place(grad=True)
         except _Reached:
             return  # what was asked for
     if len(cutter.h) < len(cutter.stages):

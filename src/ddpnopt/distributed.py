@@ -22,8 +22,10 @@ from ddpnopt.checks import usable
 from ddpnopt.company import checksum
 from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
 from ddpnopt.front import corrections
+from ddpnopt.gradients import dense_gradients
 from ddpnopt.notices import ANOTHER_NOT_RECOGNISED, DEFAULT_GROUP, UNEVEN
 from ddpnopt.recognition import Recogniser
+from ddpnopt.reweighting import write
 from ddpnopt.spread import check_ranks
 from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
@@ -46,6 +48,7 @@ class Fact:
         samples: How many.
         unit: w of its samples, where all have the same; else 0.
         grads: Mark of which parameters have a gradient.
+        again: Its passes can be run again.
         whole: p.grad is the ranks' mean already, and nothing else.
         norm: Sum of the norms of p.grad.
         weights: Checksum of the weights.
@@ -56,6 +59,7 @@ class Fact:
     samples: float
     unit: float
     grads: float
+    again: float
     whole: float = 0.0
     norm: float = 0.0
     weights: float = 0.0
@@ -110,6 +114,7 @@ def _exchange(
         samples=float(sum(t.samples for t in trajectories)),
         unit=low if high <= low * (1 + 1e-3) else 0.0,
         grads=float(_mark([p.grad is None for p in own])),
+        again=float(all(t.call is not None for t in trajectories)),
         whole=float(ddp is not None and ddp.require_forward_param_sync and not engine.base),
         norm=norm,
         weights=weights,
@@ -186,13 +191,13 @@ def _reweigh(
     if len({fact.layers for fact in facts}) > 1:
         trajectories[0].error = _other_layers(trajectories[0])
         return
-    ranks, own = engine.company.ranks, [p for p in engine.expected() if p.grad is not None]
+    # Sparse gradients are plain, and DistributedDataParallel has averaged them.
+    ranks, grads = engine.company.ranks, dense_gradients(engine.expected())
     _weigh(trajectories)
     if not engine.company.averages:
         if all(fact.whole for fact in facts):
             engine.base = {}
         else:
-            grads = {p: p.grad for p in own if p.grad is not None}
             base = engine.base
             passed = {p: g - base[p] if p in base else g for p, g in grads.items()}
             engine.base = {p: grads[p] - one for p, one in _mean(engine, passed).items()}
@@ -201,12 +206,12 @@ def _reweigh(
             scale = 1 / ranks.size
             step = engine.new_step(trajectories, engine.rescale * scale, scale)
             found = corrections(step)
-            given = {p: found[p] if p in found else torch.zeros_like(p) for p in own}
+            given = {p: found[p] if p in found else torch.zeros_like(p) for p in grads}
             mean = _mean(engine, given)
     except (NonFiniteError, UnsupportedModelError, RankError) as error:
         trajectories[0].error = error  # p.grad is still plain
         return
-    engine.write(step, mean)
+    write(engine, step, mean)
 
 
 def _mean(engine: Engine, given: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -276,6 +281,9 @@ def agree(
         return False
     if engine.company.replica is not None and len({fact.samples for fact in facts}) > 1:
         engine.notices.say(UNEVEN)
+    if not all(fact.again for fact in facts):
+        for trajectory in trajectories:
+            trajectory.call = None  # no rank rolls out what another one can't
     _weigh(trajectories)
     return True
 

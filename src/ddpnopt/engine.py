@@ -15,20 +15,20 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.arrivals import Arrivals
+from ddpnopt.binding import Unbound
 from ddpnopt.checks import (
     check_backward,
     check_gradients,
     check_states,
     check_update,
     takes_part,
-    usable,
     verify_once,
 )
 from ddpnopt.company import Company
 from ddpnopt.distributed import agree, backward_ended
-from ddpnopt.errors import INTERRUPTED, NonFiniteError, TerminalError, UnsupportedModelError
-from ddpnopt.front import averaged, corrections, merged, remember, weigh
-from ddpnopt.gradients import Consumed, Fingerprint, added
+from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
+from ddpnopt.front import averaged, merged, remember, weigh
+from ddpnopt.gradients import Consumed, Fingerprint
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
@@ -38,7 +38,8 @@ from ddpnopt.outputs import Outputs
 from ddpnopt.plain import plain_updates
 from ddpnopt.ranks import Ranks
 from ddpnopt.report import StepReport
-from ddpnopt.reporting import report
+from ddpnopt.reporting import outcome
+from ddpnopt.reweighting import keep, reweigh
 from ddpnopt.rollout import Method, policies
 from ddpnopt.spread import check_parts
 from ddpnopt.stages import Link, Stage, Trajectory
@@ -54,6 +55,8 @@ class Engine:
     Attributes:
         method: How a step moves the layers in feedback.
         graphs: The method needs no chain of layers.
+        writes: In open loop, backward writes the re-weighted gradients to p.grad.
+        waiting: The model is not known yet: nothing is recorded.
         needs_cost: The method uses the terminal cost: a step whose loss is not recognised is the
             borrowed optimizer's, and the front is weighted by it.
         alone: What needs all samples in one process, if anything does.
@@ -65,7 +68,8 @@ class Engine:
         company: The ranks to train with.
     """
 
-    graphs, alone = True, ""
+    graphs = writes = True
+    alone = ""
 
     def __init__(
         self, model: nn.Module, options: Options, host: Host, company: Company | None = None
@@ -73,8 +77,9 @@ class Engine:
         self.model, self.options, self.host = model, options, host
         self.company = company or Company()
         self.method: Method = policies
-        self.needs_cost = True
-        self.diagnose = False
+        self.needs_cost, self.diagnose = True, False
+        early = self.writes and options.weight_gradients
+        self.in_backward = early and options.feedback == "open_loop"
         self.skipped, self.rescale = 0, 1.0
         self.copies: dict[int, Tensor] = {}
         self.running: dict[str, float] = {}
@@ -84,20 +89,34 @@ class Engine:
         self.open_report: StepReport | None = None
         self.notices = Notices()
         self.outputs = Outputs(options.terminal, self.notices)
-        self.fingerprint, self._consumed = Fingerprint(), Consumed()
+        self.fingerprint, self.consumed = Fingerprint(), Consumed()
         self._members: set[int] = set()
         self.recorder: Recorder | None = None
-        self.company.look(model)
-        check_parts(self)
-        self.refresh()
+        self.waiting = isinstance(model, Unbound)
         self.attach()
+
+    def bind(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """The model is known, by a call of it that has begun with these positional arguments."""
+        self.model, known = model, self.recorder
+        self.attach()
+        self.waiting = False  # not before: an interrupted call is begun again by the next
+        if self.recorder is not None and known is None:
+            self.recorder.join(args)
+
+    @property
+    def records(self) -> bool:
+        """Passes have to be recorded, for feedback or for some group's curvature."""
+        needed = self.options.feedback is not False or self.host.squares()
+        return needed or self.company.averages
 
     def attach(self) -> None:
         """Record passes, where feedback or some group's curvature needs them."""
-        feedback = self.options.feedback is not False
-        needed = feedback or self.host.squares() or self.company.averages
-        if self.recorder is not None or not needed:
+        self.refresh()
+        self.company.look(self.model)
+        check_parts(self)
+        if self.recorder is not None or isinstance(self.model, Unbound) or not self.records:
             return
+        feedback = self.options.feedback is not False
         gradient = self.options.value.linearization == "gradient"
         arrivals = Arrivals(
             weakly(self.expected),
@@ -147,14 +166,10 @@ class Engine:
         """Paths of the model's parameters."""
         return {p: name for name, p in self.model.named_parameters()}
 
-    @property
-    def in_backward(self) -> bool:
-        """Re-weighted gradients are written to p.grad by backward itself."""
-        return self.options.feedback == "open_loop" and self.options.weight_gradients
-
     def detach(self) -> None:
         """Remove every hook."""
         self.company.leave()
+        self.waiting = False
         if self.recorder is not None:
             self.recorder.detach()
             self.recorder = None
@@ -223,47 +238,29 @@ class Engine:
             trajectory.pending = (cost, error)
 
     def _backward_started(self) -> None:
-        """Keep what p.grad holds already, so that this pass's own gradient can be told from it."""
+        """What p.grad holds already is told from this pass's own gradient."""
         if self.in_backward or self.company.averages:
-            self.base = {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
-            if not any(bool(g.any()) for g in self.base.values()):
-                self.base, self.carried = {}, {}
+            keep(self)
 
     @torch.no_grad()
     def _backward_ended(self, trajectories: list[Trajectory]) -> None:
-        """Verify the chain; in open loop, write the re-weighted gradients to p.grad."""
+        """Verify the chain; average p.grad over the ranks; in open loop, re-weight it."""
         if self.options.feedback is not False:
             for trajectory in trajectories:
                 verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
         if self.company.ranks.several:
             backward_ended(self, trajectories)
-        elif self.in_backward and trajectories and all(map(usable, trajectories)):
-            step = self.new_step(trajectories, self.rescale, 1.0)
-            trajectories[0].error = RuntimeError(INTERRUPTED)
-            try:
-                self.write(step, corrections(step))
-                trajectories[0].error = None
-            except (NonFiniteError, UnsupportedModelError) as error:  # p.grad is still plain
-                trajectories[0].error = error
+        elif self.in_backward:
+            reweigh(self, trajectories)
         self.base = {}
         self.fingerprint.take(self.parameters())
-
-    def write(self, step: Step, found: Mapping[Tensor, Tensor]) -> None:
-        """Make p.grad the re-weighted gradient."""
-        for p, correction in found.items():
-            assert p.grad is not None
-            p.grad.add_(correction)
-            if step.borrowed.needs_plain(p):
-                before, extra = self.carried.get(p, (None, None))
-                self.carried[p] = added(before, correction), added(extra, step.extra.get(p))
-        self.open_report = report(self.options, step, "open_loop", skipped=self.skipped)
 
     # Step -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """After a step, whether taken or skipped."""
         self.forget_passes()
-        self._consumed.mark(self.parameters())
+        self.consumed.mark(self.parameters())
         self.fingerprint.clear()
         self.carried, self.open_report = {}, None
 
@@ -271,7 +268,7 @@ class Engine:
         """Take one step, ``closure`` called; raises before anything is changed, or puts it back."""
         trajectories = list(self.recorder.arrivals.completed) if self.recorder else []
         parameters = [p for p in self.parameters() if p.requires_grad]
-        fresh = self.fresh(parameters) or not parameters
+        fresh = self.consumed.fresh(parameters) or not parameters
         recording = self.recorder if self.options.feedback is not False else None
         check_backward(fresh, trajectories, recording)
         rescale = self.fingerprint.rescaling()
@@ -315,18 +312,13 @@ class Engine:
             remember(step, fronts, length)
             told = self.open_report if in_feedback and self.in_backward else None
             active = in_feedback and bool(step.layers or fronts or self.in_backward)
-            depth = self.options.depth if active else "off"
-            made = report(self.options, step, depth, rescale, self.skipped, told)
+            made = outcome(self.options, step, active, told, rescale, self.skipped)
             ranks.meet()
         except BaseException:
             insist(undo)
             raise
         insist(conclude)
         return made
-
-    def fresh(self, parameters: list[Tensor]) -> bool:
-        """Whether a gradient is new since the last step."""
-        return self._consumed.fresh(parameters)
 
     def new_step(
         self,

@@ -18,6 +18,7 @@ from ddpnopt.checks import check_model
 from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
+from ddpnopt.formats import FORMAT_VERSION, upgraded
 from ddpnopt.host import Host
 from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
@@ -35,7 +36,6 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 from ddpnopt.wrapped import Wrapped
 
-FORMAT_VERSION = 1
 #: How a layer's step is bounded, by name.
 MODES: dict[str, type[Engine]] = {"samples": Engine, "brake": BrakeEngine}
 
@@ -75,6 +75,8 @@ class Feedback(Shell):
         >>> opt.zero_grad(); criterion(model(x), y).backward(); opt.step()
     """
 
+    _kept = (*Shell._kept, "mode", "_inners")
+
     def __init__(
         self,
         model: nn.Module,
@@ -110,10 +112,16 @@ class Feedback(Shell):
         self._inners = tuple(Inner.of(one) for one in given)
         # The groups are the optimizers' own; what the base class makes of its own is not used.
         super().__init__([p for one in given for p in one.param_groups[0]["params"]], {})
-        company = Company(
+        self._company = Company(
             process_group, distributed, held=not weight_gradients, communication=communication
         )
-        self._engine = MODES[mode](model, self.options, Guest(self), company)
+        self._engine = self._make_engine()
+
+    def _make_engine(self) -> Engine:
+        return MODES[self.mode](self.model, self.options, Guest(self), self._company)
+
+    def _torch_state(self) -> dict[str, Any]:
+        return {}  # all of it is the wrapped optimizers'
 
     def _opening(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
         """The wrapped optimizers' own pre-hooks, once a step."""
@@ -230,23 +238,19 @@ class Feedback(Shell):
         own, states = state_dict.get("ddpnopt"), state_dict.get("inner")
         if own is None and states is None and {"state", "param_groups"} <= state_dict.keys():
             states = [state_dict]
-        elif own is None or states is None or own.get("version") != FORMAT_VERSION:
+        elif own is None or states is None:
             found = "no 'inner' entry" if states is None else "no 'ddpnopt' entry"
-            if own is not None and own.get("version") != FORMAT_VERSION:
-                found = f"format {own.get('version')}"
             raise ValueError(
-                f"load_state_dict: {found}; expected the state_dict of a Feedback, format "
-                f"{FORMAT_VERSION}, or of the wrapped optimizer"
+                f"load_state_dict: {found}; expected the state_dict of a Feedback, or of the "
+                "wrapped optimizer"
             )
+        if own is not None:
+            own = upgraded(own, {"gains": None, **self.engine.state_dict()}, "Feedback")
         if len(states) != len(self._inners):
             raise ValueError(
                 f"load_state_dict: the state is of {len(states)} optimizers, {len(self._inners)} "
                 "are wrapped"
             )
-        if own is not None:
-            missing = self.engine.state_dict().keys() - own.keys()
-            if missing:
-                raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))}")
         for one, state in zip(self.optimizers, states, strict=True):
             one.load_state_dict(state)
         if own is not None:

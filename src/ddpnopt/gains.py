@@ -134,13 +134,12 @@ class Gain:
         Raises:
             UnsupportedModelError: The model has no floating-point input.
         """
-        call = self.trajectory.call
         if self.layer.blocks[0].G is None:
             raise RuntimeError(
                 f"the pass of '{self.name}' has been used by a step: its weights are gone; call "
                 "feedback_gains anew between backward and step"
             )
-        assert call is not None
+        call = self.trajectory.again()
         found = [a for a in call.args if isinstance(a, Tensor) and a.is_floating_point()]
         if not found:
             raise UnsupportedModelError(

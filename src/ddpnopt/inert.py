@@ -23,13 +23,15 @@ class Hook:
         self.method, self.name = method, name
 
     def __call__(self, *args: Any) -> Any:
-        """Forward to the recorder, unless the call is being traced by a compiler."""
+        """Forward to the recorder, unless the call is being traced for a pass without gradients."""
+        if torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return None
+            from ddpnopt.interrupted import outside
+
+            return outside(self, *args)
         recorder = self.recorder() if self.recorder is not None else None
-        if (
-            recorder is None
-            or torch.compiler.is_compiling()
-            or torch._C._get_tracing_state() is not None
-        ):
+        if recorder is None or torch._C._get_tracing_state() is not None:
             return None
         with torch._C.DisableTorchFunction():  # what hooks do is no part of anybody's pass
             return getattr(recorder, self.method)(self.name, *args)

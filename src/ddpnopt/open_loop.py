@@ -18,6 +18,7 @@ from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.feedback import Guest, gains_of, set_gains
+from ddpnopt.formats import FORMAT_VERSION, upgraded
 from ddpnopt.gradients import dense_gradients
 from ddpnopt.inner import Reader, reader_of
 from ddpnopt.narrowed import Inner
@@ -141,13 +142,21 @@ class OpenLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives a step, to resume to the bit; the optimizer's own state is not in it."""
-        return {"gains": [gains_of(one) for one in self.inners], **self.engine.state_dict()}
+        gains = [gains_of(one) for one in self.inners]
+        return {"version": FORMAT_VERSION, "gains": gains, **self.engine.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take it back."""
-        for inner, gains in zip(self.inners, state_dict["gains"], strict=True):
+        """Take it back.
+
+        Raises:
+            ValueError: The state is another's, or of a newer format.
+        """
+        # The first releases' handles did not say their format.
+        given = {"version": 1, **state_dict}
+        own = upgraded(given, {"gains": None, **self.engine.state_dict()}, "handle of open_loop")
+        for inner, gains in zip(self.inners, own["gains"], strict=True):
             set_gains(inner, gains)
-        self.engine.load_state_dict(state_dict)
+        self.engine.load_state_dict(own)
 
     # Around the optimizer's step ----------------------------------------------------------------
 
@@ -176,7 +185,7 @@ class OpenLoop:
         engine.refresh()
         trajectories = list(engine.recorder.arrivals.completed) if engine.recorder else []
         seen = engine.open_report is not None  # another optimizer has stepped on this pass
-        if not (trajectories or seen or self._stepped) and engine.fresh(
+        if not (trajectories or seen or self._stepped) and engine.consumed.fresh(
             [p for p, grad in dense_gradients(engine.parameters()).items() if grad.any()]
         ):
             check_backward(True, trajectories, engine.recorder)

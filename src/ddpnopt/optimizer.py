@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpnopt.binding import Binding, Unbound, model_and_parameters
 from ddpnopt.checks import check_group, check_model
 from ddpnopt.company import Company
 from ddpnopt.curvature import Curvature
 from ddpnopt.engine import Engine
+from ddpnopt.formats import FORMAT_VERSION, upgraded
 from ddpnopt.host import OwnGroups
 from ddpnopt.hyperparameters import curvature_options
+from ddpnopt.inert import weakly
 from ddpnopt.options import Options, value_from
 from ddpnopt.recognition import Terminal
 from ddpnopt.shell import Shell
@@ -22,7 +25,6 @@ from ddpnopt.terminal import MMC, MSE
 from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
 
-FORMAT_VERSION = 1
 #: What every parameter group has; torch adds names of its own to the defaults as it loads a state.
 GROUP_OPTIONS = ("lr", "momentum", "weight_decay", "curvature")
 
@@ -36,7 +38,9 @@ class DDPNOpt(Shell):
 
     Args:
         model: The network. Behind the last branch and the last mixing of samples its layers get
-            their own feedback; all that lies in front is re-weighted once a sample.
+            their own feedback; all that lies in front is re-weighted once a sample. Frameworks that
+            construct ``cls(params, lr=...)`` give parameters or groups instead: the model is then
+            the first module called that owns them all.
         lr: Learning rate eta.
         curvature: "identity" (SGD), "rmsprop", "adamw", "kfac", "ekfac", or an object with its
             options.
@@ -75,7 +79,7 @@ class DDPNOpt(Shell):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Iterable[Any] | None = None,
         lr: float = 0.1,
         curvature: str | Curvature = "identity",
         value: str | ValueFunction = "moreau",
@@ -92,8 +96,7 @@ class DDPNOpt(Shell):
         distributed: bool = True,
         communication: str = "layerwise",
     ) -> None:
-        check_model(model)
-        self.model = model
+        self.model, members = model_and_parameters(model, params)
         self.options = Options(
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
         )
@@ -103,11 +106,26 @@ class DDPNOpt(Shell):
             "weight_decay": weight_decay,
             "curvature": curvature_options(curvature),
         }
-        super().__init__(model.parameters() if params is None else params, defaults)
-        company = Company(
+        super().__init__(members, defaults)
+        self._company = Company(
             process_group, distributed, held=not weight_gradients, communication=communication
         )
-        self._engine = self._engine_type(model, self.options, OwnGroups(self), company)
+        self._engine = self._make_engine()
+
+    def _make_engine(self) -> Engine:
+        if isinstance(self.model, Unbound):
+            self._binding = Binding(weakly(self._parameters), weakly(self._bind))
+        return self._engine_type(self.model, self.options, OwnGroups(self), self._company)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _bind(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """The model is called for the first time."""
+        if self.engine.waiting:
+            check_model(model)
+            self.model = model
+            self.engine.bind(model, args)
 
     # Groups ---------------------------------------------------------------------------------
 
@@ -124,7 +142,8 @@ class DDPNOpt(Shell):
         members = [given] if isinstance(given, Tensor) else list(given)
         group["params"] = [p[1] if isinstance(p, tuple) else p for p in members]
         group["curvature"] = curvature_options(group["curvature"])
-        check_group(group, {p: name for name, p in self.model.named_parameters()})
+        unbound = isinstance(self.model, Unbound)
+        check_group(group, set(group["params"] if unbound else self.model.parameters()))
         super().add_param_group(group)
         if self._engine is not None:
             self._engine.attach()
@@ -152,16 +171,11 @@ class DDPNOpt(Shell):
         Raises:
             ValueError: The state is another optimizer's, or of a newer format.
         """
-        own = state_dict.get("ddpnopt")
-        if own is None or own.get("version") != FORMAT_VERSION:
-            found = "no 'ddpnopt' entry" if own is None else f"format {own.get('version')}"
+        if "ddpnopt" not in state_dict:
             raise ValueError(
-                f"load_state_dict: {found}; expected the state_dict of a DDPNOpt, "
-                f"format {FORMAT_VERSION}"
+                "load_state_dict: no 'ddpnopt' entry; expected the state_dict of a DDPNOpt"
             )
-        missing = self.engine.state_dict().keys() - own.keys()
-        if missing:
-            raise ValueError(f"load_state_dict: the state lacks {', '.join(sorted(missing))}")
+        own = upgraded(state_dict["ddpnopt"], self.engine.state_dict(), type(self).__name__)
         for number, group in enumerate(state_dict.get("param_groups", [])):
             lost = [option for option in GROUP_OPTIONS if option not in group]
             if lost:

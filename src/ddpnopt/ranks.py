@@ -26,7 +26,7 @@ from ddpnopt.errors import NonFiniteError, RankError, UnsupportedModelError
 from ddpnopt.typing import Tensor
 
 #: Numbers in a rank's row, the two flags included.
-ROW = 10
+ROW = 11
 Key = TypeVar("Key", bound=Hashable)
 
 

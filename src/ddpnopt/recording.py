@@ -14,6 +14,7 @@ from ddpnopt.layers import LayerRule, rule_of_call
 from ddpnopt.parameters import parameters
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
+from ddpnopt.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,20 @@ class Executed:
         rule, against = rule_of_call(module, given, len(outputs))
         return Executed(module, tensors_of(given), outputs, rule, against)
 
-    def joined(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All outputs as one tensor, and the parts of it that take their place."""
+    def joined(self, watch: Watch | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All outputs as one tensor, which has their gradient, and the parts that take their place.
+
+        Args:
+            watch: Learns the parts' names.
+        """
         assert self.rule is not None
         h = self.rule.pack_output(self.module, self.outputs)
-        return h, self.rule.unpack_output(self.module, h)
+        parts = self.rule.unpack_output(self.module, h)
+        if watch is not None:
+            for before, after in zip(self.outputs, parts, strict=True):
+                watch.renamed(before.grad_fn, before.output_nr, after)
+                watch.path.same(before, after)
+        return h, parts
 
     def stage(self, name: str, out: Tensor, time: int) -> Stage:
         """The call as a stage.

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ddpnopt.compiled import as_written, compiled
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.modes import rebuilt
 from ddpnopt.randomness import Randomness, cuda_in_use
@@ -41,6 +42,15 @@ def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
     return value
 
 
+def _untouched(value: Any) -> bool:
+    """Whether a value can be shown to be as it was made."""
+    if isinstance(value, Tensor):
+        return not value.is_inference() and value._version == 0
+    if isinstance(value, tuple):
+        return all(map(_untouched, value))
+    return value is None or isinstance(value, str | int | float | torch.dtype | torch.device)
+
+
 @dataclass
 class Call:
     """One recorded call of the module that owns all layers."""
@@ -55,6 +65,7 @@ class Call:
     inside: Sequence[nn.Module]
     training: tuple[bool, ...]
     buffers: list[tuple[nn.Module, str, Tensor]]
+    compiled: bool = False
 
     @staticmethod
     def capture(
@@ -72,7 +83,29 @@ class Call:
         args, kwargs = frozen(args, watched), frozen(kwargs, watched)
         buffers = [(m, n, b.detach().clone()) for m, n, b in buffers_of(inside)]
         state = Randomness.capture()
-        return Call(name, module, args, kwargs, watched, state, autocast, inside, training, buffers)
+        return Call(
+            name,
+            module,
+            args,
+            kwargs,
+            watched,
+            state,
+            autocast,
+            inside,
+            training,
+            buffers,
+            compiled(inside),
+        )
+
+    def completed(self, kwargs: Mapping[str, Any]) -> Call | None:
+        """With keyword arguments that are known since its end only.
+
+        Returns:
+            The call, or None where it may have changed what it was given.
+        """
+        if not all(map(_untouched, kwargs.values())):
+            return None
+        return replace(self, kwargs=frozen(dict(kwargs), self.watched))
 
     def check_inputs(self) -> None:
         """Raise if an argument has been overwritten since the nominal pass."""
@@ -93,6 +126,8 @@ class Call:
                 stack.enter_context(
                     torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
                 )
+            if self.compiled:
+                stack.enter_context(as_written())
             if trace is not None:
                 stack.enter_context(trace)
             self.module(*self.args, **self.kwargs)

@@ -17,7 +17,6 @@ def report(
     depth: str,
     rescale: float = 1.0,
     skipped: int = 0,
-    known: StepReport | None = None,
 ) -> StepReport:
     """The record of a step.
 
@@ -27,10 +26,7 @@ def report(
         depth: What was really done.
         rescale: r.
         skipped: Steps skipped so far.
-        known: What the backward pass has reported already (open loop).
     """
-    if known is not None:
-        return replace(known, rescale=rescale)
     plain = {s.name: s.plain for t in step.trajectories for s in t.stages if s.plain}
     fronts = [t for t in step.trajectories if t.front is not None]
     costs = [t.cost.name for t in step.trajectories if t.cost is not None]
@@ -45,6 +41,32 @@ def report(
         skipped,
         _front(fronts[0]) if fronts and options.feedback is not False else None,
     )
+
+
+def outcome(
+    options: Options,
+    step: Step,
+    active: bool,
+    opened: StepReport | None,
+    rescale: float,
+    skipped: int,
+) -> StepReport:
+    """The record of a step at the depth that it had.
+
+    Args:
+        options: The optimizer's choices.
+        step: The step.
+        active: Some layer was in feedback.
+        opened: The record that the backward pass has made, in open loop.
+        rescale: r.
+        skipped: How many steps have been skipped.
+    """
+    if opened is not None:
+        return replace(opened, rescale=rescale)
+    depth = options.depth if active else "off"
+    if depth == "closed_loop" and any(t.call is None for t in step.trajectories):
+        depth = "open_loop"  # a pass that can't be run again
+    return report(options, step, depth, rescale, skipped)
 
 
 def _front(trajectory: Trajectory) -> LayerReport:

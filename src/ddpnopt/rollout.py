@@ -33,11 +33,12 @@ def policies(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory])
     """DDPNOpt's method: Bellman's recursion, then each layer's policy in the rollout."""
     recurse(recorder, step, trajectories)
     step.announce()
-    if step.ranks.two_bucket:
+    known = all(t.call is not None for t in trajectories)
+    if known and step.ranks.two_bucket:
         buckets = TwoBuckets(step)
         rollout(recorder, trajectories, step.layers, buckets.move)
         buckets.settle()
-    elif all(t.call is not None for t in trajectories):
+    elif known:
         rollout(recorder, trajectories, step.layers, step.apply)
     else:  # open loop
         for layer in step.layers.values():
@@ -56,7 +57,7 @@ def recurse(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) 
         return
     with step.borrowed.undone():
         for trajectory in trajectories:
-            if trajectory.call is None or [s.name for s in trajectory.active] != list(step.layers):
+            if [stage.name for stage in trajectory.active] != list(step.layers):
                 raise UnsupportedModelError(
                     "second-order dynamics need a chain of layers and the closed loop: use "
                     "feedback=True, or dynamics='first_order'"
@@ -86,8 +87,7 @@ def rollout(
         UnsupportedModelError: The calls can't be repeated, or take another path.
     """
     for trajectory in trajectories:
-        assert trajectory.call is not None
-        trajectory.call.check_inputs()
+        trajectory.again().check_inputs()
     order = list(layers)
     reached: list[str] = []
     moved = [
@@ -148,9 +148,8 @@ def _replay(
     functional: Mapping[int, tuple[str, nn.Module]],
 ) -> Replay:
     """A pass to be run again; watched if it is known by what crosses its cuts."""
-    assert trajectory.call is not None
     again = {n for n, layer in layers.items() if any(s.repeats for s in layer.blocks)}
-    replay = Replay(trajectory.call, again=frozenset(again))
+    replay = Replay(trajectory.again(), again=frozenset(again))
     if moved is not None and trajectory.path is not None:
         replay.trace = Retrace(moved, trajectory.path)
         replay.trace.functional = {k: one for k, one in functional.items() if one[0] in layers}

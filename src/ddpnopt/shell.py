@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn, Self, overload
+from typing import Any, ClassVar, NoReturn, Self, overload
 
 import torch
 from torch import nn
 
+from ddpnopt.binding import check_bound
+from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.options import Options
@@ -20,13 +22,16 @@ class Shell(torch.optim.Optimizer):
     """An optimizer that belongs to a model's hooks.
 
     Attributes:
-        model: The network.
+        model: The network; a module without parameters until it is known.
         options: The choices that hold for all parameters.
         last_step: What the last step did.
     """
 
     model: nn.Module
     options: Options
+    #: Attributes that copies take over.
+    _kept: ClassVar[tuple[str, ...]] = ("model", "options", "_company")
+    _company: Company
     last_step: StepReport | None = None
     _engine: Engine | None = None
 
@@ -98,6 +103,7 @@ class Shell(torch.optim.Optimizer):
         try:
             ranks, parameters = engine.company.ranks, engine.parameters()
             with torch.autocast(device, enabled=False), ranks.together(parameters):
+                check_bound(engine.waiting and engine.records)
                 check_ranks(engine)
                 self.last_step = engine.step(closure)
         except NonFiniteError:
@@ -122,17 +128,54 @@ class Shell(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self.engine.forget()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        """Refused: the copy's parameters would be no model's."""
-        raise TypeError(self._copied())
+    # Copies ---------------------------------------------------------------------------------
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refused likewise."""
-        raise TypeError(self._copied())
+    def _make_engine(self) -> Engine:
+        """A new engine for the model."""
+        raise NotImplementedError
 
-    def _copied(self) -> str:
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: with the model, so that both together stay a pair."""
+        kept = {name: value for name, value in vars(self).items() if name in self._kept}
+        return {"own": kept, "torch": self._torch_state(), "engine": _packed(self.engine)}
+
+    def _torch_state(self) -> dict[str, Any]:
+        """What the base class keeps."""
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hooks on the copied model."""
+        if "engine" not in state:  # torch's load_state_dict comes this way
+            super().__setstate__(state)
+            return
+        vars(self).update(state["own"])
+        super().__setstate__(state["torch"])
+        self._engine = self._make_engine()
+        _unpack(self._engine, state["engine"])
+
+    def __copy__(self) -> NoReturn:
+        """Refused: two optimizers would step on one state."""
         name = type(self).__name__
-        return (
-            f"a {name} can't be copied or pickled, since it belongs to its model's hooks: copy the "
-            f"model, make a new {name} for it, and carry the state over with state_dict"
+        raise TypeError(
+            f"a {name} can't be copied by half: copy.deepcopy copies it with its model; or make a "
+            f"new {name} and carry the state over with state_dict"
         )
+
+
+def _packed(engine: Engine) -> dict[str, Any]:
+    detached = engine.records and engine.recorder is None and not engine.waiting
+    return {
+        "chosen": (engine.method, engine.needs_cost, engine.diagnose),
+        "outputs": engine.outputs,
+        "detached": detached,
+        "state": engine.state_dict(),
+    }
+
+
+def _unpack(engine: Engine, packed: dict[str, Any]) -> None:
+    engine.method, engine.needs_cost, engine.diagnose = packed["chosen"]
+    engine.outputs = packed["outputs"]
+    engine.notices = engine.outputs.notices
+    engine.load_state_dict(packed["state"])
+    if packed["detached"]:
+        engine.detach()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing, Path, Span
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.layers import LayerRule, tied
 from ddpnopt.layout import ROWS, SECOND, SHARED, arranged
 from ddpnopt.replay import Call
@@ -196,7 +197,7 @@ class Trajectory:
     Attributes:
         stages: Executions in order.
         z: Output of the last parametrised layer, with its version.
-        call: How to run the pass again; None in open loop.
+        call: How to run the pass again; None in open loop, or where it is not known.
         samples: B.
         refusal: Why no feedback is possible; raised when a step needs it.
         owned: One call contains all layers.
@@ -277,6 +278,26 @@ class Trajectory:
             self.front = replace(self.front, corrections=corrections, weighted=weighted)
         if self.cost is not None:
             self.cost = self.cost.times(share)
+
+    def again(self) -> Call:
+        """How to run the pass again.
+
+        Raises:
+            UnsupportedModelError: Not all of the call is known.
+        """
+        if self.call is None and self.cut_short is not None:
+            raise UnsupportedModelError(
+                f"layers ran again, or first, behind the call of '{self.cut_short}', which was "
+                "taken for the whole pass, so it can't be run again; from the next pass on what "
+                "calls it is: run the pass anew"
+            )
+        if self.call is None:
+            raise UnsupportedModelError(
+                "the model became known by a call with keyword arguments that may have changed "
+                "since, so it can't be run again; give the optimizer the module instead of its "
+                "parameters"
+            )
+        return self.call
 
     def forget_gradients(self) -> None:
         """Back to how the forward pass left it: its gradients have been used or thrown away."""

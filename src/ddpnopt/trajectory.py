@@ -21,7 +21,8 @@ from torch.autograd.graph import get_gradient_edge
 from ddpnopt.arguments import ordered, tensors_of
 from ddpnopt.arrivals import Arrivals, gradient_at_h, gradient_at_x
 from ddpnopt.classification import Classifier
-from ddpnopt.inert import Anchor, Hook, probes
+from ddpnopt.holding import Holding, anchored
+from ddpnopt.inert import Hook, probes
 from ddpnopt.layers import reason_against, rule_for
 from ddpnopt.ledger import Ledger
 from ddpnopt.modes import quiet
@@ -66,7 +67,7 @@ class Recorder:
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
         self.weight_gradients, self.arrivals = weight_gradients, arrivals
         self.classifier = Classifier(arrivals, trainable, graphs, closed_loop)
-        self.paused = False
+        self.paused, self._joined_late = False, False
         #: What puts back what the step now does to the model.
         self.undoing = Undoing()
         self.watching = Watching(closed_loop, graphs)
@@ -77,7 +78,7 @@ class Recorder:
         self._ledger = Ledger(set())
         self._link: Link | None = None
         self._last: Tensor | None = None
-        self._held: dict[str, nn.Parameter] = {}
+        self._holding = Holding()
         self._newest: weakref.ref[Trajectory] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.anatomy = Anatomy(model, trainable)
@@ -117,7 +118,7 @@ class Recorder:
     def forget(self) -> None:
         """Drop the recorded passes, and what an interrupted one has left."""
         self.watching.end()
-        self._release()
+        self._holding.release()
         self.arrivals.drop()
 
     def pause(self) -> Undoing:
@@ -150,7 +151,7 @@ class Recorder:
         if not self._recording():
             return
         if not self._depth:
-            self._release()
+            self._holding.release()
             self._look_again()
         if not self.anatomy.owns_all(module):
             return
@@ -168,6 +169,11 @@ class Recorder:
             if self.watching.watch is not None:
                 self.watching.watch.restart()
 
+    def join(self, args: tuple[Any, ...]) -> None:
+        """A call of the model began before there were hooks; its kwargs are seen at its end."""
+        self._enter("", self.model, args, {})
+        self._joined_late = True
+
     def _look_again(self) -> None:
         """Parameters may have been swapped or frozen, layers replaced, since the last pass."""
         self.refresh()
@@ -182,7 +188,7 @@ class Recorder:
         self.arrivals.drop_stale()
         self._open = Trajectory(owned=owned, to_verify=self.classifier.due())
         self._ledger, self._link, self._last = Ledger(self.anatomy.own), None, None
-        self._left = False
+        self._left = self._joined_late = False
 
     def _leave(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The owner returns: the graph alone keeps the trajectory from here on."""
@@ -196,6 +202,9 @@ class Recorder:
             self.watching.call_ends()
         if self._depth:
             return None
+        late, self._joined_late, begun = self._joined_late, False, self._open
+        if late and kwargs and begun and begun.call and begun.call.module is module:
+            begun.call = begun.call.completed(kwargs)
         if output is not None and self._open is not None:
             self._find_output(output)
         if self.watching.watch is not None and output is not None:
@@ -228,7 +237,7 @@ class Recorder:
         return h if replaced is None else replaced
 
     def _close(self, complete: bool) -> None:
-        watch, trajectory = self.watching.end(), self._open
+        watch, trajectory = self.watching.stop(), self._open
         if complete and trajectory is not None and trajectory.stages and self._ledger.edges:
             assert self._last is not None
             self.watching.look(trajectory, watch, self._ledger, self.model, self.anatomy)
@@ -239,18 +248,13 @@ class Recorder:
         self._open, self._link, self._last = None, None, None
         self._ledger = Ledger(set())
         self.classifier.passes += 1
+        self.watching.end()
 
     def _reach(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: a time step begins."""
         if self.watching.watch is not None and self._recording():
             self.watching.watch.time += 1
             self.watching.watch.inside = True
-
-    def _release(self) -> None:
-        """Weights ask for gradients again whose layer was interrupted."""
-        for weight in self._held.values():
-            weight.requires_grad_(True)
-        self._held.clear()
 
     def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: its weight asks for no gradient while the layer runs."""
@@ -264,21 +268,17 @@ class Recorder:
             and self.trainable(weight)
             and not reason_against(module, ordered(module, args, kwargs))
         ):
-            weight.requires_grad_(False)
-            self._held[name] = weight
+            self._holding.hold(name, weight)
 
     def _record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After a layer: note its state, and ask for its gradients."""
         if self.watching.watch is not None:
             self.watching.watch.inside = False
         with quiet(self.watching.watch):
-            held = self._held.pop(name, None)
-            if held is not None:
-                held.requires_grad_(True)
             replaced: Any = None
-            unseen = held is not None and module._parameters.get("bias") is None
+            unseen = self._holding.let_go(name) and module._parameters.get("bias") is None
             if unseen and isinstance(output, Tensor):  # no parameter here would get a gradient
-                replaced = self._anchored(output)
+                replaced = anchored(output, self.arrivals.token, self.watching.watch)
                 output = replaced
             if not self._recording() or output is None:
                 return replaced
@@ -290,27 +290,11 @@ class Recorder:
             call = Executed.of(module, ordered(module, args, kwargs), output)
             out = call.outputs[0]
             if call.rule is not None and len(call.outputs) > 1:
-                out, replaced = self._joined(call)
+                out, replaced = call.joined(self.watching.watch)
             self._add(name, call, out)
             if orphan:
                 self._close(complete=True)
             return replaced
-
-    def _joined(self, call: Executed) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Several outputs as one, which has their gradient, and what takes their place."""
-        out, parts = call.joined()
-        if self.watching.watch is not None:
-            for before, after in zip(call.outputs, parts, strict=True):
-                self.watching.watch.renamed(before.grad_fn, before.output_nr, after)
-                self.watching.watch.path.same(before, after)
-        return out, parts
-
-    def _anchored(self, output: Tensor) -> Tensor:
-        before = output.grad_fn, output.output_nr
-        after: Tensor = Anchor.apply(output, self.arrivals.token)  # type: ignore[no-untyped-call]
-        if self.watching.watch is not None:
-            self.watching.watch.renamed(*before, after)
-        return after
 
     def _add(self, name: str, call: Executed, out: Tensor) -> None:
         trajectory = self._open

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from contextlib import ExitStack
 from functools import partial
 
 from torch import nn
 
 from ddpnopt.accounts import Sources
 from ddpnopt.arrivals import Arrivals, gradient_at_crossing
+from ddpnopt.compiled import AS_WRITTEN, as_written, compiled
 from ddpnopt.crossing import Crossing
 from ddpnopt.cuts import in_order
+from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.functional import Layers
 from ddpnopt.ledger import Ledger
 from ddpnopt.stages import Head, Stage, Trajectory
@@ -36,11 +40,14 @@ class Watching:
     Attributes:
         watch: Sees the calls of the pass that runs.
         branching: Whether the cuts have to be watched; None while that is unknown.
+        traced: Passes come from within what torch.compile runs.
     """
 
     def __init__(self, closed_loop: bool, graphs: bool) -> None:
         self.closed_loop, self.graphs = closed_loop, graphs
         self.watch: Watch | None = None
+        self._written, self._told = ExitStack(), False
+        self.traced = False
         self.forget()
 
     def forget(self) -> None:
@@ -52,6 +59,12 @@ class Watching:
         self, trajectory: Trajectory, arrivals: Arrivals, layers: Layers, anatomy: Anatomy
     ) -> None:
         """A pass begins: see its calls, where branches or layers that run as functions may be."""
+        if self.traced or compiled(anatomy.modules):
+            self._written.close()
+            self._written.enter_context(as_written(self.traced))
+            if not self._told:
+                self._told = True
+                warnings.warn(AS_WRITTEN, DDPNOptWarning, stacklevel=2)
         functions = anatomy.functions if self.graphs else {}
         if self.branching is False and not functions:
             return
@@ -69,12 +82,17 @@ class Watching:
         if self.watch is not None:
             self.watch.path.end = len(self.watch.path.steps)
 
-    def end(self) -> Watch | None:
+    def stop(self) -> Watch | None:
         """The pass is over: its calls are seen no more."""
         watch, self.watch = self.watch, None
         if watch is not None:
             watch.end()
         return watch
+
+    def end(self) -> None:
+        """All has been done about the pass, or it was broken off."""
+        self.stop()
+        self._written.close()
 
     def look(
         self,

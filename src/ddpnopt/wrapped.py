@@ -24,6 +24,8 @@ class Wrapped(Borrowed):
         copies: Memory for the weights before the step, kept from step to step.
     """
 
+    judges_sparse = True
+
     def __init__(self, inners: Sequence[Inner], copies: dict[int, Tensor]) -> None:
         self._group: dict[Tensor, Group] = {}
         self._inner: dict[Tensor, Inner] = {}

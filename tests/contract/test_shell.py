@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import warnings
 from typing import Any
 
@@ -140,11 +139,10 @@ def test_replaced_layer(feedback: object, value: str) -> None:
 
 
 @pytest.mark.parametrize("feedback", [True, "open_loop", False])
-def test_copies_are_refused(feedback: object) -> None:
+def test_half_copies_are_refused(feedback: object) -> None:
     opt = DDPNOpt(mlp(), feedback=feedback)  # type: ignore[arg-type]
-    for copier in (copy.deepcopy, copy.copy, pickle.dumps):
-        with pytest.raises(TypeError, match="state_dict"):
-            copier(opt)
+    with pytest.raises(TypeError, match="deepcopy"):
+        copy.copy(opt)
 
 
 @quiet

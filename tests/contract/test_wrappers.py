@@ -103,7 +103,9 @@ def test_compiled_is_right_or_refused(feedback: object, backend: str, given: str
 
 
 @pytest.mark.parametrize("feedback", [True, "open_loop"])
-def test_distributed_without_a_group_is_refused(feedback: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributed_without_a_group_is_refused(
+    feedback: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)

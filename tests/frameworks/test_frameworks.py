@@ -7,7 +7,6 @@ where all coefficients are 1, to the last bit, and with `open_loop` in it otherw
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddpnopt import UnsupportedModelError, open_loop
+from ddpnopt import open_loop
 
 LR, CLIP, SIZE, BATCHES, EPOCHS = 0.05, 0.5, 8, 4, 2
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -253,26 +252,6 @@ class Recomputed(nn.Module):
 def test_activation_checkpointing(terminal: Any) -> None:
     recomputed = plain_loop(terminal, model=Recomputed(network()))
     assert torch.equal(recomputed, plain_loop(terminal))
-
-
-def test_compiled_models_are_right_or_refused() -> None:
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), LR)
-    with pytest.raises(UnsupportedModelError, match="compile"):
-        open_loop(torch.compile(model, backend="eager"), optimizer)
-    compiled = torch.compile(copy.deepcopy(model), backend="eager")
-    torch._dynamo.reset()
-    optimizer = torch.optim.AdamW(compiled.parameters(), LR)
-    open_loop(compiled._orig_mod, optimizer)
-    try:
-        for x, y in batches():
-            optimizer.zero_grad()
-            F.cross_entropy(compiled(x), y).backward()
-            optimizer.step()
-    except RuntimeError as error:
-        assert "compile" in str(error)
-        return
-    assert torch.equal(weights(compiled), plain_loop("auto"))
 
 
 @pytest.mark.parametrize("terminal, oracle", CASES)

@@ -53,6 +53,24 @@ def images() -> nn.Module:
     return Images().double()
 
 
+class Words(nn.Module):
+    """Numbers as words, whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(12, 6, sparse=True)
+        self.inner, self.head = nn.Linear(36, 7), nn.Linear(7, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        words = (4 * x.abs()).long().clamp(max=11)
+        return self.head(torch.tanh(self.inner(self.words(words).flatten(1))))
+
+
+def sparse() -> nn.Module:
+    torch.manual_seed(5)
+    return Words().double()
+
+
 def batch(step: int, samples: int) -> Given:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(samples, 6, generator=generator).double()
@@ -87,6 +105,10 @@ class Scene:
 
 def own(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return lambda model: DDPNOpt(model, **options)
+
+
+def found(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: DDPNOpt(model.parameters(), **options)
 
 
 def around(kind: type[torch.optim.Optimizer], **options: Any) -> Any:
@@ -130,6 +152,13 @@ SCENES: dict[str, Scene] = {
     "open loop": Scene(own(lr=0.5, feedback="open_loop"), clip=0.7),
     "open loop, kfac": Scene(own(lr=0.1, curvature="kfac", feedback="open_loop"), ddp=False),
     "open loop around AdamW": Scene(around(torch.optim.AdamW, lr=0.02, feedback="open_loop")),
+    # The model is found by its first call: that of DistributedDataParallel, where there is one.
+    "parameters": Scene(found(lr=0.5, momentum=0.5), clip=0.7),
+    "parameters, kfac": Scene(found(lr=0.1, curvature="kfac"), ddp=False),
+    "parameters, open loop": Scene(found(lr=0.5, feedback="open_loop")),
+    "parameters, plain": Scene(found(lr=0.5, feedback=False)),
+    "parameters, without weight gradients": Scene(found(lr=0.5, weight_gradients=False)),
+    "compiled": Scene(own(lr=0.5), lambda: torch.compile(dense(), backend="eager")),  # type: ignore[arg-type, return-value]
     "images": Scene(own(lr=0.1), images),
     "images adamw": Scene(own(lr=0.02, curvature="adamw"), images, ddp=False),
     "images, kfac": Scene(own(lr=0.05, curvature="kfac"), images, ddp=False),
@@ -196,6 +225,12 @@ def steps(name: str) -> int:
     return STEPS or (8 if name in REQUIRED else 3)
 
 
+#: What DistributedDataParallel averages itself; without it they are refused.
+SPARSE: dict[str, Scene] = {
+    "closed loop": Scene(own(lr=0.5), sparse),
+    "around Adagrad": Scene(around(torch.optim.Adagrad, lr=0.1), sparse),
+    "open loop": Scene(around(torch.optim.Adagrad, lr=0.1, feedback="open_loop"), sparse),
+}
 BUCKETS: dict[str, Scene] = {
     "identity": Scene(own(lr=0.5, communication="two_bucket")),
     "adamw": Scene(own(lr=0.02, curvature="adamw", communication="two_bucket")),
@@ -218,6 +253,7 @@ def work(rank: int, folder: str) -> dict[Any, Any]:
         for same in (True, False)
     }
     found |= {(name, ddp): train(SCENES[name], rank, ddp, steps(name)) for name, ddp in names()}
+    found |= {("sparse", name): train(scene, rank, True, 3) for name, scene in SPARSE.items()}
     dist.destroy_process_group()
     return found
 
@@ -232,6 +268,15 @@ def test_two_ranks_are_one_process(results: list[dict[Any, Any]], name: str, ddp
     first, second = (result[name, ddp] for result in results)
     assert torch.equal(first, second)
     one = train(SCENES[name], None, False, steps(name))
+    torch.testing.assert_close(first, one, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_gradients(results: list[dict[Any, Any]], name: str) -> None:
+    """DistributedDataParallel divides them in place, while the states' gradients still count."""
+    first, second = (result["sparse", name] for result in results)
+    assert torch.equal(first, second)
+    one = train(SPARSE[name], None, False, 3)
     torch.testing.assert_close(first, one, rtol=0, atol=1e-10)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import pickle
 import warnings
 import weakref
 from typing import Any
@@ -230,12 +229,11 @@ def test_nonfinite(depth: Any) -> None:
     assert same(before, weights(model))
 
 
-def test_copies_are_refused_and_detach_leaves_the_inner_optimizer() -> None:
+def test_half_copies_are_refused_and_detach_leaves_the_inner_optimizer() -> None:
     model, twin = dense(), dense()
     opt, plain = Feedback(model, adamw(model)), adamw(twin)
-    for attempt in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="can't be copied"):
-            attempt(opt)
+    with pytest.raises(TypeError, match="can't be copied by half"):
+        copy.copy(opt)
     assert "AdamW" in repr(opt) or "lr: 0.05" in repr(opt)
     with opt:
         pass

@@ -290,6 +290,7 @@ class EMSA(DDPNOpt):
     """
 
     _engine_type = SweepEngine
+    _kept = (*DDPNOpt._kept, "_sweep")
 
     def __init__(
         self,

@@ -242,6 +242,7 @@ class VanillaDDP(DDPNOpt):
     """
 
     _engine_type = DDPEngine
+    _kept = (*DDPNOpt._kept, "_search")
 
     def __init__(
         self,

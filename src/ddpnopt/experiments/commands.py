@@ -44,6 +44,8 @@ from ddpnopt.experiments.train_command import train_command
 from ddpnopt.experiments.training import RunConfig, check
 from ddpnopt.experiments.tune_command import EPILOG as tune_epilog
 from ddpnopt.experiments.tune_command import tune_command
+from ddpnopt.experiments.watch_command import EPILOG as watch_epilog
+from ddpnopt.experiments.watch_command import watch_command
 
 app = typer.Typer(
     name="ddpnopt",
@@ -188,6 +190,7 @@ for name, command, epilog in (
     ("tune", tune_command, tune_epilog),
     ("plot", plot_command, plot_epilog),
     ("bench", bench_command, bench_epilog),
+    ("watch", watch_command, watch_epilog),
 ):
     app.command(name, epilog=epilog)(command)
 

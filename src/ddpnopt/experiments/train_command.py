@@ -31,6 +31,7 @@ from ddpnopt.experiments.report import write_run
 from ddpnopt.experiments.schedules import SCHEDULE_HELP
 from ddpnopt.experiments.specs import parse_optimizer, parse_option
 from ddpnopt.experiments.training import check, train
+from ddpnopt.experiments.watch_command import LogOption, logged
 
 EPILOG = (
     "Example: [bold]ddpnopt train --dataset digits --arch mlp-20x4-tanh --optimizer ddpnopt "
@@ -90,6 +91,7 @@ def train_command(
     checkpoint_keep: _Keep = 2,
     resume: _Resume = False,
     fall_back: _FallBack = False,
+    log: LogOption = None,
     out: OutOption = Path("results/train"),
 ) -> None:
     """Train one network; write its record (JSON), its curve (CSV) and a plot (PNG)."""
@@ -119,7 +121,7 @@ def train_command(
             checkpoint, checkpoint_every, checkpoint_keep, resume, fall_back, _tell
         )
     torch.set_num_threads(threads)
-    _run(config, checkpoints, out)
+    _run(config, checkpoints, log, out)
 
 
 def _check_options(folder: Path | None, every: int | None, resume: bool, fall_back: bool) -> None:
@@ -147,11 +149,21 @@ def _show(record: Epoch, epochs: int) -> None:
     )
 
 
-def _run(config: RunConfig, checkpoints: Checkpoints | None, out: Path) -> None:
+def _run(config: RunConfig, checkpoints: Checkpoints | None, log: Path | None, out: Path) -> None:
     """Train, show every epoch, write the results."""
     title = f"{config.label} on {config.dataset}, lr {config.lr:g}"
-    with stopping_errors(), console.status(title):
-        result = train(config, lambda record: _show(record, config.epochs), checkpoints)
+    with stopping_errors(), console.status(title), logged(log) as steps:
+
+        def start(step: int) -> None:
+            if steps is not None and checkpoints is not None and checkpoints.resume:
+                steps.rewind(step)
+
+        def show(record: Epoch) -> None:
+            if steps is not None:
+                steps.write({"loss": record.train_loss, "accuracy": record.test_accuracy})
+            _show(record, config.epochs)
+
+        result = train(config, show, checkpoints, start)
     if result.diverged:
         console.print(f"[yellow]diverged: {result.reason}[/]")
     for path in write_run(result, out):

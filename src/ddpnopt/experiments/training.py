@@ -276,6 +276,7 @@ def train(
     config: RunConfig,
     on_epoch: Callable[[Epoch], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    on_start: Callable[[int], None] | None = None,
 ) -> RunResult:
     """Train one network.
 
@@ -287,6 +288,7 @@ def train(
         on_epoch: Called after every epoch, for progress displays.
         checkpoints: Where to write checkpoints and whether to go on from one: the result is that of
             the uninterrupted run to the bit, but for its times. None: nothing is written.
+        on_start: Called with the number of steps that have been taken before.
 
     Returns:
         The result. Divergence is a result, never an exception.
@@ -298,11 +300,14 @@ def train(
     device = resolve_device(config.device)
     data = _load(config).to(device)
     with seeded(config.seed, device):
-        return _train(_build(config, data, device), on_epoch, checkpoints)
+        return _train(_build(config, data, device), on_epoch, checkpoints, on_start)
 
 
 def _train(
-    run: _Run, on_epoch: Callable[[Epoch], None] | None, checkpoints: Checkpoints | None
+    run: _Run,
+    on_epoch: Callable[[Epoch], None] | None,
+    checkpoints: Checkpoints | None,
+    on_start: Callable[[int], None] | None,
 ) -> RunResult:
     config, device = run.config, run.data.y_train.device
     keeper = Keeper(
@@ -310,6 +315,8 @@ def _train(
         checkpoints,
     )
     progress, reason = keeper.start(), ""
+    if on_start is not None:
+        on_start(progress.steps)
     while not reason and len(progress.epochs) < config.epochs:
         try:
             run.epoch(progress, partial(keeper.stepped, progress))
