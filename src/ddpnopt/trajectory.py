@@ -145,7 +145,8 @@ class Recorder:
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called: begin a trajectory, or take this call as the deeper owner."""
-        if module in self._depth:  # an interrupted call never left (torch runs no hook for Ctrl-C)
+        # An interrupted call never left (torch runs no hook for Ctrl-C), or did so half-way.
+        if module in self._depth or (self._open is not None and not self._depth):
             self._depth.clear()
             self._close(complete=False)
         if not self._recording():

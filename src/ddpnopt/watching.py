@@ -84,9 +84,10 @@ class Watching:
 
     def stop(self) -> Watch | None:
         """The pass is over: its calls are seen no more."""
-        watch, self.watch = self.watch, None
+        watch = self.watch
         if watch is not None:
             watch.end()
+        self.watch = None  # not before: what is interrupted here is ended by the next pass
         return watch
 
     def end(self) -> None:

@@ -113,7 +113,11 @@ def test_live_in_a_terminal(tmp_path: Path) -> None:
         log.step = 3
         log.write({"loss": 1.5, **FOUND})
         ours, theirs = pty.openpty()
-        code = "from ddpnopt.experiments.cli import main; main()"
+        # Started in the background, as `pytest &`, a process ignores Ctrl-C, and so would its own.
+        code = (
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+            "from ddpnopt.experiments.cli import main; main()"
+        )
         running = subprocess.Popen(
             [sys.executable, "-c", code, "watch", str(tmp_path), "--every", "0.1"],
             stdout=theirs,
