@@ -19,7 +19,6 @@ from ddpnopt.certify import doubt
 from ddpnopt.crossing import Crossing, Span
 from ddpnopt.inert import probing
 from ddpnopt.layers import FALLBACK
-from ddpnopt.layout import SHARED
 from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes
 from ddpnopt.mixing import Probe, probed
 from ddpnopt.sharing import repeated
@@ -150,10 +149,9 @@ class Classifier:
         for one in trajectory.crossings:
             one.part(trajectory.samples)
         if known.count >= PROBES and self.passes % PROBE_EVERY:
-            everything: list[Stage | Crossing] = [*trajectory.stages, *trajectory.crossings]
-            for part, layout in zip(everything, known.layouts, strict=False):
-                part.lay(layout, trajectory.samples)
+            known.lay(trajectory, again=False)
             return
+        known.lay(trajectory, again=True)
         first = trajectory.samples
         found, conclusive = self._probe(trajectory, ledger, taps, known)
         if found.start and not known.count:
@@ -185,20 +183,27 @@ class Classifier:
         ledger.front(trajectory, probe.start, probe.samples(trajectory))
         for one in trajectory.crossings:
             one.part(trajectory.samples)
+        everything: list[Stage | Crossing] = [*trajectory.stages, *trajectory.crossings]
+        for part in everything:
+            part.layouts = None
 
     def _probe(
         self, trajectory: Trajectory, ledger: Ledger, taps: Sequence[GradientEdge], known: Probe
     ) -> tuple[Probe, bool]:
         """The first unmixed stage, B and the layouts, and whether that is conclusive."""
-        start = known.start
-        while True:
-            with probing():
-                found, conclusive = probed(trajectory, ledger, taps, known.count, self.graphs)
-            if found <= start:
-                break
-            start = found
-            # B may have come from what is mixed
-            ledger.front(trajectory, start, known.samples(trajectory))
+        start, conclusive = known.start, True
         everything: list[Stage | Crossing] = [*trajectory.stages, *trajectory.crossings]
-        layouts = tuple(SHARED if part.shared else part.layout for part in everything)
+        for turn in range(known.count, known.count + PROBES):
+            while True:
+                with probing():
+                    found, told = probed(trajectory, ledger, taps, turn, self.graphs)
+                if found <= start:
+                    break
+                start = found
+                # B may have come from what is mixed
+                ledger.front(trajectory, start, known.samples(trajectory))
+            conclusive = conclusive and told
+            if all(part.layouts is None or len(part.layouts) == 1 for part in everything):
+                break  # else another sample may tell
+        layouts = tuple(() if part.shared else part.layouts for part in everything)
         return Probe(start, known.count, known.place, layouts), conclusive

@@ -52,6 +52,7 @@ class Crossing:
         wanted: It is part of the state of some layer in feedback.
         beside: It is used between the layers of that step, not (only) by the layer itself.
         layout: How its samples lie.
+        layouts: How they may lie, by all probes; None before the first.
     """
 
     call: tuple[int, int]
@@ -67,6 +68,7 @@ class Crossing:
     wanted: bool = False
     beside: bool = False
     layout: str = ROWS
+    layouts: tuple[str, ...] | None = None
 
     def may_lie(self, layout: str) -> bool:
         """Any layout will do."""

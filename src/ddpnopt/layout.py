@@ -42,19 +42,23 @@ def arranged(t: Tensor, layout: str, samples: int, axis: int = 0) -> Tensor:
     return t
 
 
-def layout_of(gradient: Tensor, samples: int, chosen: int) -> str:
-    """The layout in which only one sample's part of a gradient is not zero, or SHARED.
+def layouts_of(gradient: Tensor, samples: int, chosen: int) -> tuple[str, ...]:
+    """The layouts in which only one sample's part of a gradient is not zero; maybe none.
+
+    One probe may leave several: where the output sees the last position alone, the last sample's
+    part looks alike in both orders of joined rows.
 
     Args:
         gradient: Of a function of one sample's output.
         samples: B.
         chosen: The sample.
     """
-    hit = gradient.ne(0)
+    hit, found = gradient.ne(0), []
     for layout in LAYOUTS:
-        if fits(hit, layout, samples):
+        same = layout == MINOR and hit.dim() > 0 and hit.shape[0] == samples  # as in rows
+        if not same and fits(hit, layout, samples):
             per_sample = arranged(hit, layout, samples).reshape(samples, -1).any(1)
             per_sample[chosen] = False
             if not bool(per_sample.any()):
-                return layout
-    return SHARED
+                found.append(layout)
+    return tuple(found)

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing
 from ddpnopt.inert import probe
-from ddpnopt.layout import ROWS, SHARED, layout_of
+from ddpnopt.layout import ROWS, SHARED, layouts_of
 from ddpnopt.ledger import Ledger, Place
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
@@ -25,13 +25,29 @@ class Probe:
         start: The first stage from which on no layer mixes samples.
         count: How many probes.
         place: The stage and dimension that tell B, where it is not what `Ledger.front` finds.
-        layouts: How the samples lie in each stage and crossing.
+        layouts: How the samples may lie in each stage and crossing, by all probes: nothing for what
+            all samples share, None for what has not been probed.
     """
 
     start: int = 0
     count: int = 0
     place: Place | None = None
-    layouts: tuple[str, ...] = ()
+    layouts: tuple[tuple[str, ...] | None, ...] = ()
+
+    def lay(self, trajectory: Trajectory, again: bool) -> None:
+        """Tell a pass's stages and crossings what is known.
+
+        Args:
+            trajectory: The pass.
+            again: It is going to be probed: what all samples share is found anew.
+        """
+        everything: list[Stage | Crossing] = [*trajectory.stages, *trajectory.crossings]
+        for part, layouts in zip(everything, self.layouts, strict=False):
+            if layouts:
+                part.layouts = layouts
+                part.lay(layouts[0], trajectory.samples)
+            elif not again:
+                part.lay(ROWS if layouts is None else SHARED, trajectory.samples)
 
     def samples(self, trajectory: Trajectory) -> int:
         """B of a pass; 0 where `Ledger.front` finds it."""
@@ -85,10 +101,15 @@ def probed(
         if gradient is None or not bool(gradient.any()) or not bool(gradient.isfinite().all()):
             conclusive = False
             continue
-        layout = layout_of(gradient, samples, chosen)
-        fits = layout == ROWS or (graphs and layout != SHARED and part[0].may_lie(layout))
-        if fits:
-            part[0].lay(layout, samples)
+        allowed = [
+            layout
+            for layout in layouts_of(gradient, samples, chosen)
+            if (part[0].layouts is None or layout in part[0].layouts)
+            and (layout == ROWS or (graphs and part[0].may_lie(layout)))
+        ]
+        if allowed:
+            part[0].layouts = tuple(allowed)
+            part[0].lay(allowed[0], samples)
         else:
             mixed.append(part)
     for one, behind, edge in mixed:

@@ -46,6 +46,7 @@ class Stage:
         repeats: Later executions of the same layer, of which this is the first.
         layout, samples: How the samples lie in what the layer gets and gives, where not in rows;
             x, G and Z_h are kept in rows.
+        layouts: How they may lie, by all probes; None before the first.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Stage:
     repeats: list[Stage] = field(default_factory=list)
     layout: str = ROWS
     samples: int = 0
+    layouts: tuple[str, ...] | None = None
 
     @property
     def shared(self) -> bool:

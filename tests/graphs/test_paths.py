@@ -328,3 +328,41 @@ def test_several_chains_are_watched_no_more(value: object) -> None:
         its.step()
     for mine_p, its_p in zip(model.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(mine_p, its_p)
+
+
+class JoinedRows(nn.Module):
+    """Positions and samples in one dimension; the output sees the last position alone."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.batch_first = batch_first
+        self.stem, self.middle = nn.Linear(3, 5), nn.Linear(5, 4)
+        self.head = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, length, width = x.shape
+        rows = (x if self.batch_first else x.transpose(0, 1)).reshape(-1, width)
+        h = torch.tanh(self.middle(torch.tanh(self.stem(rows))))
+        if self.batch_first:
+            return self.head(h.view(samples, length, -1)[:, -1])
+        return self.head(h.view(length, samples, -1)[-1])
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+@pytest.mark.parametrize("samples", [2, 8])
+def test_the_order_of_joined_rows_does_not_matter(samples: int, feedback: bool | str) -> None:
+    # One probe of an outer sample would allow both orders: all of them are to agree.
+    torch.manual_seed(7)
+    x, y = torch.randn(samples, 4, 3).double(), torch.randint(3, (samples,))
+    weights = []
+    for batch_first in (True, False):
+        model = JoinedRows(batch_first)
+        optimizer = DDPNOpt(model, lr=1.5, feedback=feedback)
+        for _ in range(6):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-12)
