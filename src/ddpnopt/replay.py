@@ -18,6 +18,7 @@ from torch import nn
 
 from ddpnopt.compiled import as_written, compiled
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.keeping import Kept, kept_on
 from ddpnopt.modes import rebuilt
 from ddpnopt.randomness import Randomness, cuda_in_use
 from ddpnopt.retrace import Retrace
@@ -218,6 +219,7 @@ class Replay:
     done: bool = False
     stopped: bool = False
     random: Randomness | None = None
+    kept: Kept = field(default_factory=list)
     thread: threading.Thread | None = None
     here: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     there: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
@@ -228,8 +230,14 @@ class Replay:
         if self.thread is None:
             with torch.no_grad():
                 for module, name, saved in self.call.buffers:
-                    module._buffers[name].copy_(saved)  # type: ignore[union-attr]
+                    buffer = module._buffers[name]
+                    if buffer is not None and buffer.shape == saved.shape:
+                        buffer.copy_(saved)
+                    else:  # another one has taken its place
+                        module._buffers[name] = saved.clone()
         set_training(self.call.inside, self.call.training)
+        for where, values in self.kept:
+            where.update(values)
 
     def run_in_place(self, grad: bool = False) -> None:
         """Run the whole call, with ``arrive`` called at each layer."""
@@ -247,6 +255,7 @@ class Replay:
             self.there.release()
         self.here.acquire()
         self.random = Randomness.capture()
+        self.kept = kept_on(self.call.inside)  # the next pass puts its own there
         if self.error is not None:
             raise self.error
 

@@ -366,3 +366,45 @@ def test_the_order_of_joined_rows_does_not_matter(samples: int, feedback: bool |
             optimizer.step()
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-12)
+
+
+class Masked(Residual):
+    """A mask is put on the model, in a buffer, or handed on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("kept", torch.zeros(0).double())
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.how == "attribute":
+            self.mask = mask
+        elif self.how == "buffer":
+            self.kept = mask
+        h = torch.tanh(self.stem(x))
+        h = h + torch.relu(self.a(h))
+        h = (
+            h
+            * {"attribute": lambda: self.mask, "buffer": lambda: self.kept}.get(
+                self.how, lambda: mask
+            )()
+        )
+        return self.head(h + torch.relu(self.b(h)))
+
+
+@pytest.mark.parametrize("how", ["attribute", "buffer"])
+def test_accumulated_passes_keep_what_they_put_on_the_model_apart(how: str) -> None:
+    torch.manual_seed(11)
+    x, y = torch.randn(8, 5).double(), torch.randint(3, (8,))
+    mask = (torch.rand(8, 4) > 0.4).double()
+    weights = []
+    for kind in (how, "argument"):
+        model = Masked(kind)
+        optimizer = DDPNOpt(model, lr=1.0, value=Moreau(coupling=False))
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part in (slice(0, 4), slice(4, 8)):
+                (F.cross_entropy(model(x[part], mask[part]), y[part]) / 2).backward()
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)
