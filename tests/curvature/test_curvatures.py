@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ddpnopt import EKFAC, KFAC, DDPNOpt, NonFiniteError, curvature
 from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
+from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.value import Moreau
 from oracles.common import assert_same, snapshot
 from oracles.kronecker import Dense, data, net, train

@@ -95,7 +95,7 @@ def test_every_network_trains_with_feedback(name: str) -> None:
         found, losses, said = trained(name, feedback)
         assert torch.isfinite(found).all() and all(map(torch.isfinite, map(torch.tensor, losses)))
         assert (found - plain).abs().max() > 1e-5
-        # Behind BatchNorm samples are weighted once, and that is said; else there is nothing to say.
+        # Behind BatchNorm samples are weighted once, and that is said; else nothing is.
         if name.endswith("-bn"):
             assert all("weighted once" in text for text in said)
         else:
