@@ -76,11 +76,17 @@ class Interrupt:
             raise KeyboardInterrupt("injected")
 
     def __enter__(self) -> Interrupt:
+        # An interrupt between the beginning of `with torch._C.DisableTorchFunction()` and its first
+        # line is never undone by Python: this guard puts the thread's state back.
+        self._guard = torch._C.DisableTorchFunction()
+        self._guard.__enter__()
+        self._guard.__exit__(None, None, None)
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *exception: object) -> None:
         sys.setprofile(None)
+        self._guard.__exit__(None, None, None)
 
 
 class Residual(nn.Module):
