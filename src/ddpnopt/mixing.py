@@ -101,14 +101,9 @@ def probed(
         if gradient is None or not bool(gradient.any()) or not bool(gradient.isfinite().all()):
             conclusive = False
             continue
-        allowed = [
-            layout
-            for layout in layouts_of(gradient, samples, chosen)
-            if (part[0].layouts is None or layout in part[0].layouts)
-            and (layout == ROWS or (graphs and part[0].may_lie(layout)))
-        ]
+        allowed = _allowed(part[0], layouts_of(gradient, samples, chosen), graphs)
         if allowed:
-            part[0].layouts = tuple(allowed)
+            part[0].layouts = allowed
             part[0].lay(allowed[0], samples)
         else:
             mixed.append(part)
@@ -118,6 +113,12 @@ def probed(
         else:
             start = max(start, behind)
     return start, conclusive
+
+
+def _allowed(part: Stage | Crossing, layouts: Sequence[str], graphs: bool) -> tuple[str, ...]:
+    """Of the layouts that this probe has left those that earlier ones have left, too."""
+    left = [one for one in layouts if part.layouts is None or one in part.layouts]
+    return tuple(one for one in left if one == ROWS or (graphs and part.may_lie(one)))
 
 
 def _one_sample(trajectory: Trajectory, chosen: int) -> Tensor:
