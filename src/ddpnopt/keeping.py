@@ -18,9 +18,14 @@ Kept = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
 def kept_on(modules: Sequence[nn.Module]) -> Kept:
-    """The attributes and buffers of modules, as they are now."""
+    """The attributes and buffers of modules, as they are now.
+
+    Torch's own modules put nothing there in a forward pass, and write to their buffers in place.
+    """
     found: Kept = []
     for module in modules:
+        if type(module).__module__.startswith("torch.nn."):
+            continue
         own = {name: one for name, one in vars(module).items() if name not in _COMMON}
         found.append((vars(module), own))
         found.append((module._buffers, dict(module._buffers)))

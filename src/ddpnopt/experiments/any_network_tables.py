@@ -15,6 +15,7 @@ from ddpnopt.experiments.any_network_problems import Family, Problem
 from ddpnopt.experiments.markdown import table
 from ddpnopt.experiments.optimizers import label_of
 from ddpnopt.experiments.records import RunResult
+from ddpnopt.experiments.summary import stretch
 from ddpnopt.experiments.sweep import Contender
 
 #: A score where there is none: below all others, and finite, so that means stay comparable.
@@ -135,14 +136,8 @@ def _rates(own: pd.DataFrame, column: str = "score") -> pd.DataFrame:
 
 def _good(rates: pd.DataFrame, reference: float, tolerance: float) -> tuple[float, float] | None:
     near = (rates["mean"] >= reference - tolerance).tolist()
-    low = high = int(rates["mean"].idxmax())
-    if not near[low]:
-        return None
-    while low > 0 and near[low - 1]:
-        low -= 1
-    while high + 1 < len(near) and near[high + 1]:
-        high += 1
-    return float(rates["lr"][low]), float(rates["lr"][high])
+    found = stretch(near, int(rates["mean"].idxmax()))
+    return found and (float(rates["lr"][found[0]]), float(rates["lr"][found[1]]))
 
 
 def rows_of(measured: Measured, family: Family, lrs: tuple[float, ...]) -> list[Row]:

@@ -66,10 +66,9 @@ def _schedule_free(name: str) -> Factory:
         except ImportError as error:
             raise ValueError(f"{name} needs `pip install schedulefree`") from error
         arguments: Options = {"foreach": False, **options}
-        built: torch.optim.Optimizer = call(
-            getattr(package, name), model.parameters(), lr, options=arguments
-        )
-        built.train()  # type: ignore[attr-defined]
+        built: Any = call(getattr(package, name), model.parameters(), lr, options=arguments)
+        built.train()
+        assert isinstance(built, torch.optim.Optimizer)
         return built
 
     return build

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -62,6 +62,26 @@ class RateRange:
         return self.high / self.low
 
 
+def stretch(good: Sequence[bool], peak: int) -> tuple[int, int] | None:
+    """Find the unbroken stretch of good places around a peak.
+
+    Args:
+        good: Whether each place is good, in order.
+        peak: The best place.
+
+    Returns:
+        The first and the last place of the stretch; None where the peak itself is not good.
+    """
+    if not good[peak]:
+        return None
+    low = high = peak
+    while low > 0 and good[low - 1]:
+        low -= 1
+    while high + 1 < len(good) and good[high + 1]:
+        high += 1
+    return low, high
+
+
 def rate_range(rates: pd.DataFrame, reference: float, points: float = 2.0) -> RateRange | None:
     """Find the rates within `points` of `reference` around the best one.
 
@@ -76,15 +96,8 @@ def rate_range(rates: pd.DataFrame, reference: float, points: float = 2.0) -> Ra
     """
     ordered = rates.sort_values("lr").reset_index(drop=True)
     good = (ordered["mean"] >= reference - points).tolist()
-    peak = int(ordered["mean"].idxmax())
-    if not good[peak]:
-        return None
-    low = high = peak
-    while low > 0 and good[low - 1]:
-        low -= 1
-    while high + 1 < len(good) and good[high + 1]:
-        high += 1
-    return RateRange(float(ordered["lr"][low]), float(ordered["lr"][high]))
+    found = stretch(good, int(ordered["mean"].idxmax()))
+    return found and RateRange(*(float(ordered["lr"][place]) for place in found))
 
 
 def by_optimizer(runs: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ddpnopt.experiments.markdown import table
 from ddpnopt.experiments.records import RunConfig, RunResult
+from ddpnopt.experiments.summary import stretch
 from ddpnopt.experiments.sweep import Contender, grid
 from ddpnopt.experiments.when_it_helps.problems import FAMILIES, Family, Problem, label
 
@@ -25,7 +26,7 @@ def score(result: RunResult) -> float:
     return max(found, 0.0) if math.isfinite(found) else 0.0
 
 
-def step_seconds(results: Sequence[RunResult]) -> float:
+def epoch_seconds(results: Sequence[RunResult]) -> float:
     """CPU seconds of an epoch: the median over all whole epochs."""
     whole = [e.cpu_seconds for r in results for e in r.epochs if not r.diverged]
     return float(np.median(whole)) if whole else math.nan
@@ -74,7 +75,7 @@ class Measured:
     @property
     def cost(self) -> float:
         """CPU seconds of an epoch."""
-        return step_seconds([r for runs in self.chosen.values() for r in runs])
+        return epoch_seconds([r for runs in self.chosen.values() for r in runs])
 
     def failed(self, lrs: Sequence[float]) -> float:
         """Share of the runs at these rates that diverged or ended near chance."""
@@ -85,14 +86,8 @@ class Measured:
         """The unbroken stretch of good rates around the best one, if that is good."""
         lrs = sorted(self.means)
         near = [self.means[lr] >= reference - POINTS for lr in lrs]
-        low = high = lrs.index(self.best)
-        if not near[low]:
-            return None
-        while low > 0 and near[low - 1]:
-            low -= 1
-        while high + 1 < len(lrs) and near[high + 1]:
-            high += 1
-        return lrs[low], lrs[high]
+        found = stretch(near, lrs.index(self.best))
+        return found and (lrs[found[0]], lrs[found[1]])
 
     def in_time(self, epochs: float) -> float:
         """The best mean over the rates when a part of the epochs is over."""
@@ -138,9 +133,8 @@ def measure(
         shown = confirming(problem.base, contender, seeds, fresh, results)
         if any(c.key not in results for c in shown):
             return None
-        best = best_rate(problem.base, contender, seeds, results)
         fresh_runs = {c.seed: results[c.key] for c in shown}
-        found.append(Measured(contender, means, best, chosen, fresh_runs))
+        found.append(Measured(contender, means, shown[0].lr, chosen, fresh_runs))
     return found
 
 
