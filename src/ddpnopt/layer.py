@@ -83,28 +83,37 @@ class Layer:
 
     def gram(self) -> Tensor:
         """eta (g, Z)_u^T M^-1 (g, Z)_u."""
-        parts = [self._gram(s, n) for s, n in self.pairs()]
+        if all(stage.Z_h is None for stage in self.blocks):
+            return self.lengths()[:, None, None]
+        parts = [
+            self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
+            for s, n in self.pairs()
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _gram(self, stage: Stage, samples: int) -> Tensor:
-        columns = self.columns(stage)
-        P = self.gain.get("weight")
-        if isinstance(P, Kronecker) and len(columns) == 1 and isinstance(self.rule, MatrixRule):
-            U = self.rule.inputs(self.module, self.x(stage), samples)
-            V = self.rule.outputs(self.module, columns, samples)[0]
+    def lengths(self) -> Tensor:
+        """eta g_u^T M^-1 g_u; what it had to form is kept for the feedback."""
+        parts = [self._lengths(s, n) for s, n in self.pairs()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _lengths(self, stage: Stage, samples: int) -> Tensor:
+        x, G, P = self.x(stage), self.G(stage), self.gain.get("weight")
+        if isinstance(P, Kronecker) and isinstance(self.rule, MatrixRule):
+            U = self.rule.inputs(self.module, x, samples)
+            V = self.rule.outputs(self.module, G[None], samples)[0]
             if Coordinates.pays(U, V):
                 found = self.coordinates[stage] = Coordinates.of(U, V, P)
-                part = weight_gram(found.inputs, found.outputs[None], P.scale)
+                part = weight_gram(found.inputs, found.outputs[None], P.scale)[:, 0, 0]
                 rest = {name: one for name, one in self.gain.items() if name != "weight"}
                 if not rest:
                     return part
-                return part + self.rule.gram(self.module, self.x(stage), columns, rest, samples)
-        if self.sketch is None and len(columns) == 1:
-            kept = self.rule.kept_gram(self.module, self.x(stage), columns, self.gain, samples)
+                return part + self.rule.lengths(self.module, x, G, rest, samples)
+        if self.sketch is None:
+            kept = self.rule.kept_gram(self.module, x, G[None], self.gain, samples)
             if kept is not None:
                 self.kept[stage] = kept[1]
-                return kept[0]
-        return self.rule.gram(self.module, self.x(stage), columns, self.gain, samples, self.sketch)
+                return kept[0][:, 0, 0]
+        return self.rule.lengths(self.module, x, G, self.gain, samples, self.sketch)
 
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""
