@@ -128,15 +128,16 @@ class Layer:
             return torch.cat(list(dx.q)).to(self.dtype)
         parts = []
         for stage, change, samples in zip(self.blocks, dx, self.counts, strict=True):
-            change = cast_state(change, self.dtype).reshape(samples, -1)
             if self.factor:
                 assert stage.Z_x is not None
                 columns = per_sample(stage.Z_x.to(self.dtype), samples)
+                change = cast_state(change, self.dtype).reshape(samples, -1)
                 parts.append((columns @ change[..., None])[..., 0])
             else:
                 assert stage.g_x is not None
-                g_x = cast_state(stage.g_x, self.dtype).reshape(samples, -1)
-                parts.append((g_x * change).sum(1, keepdim=True))
+                g_x, change = cast_state(stage.g_x, self.dtype), cast_state(change, self.dtype)
+                change = flat(change, samples)
+                parts.append((flat(g_x, samples) * change).sum(1, keepdim=True))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
@@ -148,7 +149,7 @@ class Layer:
         for stage, samples in zip(self.blocks, self.counts, strict=True):
             assert stage.G is not None
             rows = slice(at, at + samples)
-            G = self.G(stage).reshape(samples, -1)
+            G = flat(self.G(stage), samples)
             v = None if a is None else G * cast_state(a[rows, None], self.dtype)
             if b is not None:
                 assert stage.Z_h is not None
@@ -156,7 +157,7 @@ class Layer:
                 along = torch.einsum("brh,br->bh", columns, b[rows].to(self.dtype))
                 v = along if v is None else v + along
             v = torch.zeros_like(G) if v is None else v
-            out.append(v.reshape(stage.G.shape))
+            out.append(v if v.shape == stage.G.shape else v.reshape(stage.G.shape))
             at += samples
         return out
 
@@ -340,3 +341,8 @@ class Layer:
     def pairs(self) -> list[tuple[Stage, int]]:
         """Each pass with its number of samples."""
         return list(zip(self.blocks, self.counts, strict=True))
+
+
+def flat(t: Tensor, samples: int) -> Tensor:
+    """(B, elements)."""
+    return t if t.dim() == 2 and t.shape[0] == samples else t.reshape(samples, -1)

@@ -53,7 +53,8 @@ class LinearRule(MatrixRule):
         scale: float,
     ) -> dict[str, Tensor]:
         """The sum fused into the product."""
-        x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
+        if x.dim() != 2:
+            x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
         found = {}
         if "weight" in gradients:
             left, right = self.weight_factors(x, V)

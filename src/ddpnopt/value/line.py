@@ -69,7 +69,7 @@ class Slope(Protocol):
         """The factor; 1 at S = q = 0.
 
         Args:
-            q: Predicted changes of the plain loss by what earlier layers have just done, None for 0.
+            q: Predicted changes of the plain loss by what earlier layers have done; None for 0.
         """
 
     def rows(self) -> Sequence[Slope]:
