@@ -14,7 +14,7 @@ from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule, tied
 from ddpnopt.layers.base import Kept
 from ddpnopt.layers.coordinates import Coordinates
-from ddpnopt.linearise import cast_state, per_sample
+from ddpnopt.linearise import cast_state, flat, per_sample
 from ddpnopt.matrices import Matrices
 from ddpnopt.parameters import parameters
 from ddpnopt.positions import Gain, Kronecker, weight_gram
@@ -341,8 +341,3 @@ class Layer:
     def pairs(self) -> list[tuple[Stage, int]]:
         """Each pass with its number of samples."""
         return list(zip(self.blocks, self.counts, strict=True))
-
-
-def flat(t: Tensor, samples: int) -> Tensor:
-    """(B, elements)."""
-    return t if t.dim() == 2 and t.shape[0] == samples else t.reshape(samples, -1)
