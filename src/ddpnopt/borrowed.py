@@ -338,5 +338,7 @@ class Borrowed:
 def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """Norms of many tensors, stacked, in one fused call."""
     found: list[Tensor] = list(torch._foreach_norm(tensors, order))
-    wide = torch.float64 if any(n.dtype == torch.float64 for n in found) else torch.float32
-    return torch.stack([n.to(found[0].device, wide) for n in found])
+    if len({n.device for n in found}) > 1:
+        found = [n.to(found[0].device) for n in found]
+    stacked = torch.stack(found)
+    return stacked if stacked.dtype == torch.float64 else stacked.float()
