@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
+from ddpnopt.modes import rebuilt
 from ddpnopt.typing import Tensor
 
 
@@ -36,3 +38,28 @@ def tensors_of(value: object) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [t for v in value for t in tensors_of(v)] if isinstance(value, tuple | list) else []
+
+
+def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
+    """Arguments as detached aliases; tensors and their versions are added to ``watched``."""
+    if isinstance(value, Tensor):
+        alias = value.detach()
+        if not alias.is_inference():
+            watched.append((alias, alias._version))
+            if value.requires_grad and value.is_leaf:  # the model may ask
+                alias.requires_grad_()
+        return alias
+    if isinstance(value, tuple | list):
+        return rebuilt(value, [frozen(v, watched) for v in value])
+    if type(value) is dict:
+        return {k: frozen(v, watched) for k, v in value.items()}
+    return value
+
+
+def untouched(value: Any) -> bool:
+    """Whether a value can be shown to be as it was made."""
+    if isinstance(value, Tensor):
+        return not value.is_inference() and value._version == 0
+    if isinstance(value, tuple):
+        return all(map(untouched, value))
+    return value is None or isinstance(value, str | int | float | torch.dtype | torch.device)

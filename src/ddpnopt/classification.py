@@ -79,8 +79,9 @@ class Classifier:
             watch: What has crossed its cuts, where that was watched.
         """
         trajectory.z = z[None] if trajectory.stages[-1].unbatched else z
-        trajectory.refusal = ledger.hidden(trajectory)
+        trajectory.refusal = trajectory.refusal or ledger.hidden(trajectory)
         if trajectory.refusal:
+            trajectory.accounted = False  # there is nothing to rely on
             return
         graphs = self.graphs and (trajectory.path is not None or not self.closed_loop)
         ledger.mark(trajectory, anatomy.shared, self.trainable, graphs)

@@ -13,7 +13,7 @@ from torch import nn
 from ddpnopt.accounts import Sources
 from ddpnopt.arrivals import Arrivals, gradient_at_crossing
 from ddpnopt.compiled import AS_WRITTEN, as_written, compiled
-from ddpnopt.crossing import Crossing
+from ddpnopt.crossing import Crossing, branches
 from ddpnopt.cuts import in_order
 from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.functional import Layers
@@ -21,7 +21,7 @@ from ddpnopt.ledger import Ledger
 from ddpnopt.stages import Head, Stage, Trajectory
 from ddpnopt.structure import Anatomy
 from ddpnopt.typing import Tensor
-from ddpnopt.watch import Watch, branches
+from ddpnopt.watch import Watch
 
 #: So many passes of one structure have to be chains before they are no longer watched; of several
 #: structures, each so many times their number.
@@ -112,6 +112,8 @@ class Watching:
         if watch is not None:
             times = [stage.time for stage in trajectory.stages]
             found = found or branches(watch.crossings, times) or bool(anatomy.functions)
+            found = found or watch.path.asks
+            trajectory.refusal = watch.refusal
             if (found or self.branching) and (self.closed_loop or anatomy.functions):
                 trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
                 trajectory.path = watch.path
