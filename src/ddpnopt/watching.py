@@ -54,6 +54,8 @@ class Watching:
         """The model has other layers than before."""
         self.branching: bool | None = None if self.graphs else False
         self._chains: dict[tuple[str, ...], int] = {}
+        #: Some pass has asked for what only a watch can answer when it is run again.
+        self._asked = False
 
     def begin(
         self, trajectory: Trajectory, arrivals: Arrivals, layers: Layers, anatomy: Anatomy
@@ -112,9 +114,9 @@ class Watching:
         if watch is not None:
             times = [stage.time for stage in trajectory.stages]
             found = found or branches(watch.crossings, times) or bool(anatomy.functions)
-            found = found or watch.path.asks
-            trajectory.refusal = watch.refusal
-            if (found or self.branching) and (self.closed_loop or anatomy.functions):
+            asks, trajectory.refusal = self.closed_loop and watch.path.asks, watch.refusal
+            self._asked = self._asked or asks
+            if (found or asks or self.branching) and (self.closed_loop or anatomy.functions):
                 trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
                 trajectory.path = watch.path
                 trajectory.accounted = trajectory.to_verify and self.closed_loop
@@ -142,7 +144,7 @@ class Watching:
         sure = sure or all(passes >= SURE * len(chains) for passes in chains.values())
         if many:
             sure = not self.closed_loop  # where all that is looked for is a layer run as a function
-        self.branching = found or self.branching or (False if sure else None)
+        self.branching = found or self.branching or (False if sure and not self._asked else None)
 
 
 def _heads(trajectory: Trajectory, watch: Watch | None, ledger: Ledger) -> dict[Stage, Head]:
