@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ddpnopt.accounts import Part, Sources
+from ddpnopt.arguments import fields_of, with_fields
 from ddpnopt.crossing import Crossing, Path, Span
 from ddpnopt.inert import Same
 from ddpnopt.modes import DIFFERENTIATING, Quiet, overwritten, rebuilt, results
@@ -197,6 +198,9 @@ class Watch(Quiet):
         if not self.tapping:
             return output
         self.time += 1
+        return self._leave(output)
+
+    def _leave(self, output: Any) -> Any:
         values, structure = tree_flatten(output)
         used = [self._left(value) for value in values]
         same = all(a is b for a, b in zip(used, values, strict=True))
@@ -204,7 +208,9 @@ class Watch(Quiet):
 
     def _left(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            held = fields_of(value)
+            used = {name: self._leave(one) for name, one in held.items()}
+            return value if all(used[k] is held[k] for k in held) else with_fields(value, used)
         node = value.grad_fn
         made_last = node is None or self._times.get(node, self.time) >= self.time - 1
         return value if made_last else self._use(value, {})
