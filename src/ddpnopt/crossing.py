@@ -243,10 +243,10 @@ def branches(crossings: Iterable[Crossing], states: Sequence[int]) -> bool:
 
 def total(parts: Iterable[Tensor]) -> Tensor | None:
     """Their sum; None of none."""
-    found: Tensor | None = None
-    for part in parts:
-        found = part if found is None else found + part
-    return found
+    known = list(parts)
+    if len(known) > 2:
+        return torch.stack(known).sum(0)  # at once: many tensors may wait at a cut
+    return sum(known[1:], known[0]) if known else None
 
 
 def other_path() -> UnsupportedModelError:
