@@ -220,10 +220,10 @@ class Ledger:
         """Why layers may have run unseen, or ''."""
         if self._reentrant is None:
             return ""
+        name = trajectory.stages[self._reentrant].name or "the output"
         return (
-            f"'{trajectory.stages[self._reentrant].name}' comes behind reentrant activation "
-            "checkpointing, which hides the layers inside it; call "
-            "checkpoint(..., use_reentrant=False)"
+            f"'{name}' comes behind reentrant activation checkpointing, which hides the layers "
+            "inside it; call checkpoint(..., use_reentrant=False)"
         )
 
     def refusal(self, trajectory: Trajectory) -> str:

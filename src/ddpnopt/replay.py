@@ -8,7 +8,7 @@ that a layer's new weights can be computed from all of them before any goes on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from ddpnopt.arguments import frozen, untouched
 from ddpnopt.compiled import as_written, compiled
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.keeping import Kept, kept_on
+from ddpnopt.keeping import Kept, buffers_of, kept_on, untrained
 from ddpnopt.randomness import Randomness, cuda_in_use
 from ddpnopt.retrace import Retrace
 from ddpnopt.typing import Tensor
@@ -44,6 +44,8 @@ class Call:
     training: tuple[bool, ...]
     buffers: list[tuple[nn.Module, str, Tensor]]
     compiled: bool = False
+    fixed: Sequence[tuple[Tensor, int]] = ()
+    written: Sequence[Tensor] = ()
 
     @staticmethod
     def capture(
@@ -73,7 +75,12 @@ class Call:
             training,
             buffers,
             compiled(inside),
+            untrained(inside),
         )
+
+    def ends(self) -> None:
+        """It has run: which parameters that nobody trains has it written to?"""
+        self.written = [p for p, version in self.fixed if p._version != version]
 
     def completed(self, kwargs: Mapping[str, Any]) -> Call | None:
         """With keyword arguments that are known since its end only.
@@ -86,7 +93,18 @@ class Call:
         return replace(self, kwargs=frozen(dict(kwargs), self.watched))
 
     def check_inputs(self) -> None:
-        """Raise if an argument has been overwritten since the nominal pass."""
+        """Raise if the pass can't be run again as it was.
+
+        Raises:
+            UnsupportedModelError: An argument has been overwritten, or the pass moves parameters.
+        """
+        for name, p in self.module.named_parameters() if self.written else ():
+            if any(p is one for one in self.written):
+                raise UnsupportedModelError(
+                    f"'{name}', which is not trained, is written to inside the forward pass (a "
+                    "moving average), and would be once more when the pass is run again; make it "
+                    "a buffer, update it outside, or use feedback='open_loop'"
+                )
         for number, (tensor, version) in enumerate(self.watched):
             if tensor._version != version:
                 raise UnsupportedModelError(
@@ -111,17 +129,6 @@ class Call:
             self.module(*self.args, **self.kwargs)
         if trace is not None:
             trace.check()
-
-
-def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every buffer with the module and the name that hold it."""
-    return [
-        (module, name, buffer)
-        for module in modules
-        if module._buffers
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
 
 
 def set_training(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:

@@ -201,6 +201,7 @@ class Recorder:
         call = self._open.call if self._open is not None else None
         if call is not None and call.module is module and not self._left:
             self._left = True
+            call.ends()
             self.watching.call_ends()
         if self._depth:
             return None

@@ -309,3 +309,42 @@ def test_no_warning_is_swallowed() -> None:
         weights.append(model.layers["head"].weight.detach())
     assert issubclass(DDPNOptWarning, UserWarning)
     assert not torch.equal(*weights)
+
+
+class Averaged(Written):
+    """A moving average of a layer, kept as parameters that are not trained, or as buffers."""
+
+    def __init__(self, net: Net, buffers: bool) -> None:
+        super().__init__(net)
+        self.average = copy.deepcopy(self.layers["a"]).requires_grad_(False)
+        nn.init.ones_(self.average.weight)
+        if buffers:
+            weight = self.average.weight.data
+            del self.average.weight
+            self.average.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.average.weight.lerp_(self.layers["a"].weight, 0.5)
+        return super().forward(x)
+
+    def between(self, h: Tensor) -> Tensor:
+        return h + F.linear(h, self.average.weight)
+
+
+def test_a_moving_average_inside_is_moved_once_or_refused_by_name() -> None:
+    net, (x,) = case()
+    y = torch.randint(3, (len(x),))
+    model = Averaged(net, buffers=False)
+    opt = DDPNOpt(model, lr=0.3)
+    F.cross_entropy(model(x), y).backward()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="'average.weight'.*make it a buffer"):
+        opt.step()
+    assert_unchanged(model, before)
+    model = Averaged(net, buffers=True)
+    opt = DDPNOpt(model, lr=0.3)
+    F.cross_entropy(model(x), y).backward()
+    moved = model.average.weight.clone()
+    opt.step()
+    assert torch.equal(model.average.weight, moved)
