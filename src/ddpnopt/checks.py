@@ -329,8 +329,9 @@ def verify_once(trajectory: Trajectory, keep_states: bool) -> None:
     if trajectory.unaccounted is not None:
         trajectory.error = trajectory.error or UnsupportedModelError(
             f"something that is made behind '{trajectory.unaccounted}' reaches the loss on a way "
-            "that can't be seen (a feature that is kept on a module, and has a loss of its own): "
-            "return it from the model, or use feedback='open_loop'"
+            "that can't be seen (a feature that is kept on a module, or returned in an object of "
+            "another kind than a tuple, a mapping or a dataclass, and has a loss of its own): "
+            "return it from the model in a tuple or a dict, or use feedback='open_loop'"
         )
         return
     due, trajectory.to_verify = trajectory.to_verify, False

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.layout import ROWS, SECOND
 from ddpnopt.parameters import parameters
+from ddpnopt.routing import ROUTING
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
 
@@ -84,6 +85,8 @@ class Ledger:
         self._leaves: dict[int, int] = {}
         self._skips: list[tuple[int, int]] = []
         self._reentrant: int | None = None
+        #: What picks rows by indices, each with the stage that it lies in front of.
+        self.routes: list[tuple[int, Node]] = []
         self._ahead: list[tuple[int, int]] = []
         #: Outputs that no later layer has used yet.
         self._ends: dict[int, Tensor] = {}
@@ -137,8 +140,7 @@ class Ledger:
             if source is not None:
                 self._skips.append((source, index))
                 continue
-            if node.name() == REENTRANT:
-                self._reentrant = index
+            self._note(node, index)
             stack += [child for child, _ in node.next_functions]
         out, x = outputs[0], (inputs or outputs)[0]
         self.edges.append(get_gradient_edge(out) if out.requires_grad else None)
@@ -148,6 +150,14 @@ class Ledger:
             self._outputs.update({node: index for node in self._latest})
             self._leaves.update({id(p): index for p in own})
             self._ends[index] = out
+
+    def _note(self, node: Node, index: int) -> None:
+        """What a node in front of a stage says about the pass by its kind."""
+        kind = node.name()
+        if kind == REENTRANT:
+            self._reentrant = index
+        elif kind in ROUTING:
+            self.routes.append((index, node))
 
     def _look_inside(
         self, own: Sequence[nn.Parameter], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
@@ -212,10 +222,10 @@ class Ledger:
         """Why layers may have run unseen, or ''."""
         if self._reentrant is None:
             return ""
+        name = trajectory.stages[self._reentrant].name or "the output"
         return (
-            f"'{trajectory.stages[self._reentrant].name}' comes behind reentrant activation "
-            "checkpointing, which hides the layers inside it; call "
-            "checkpoint(..., use_reentrant=False)"
+            f"'{name}' comes behind reentrant activation checkpointing, which hides the layers "
+            "inside it; call checkpoint(..., use_reentrant=False)"
         )
 
     def refusal(self, trajectory: Trajectory) -> str:

@@ -100,7 +100,7 @@ class Notices:
             place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
             reason = "the layers there don't run one after another"
             if any(mixes(stage) for stage in stages[:at]):
-                reason = "samples are mixed there, as by BatchNorm in training mode"
+                reason = "samples are mixed there, as by BatchNorm in training mode, or change rows"
             self.say(
                 f"each sample is weighted once, at {place}, for all that lies in front of it "
                 f"({', '.join(dict.fromkeys(repr(s.name) for s in stages[:at]))}), without "

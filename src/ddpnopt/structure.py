@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ddpnopt.functional import dense, parts
@@ -108,7 +109,7 @@ class Anatomy:
         """
         key = id(weight), id(bias)
         known = key in self.heads or id(weight) not in self._weights
-        if not known and isinstance(weight, nn.Parameter):
+        if not known and isinstance(weight, nn.Parameter) and torch.is_grad_enabled():
             if bias is None or isinstance(bias, nn.Parameter):
                 name = f"F.linear({self._weights[id(weight)]}.weight)"
                 self.heads[key] = name, dense(weight, bias)
