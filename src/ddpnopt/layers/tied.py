@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpnopt import positions
-from ddpnopt.layers.base import LayerRule, registered
+from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.embedding import EMPTY, LookupRule
 from ddpnopt.layers.linear import LinearRule
+from ddpnopt.layers.registry import registered
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.rows import chunk_size
 from ddpnopt.typing import Tensor
