@@ -12,6 +12,7 @@ import torch
 
 from ddpnopt.curvature import Joint
 from ddpnopt.curvature.base import momentum_step
+from ddpnopt.dtensors import joined, local
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.hyperparameters import Hyper
 from ddpnopt.layer import Layer
@@ -321,6 +322,6 @@ class Borrowed:
 
 def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """Norms of many tensors, stacked, in one fused call."""
-    found: list[Tensor] = list(torch._foreach_norm(tensors, order))
+    found: list[Tensor] = list(torch._foreach_norm([local(t) for t in tensors], order))
     wide = torch.float64 if any(n.dtype == torch.float64 for n in found) else torch.float32
-    return torch.stack([n.to(found[0].device, wide) for n in found])
+    return joined(torch.stack([n.to(found[0].device, wide) for n in found]), tensors, order)

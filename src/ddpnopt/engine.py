@@ -231,8 +231,8 @@ class Engine:
         cost = trajectory.pending[0]
         if cost is None or trajectory.refusal or not bool(G.isfinite().all()):
             return
-        step = self.new_step([trajectory], self.rescale, 1.0, early=True)
         try:
+            step = self.new_step([trajectory], self.rescale, 1.0, early=True)
             trajectory.fresh_front = weigh(trajectory, G, edge, cost, step, self.parameters())
         except (NonFiniteError, UnsupportedModelError) as error:
             trajectory.pending = (cost, error)
@@ -245,13 +245,13 @@ class Engine:
     @torch.no_grad()
     def _backward_ended(self, trajectories: list[Trajectory]) -> None:
         """Verify the chain; average p.grad over the ranks; in open loop, re-weight it."""
-        if self.options.feedback is not False:
-            for trajectory in trajectories:
+        with self.host.whole(self):
+            for trajectory in trajectories if self.options.feedback is not False else ():
                 verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
-        if self.company.ranks.several:
-            backward_ended(self, trajectories)
-        elif self.in_backward:
-            reweigh(self, trajectories)
+            if self.company.ranks.several:
+                backward_ended(self, trajectories)
+            elif self.in_backward:
+                reweigh(self, trajectories)
         self.base = {}
         self.fingerprint.take(self.parameters())
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from ddpnopt.borrowed import norms
+from ddpnopt.dtensors import local, spread_out
 from ddpnopt.typing import Tensor
 
 #: Two ratios are the same rescaling within this (half-precision gradients are rounded).
@@ -84,7 +85,7 @@ class Fingerprint:
 def _sample(gradient: Tensor) -> Tensor:
     """Every n-th entry of a large gradient, as a view."""
     stride = gradient.numel() // SAMPLED
-    if stride < 2 or not gradient.is_contiguous():
+    if stride < 2 or not gradient.is_contiguous() or spread_out(gradient):
         return gradient
     return gradient.view(-1)[:: stride | 1]  # odd: not one column of the matrix
 
@@ -98,14 +99,14 @@ class Consumed:
     def mark(self, parameters: Iterable[Tensor]) -> None:
         """The present gradients have been used."""
         self._used = [
-            (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None
+            (weakref.ref(p.grad), local(p.grad)._version) for p in parameters if p.grad is not None
         ]
 
     def fresh(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any gradient is new since the last step."""
         used = {id(t): version for ref, version in self._used if (t := ref()) is not None}
         return any(
-            used.get(id(p.grad)) != p.grad._version for p in parameters if p.grad is not None
+            used.get(id(p.grad)) != local(p.grad)._version for p in parameters if p.grad is not None
         )
 
 

@@ -3,11 +3,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+
+#: What stands for a parameter while its layer runs (fully_shard), by identity: the optimizer's own.
+STANDS_FOR: dict[int, nn.Parameter] = {}
+
+
+def own(p: nn.Parameter) -> nn.Parameter:
+    """The parameter that the optimizer has, for one that may stand for it."""
+    return STANDS_FOR.get(id(p), p)
+
+
+def leaf(node: Any) -> int:
+    """The identity of the parameter whose gradient a node of the graph accumulates."""
+    variable = getattr(node, "variable", None)
+    return id(variable if variable is None else own(variable))
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """What ``module.named_parameters()`` gives, without a generator where nothing is nested."""
+    found = _named(module)
+    return [(name, own(p)) for name, p in found] if STANDS_FOR else found
+
+
+def _named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     if not module._modules:
         found = [(name, p) for name, p in module._parameters.items() if p is not None]
         if len({id(p) for _, p in found}) == len(found):

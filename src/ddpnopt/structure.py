@@ -13,7 +13,7 @@ from ddpnopt.functional import dense, parts
 from ddpnopt.layers import rule_for
 from ddpnopt.layers.embedding import LookupRule
 from ddpnopt.layers.linear import LinearRule
-from ddpnopt.parameters import parameters
+from ddpnopt.parameters import own, parameters
 from ddpnopt.typing import Tensor
 
 
@@ -47,11 +47,11 @@ class Anatomy:
         for name, module in model.named_modules():
             if name.startswith(inside):
                 continue
-            own = any(p is not None for p in module._parameters.values())
+            direct = any(p is not None for p in module._parameters.values())
             inner = any(True for m in module.children() for _ in m.parameters())
             if hasattr(module, "parametrizations"):  # computes its weights: one layer as a whole
-                inside, own, inner = (*inside, f"{name}." if name else ""), True, False
-            if own and not inner:
+                inside, direct, inner = (*inside, f"{name}." if name else ""), True, False
+            if direct and not inner:
                 self.hooked[name] = module
             if inner or module is model:
                 self.containers[name] = module
@@ -121,8 +121,9 @@ class Anatomy:
         Args:
             weight_gradients: Whether the layers' weights are among them.
         """
-        own = {id(p): p for m in self.modules for p in m._parameters.values() if p is not None}
-        used: list[Tensor] = [p for p in own.values() if self.trainable(p)]
+        held_by = (p for m in self.modules for p in m._parameters.values() if p is not None)
+        found = {id(p): p for p in map(own, held_by)}
+        used: list[Tensor] = [p for p in found.values() if self.trainable(p)]
         if weight_gradients:
             return used
         held = {id(w) for m in self.layers().values() if (w := held_weight(m)) is not None}
@@ -132,7 +133,7 @@ class Anatomy:
     def refresh(self) -> None:
         """Look at the parameters again: some may be frozen, or swapped for others."""
         state = tuple(
-            (id(p), p.requires_grad)
+            (id(own(p)), p.requires_grad)
             for module in self.modules
             for p in module._parameters.values()
             if p is not None
