@@ -18,8 +18,8 @@ from torch.autograd.graph import GradientEdge
 from ddpnopt.accounts import Accounts, Part, Sources, maker, unseen
 from ddpnopt.company import several
 from ddpnopt.crossing import Crossing
-from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.dtensors import local
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probes, probing
 from ddpnopt.linearise import fill_columns, pulled
 from ddpnopt.stages import Link, Stage, Trajectory
@@ -205,7 +205,8 @@ class Arrivals:
             return
         parameters = self.expected()
         if parameters and not any(
-            p.grad is not None and (p.grad.is_sparse or bool(local(p.grad).any())) for p in parameters
+            p.grad is not None and (p.grad.is_sparse or bool(local(p.grad).any()))
+            for p in parameters
         ):
             self.drop()
 

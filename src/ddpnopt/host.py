@@ -47,6 +47,16 @@ class Host(ABC):
         """Whether a curvature is fed with the samples' squared gradients."""
         return False
 
+    def begin(self) -> None:  # noqa: B027
+        """A backward pass has begun."""
+
+    def check_pass(self) -> None:  # noqa: B027
+        """Refuse a backward pass that has ended.
+
+        Raises:
+            UnsupportedModelError: Its gradients are not what they are taken for.
+        """
+
     def whole(self, engine: Engine) -> AbstractContextManager[None]:
         """A block in which parameters and gradients that are spread over the ranks are whole."""
         return nullcontext()

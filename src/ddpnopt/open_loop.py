@@ -34,6 +34,7 @@ from ddpnopt.separable import (
     maximizing,
 )
 from ddpnopt.shards import guest_of
+from ddpnopt.spread import check_parts
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.undoing import insist
 from ddpnopt.value import ValueFunction
@@ -186,6 +187,8 @@ class OpenLoop:
         engine = self.engine
         engine.refresh()
         trajectories = list(engine.recorder.arrivals.completed) if engine.recorder else []
+        if not trajectories:
+            check_parts(engine)  # sharded since?
         seen = engine.open_report is not None  # another optimizer has stepped on this pass
         if not (trajectories or seen or self._stepped) and engine.consumed.fresh(
             [p for p, grad in dense_gradients(engine.parameters()).items() if local(grad).any()]

@@ -16,10 +16,14 @@ def own(p: nn.Parameter) -> nn.Parameter:
     return STANDS_FOR.get(id(p), p)
 
 
+def identity(tensor: Any) -> int:
+    """Of what may be a parameter, or None: that of the optimizer's own."""
+    return id(STANDS_FOR.get(id(tensor), tensor))
+
+
 def leaf(node: Any) -> int:
     """The identity of the parameter whose gradient a node of the graph accumulates."""
-    variable = getattr(node, "variable", None)
-    return id(variable if variable is None else own(variable))
+    return identity(getattr(node, "variable", None))
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 def keep(engine: Engine) -> None:
     """Keep what p.grad holds already, so that a pass's own gradient can be told from it."""
+    engine.host.begin()
     engine.base = {p: p.grad.clone() for p in engine.parameters() if p.grad is not None}
     if not any(bool(local(g).any()) for g in engine.base.values()):
         engine.base, engine.carried = {}, {}

@@ -59,12 +59,13 @@ class ShardedGuest(Guest):
         check_mesh(model)
         self._model = weakref.ref(model)
         self._whole: dict[Tensor, Tensor] | None = None
+        self._unreduced = False
         with _gathered(model) as twins:
             for p, twin in twins.items():
                 if spread_out(twin):
                     raise UnsupportedModelError(
-                        f"{_path(model, p)} is a DTensor that fully_shard does not make whole (tensor "
-                        "parallelism); use fully_shard alone, or DistributedDataParallel"
+                        f"{_path(model, p)} is a DTensor that fully_shard does not make whole "
+                        "(tensor parallelism); use fully_shard alone, or DistributedDataParallel"
                     )
                 STANDS_FOR[id(twin)] = cast(nn.Parameter, p)
                 weakref.finalize(twin, STANDS_FOR.pop, id(twin), None)
@@ -86,6 +87,24 @@ class ShardedGuest(Guest):
         borrowed.exchange(self._whole, whole)
         return borrowed
 
+    def begin(self) -> None:
+        """A pass that is not reduced leaves no trace in p.grad, so it has to be seen here."""
+        model = self._model()
+        self._unreduced |= model is not None and not all(map(_reduces, sharded(model)))
+
+    def check_pass(self) -> None:
+        """Refuse passes of which some were not reduced.
+
+        Raises:
+            UnsupportedModelError: So it is.
+        """
+        if self._unreduced:
+            self._unreduced = False
+            raise UnsupportedModelError(
+                "set_requires_gradient_sync(False): each pass is re-weighted by itself, once its "
+                "gradients are reduced; leave it True for accumulated passes, too"
+            )
+
     @contextmanager
     def whole(self, engine: Engine) -> Iterator[None]:
         """All ranks come here when their backward passes have ended."""
@@ -96,6 +115,7 @@ class ShardedGuest(Guest):
             carried, engine.carried = engine.carried, {}
             try:
                 self._whole = twins
+                _swap(engine, twins)
                 given = _show(twins, engine)
                 engine.refresh()
                 yield
@@ -110,10 +130,20 @@ class ShardedGuest(Guest):
             finally:
                 carried.update(engine.carried)  # of parameters that are not spread out
                 self._whole, engine.carried = None, carried
+                _swap(engine, {twin: p for p, twin in twins.items()})
                 STANDS_FOR.update(known)
                 for twin in twins.values():
                     twin.grad = None
                 engine.refresh()
+
+
+def _swap(engine: Engine, others: Mapping[Tensor, Tensor]) -> None:
+    """Let layers that run as functions, which fully_shard does not know, hold other parameters."""
+    layers = engine.recorder.anatomy.functions.values() if engine.recorder is not None else ()
+    for _, module in layers:
+        for name, p in module._parameters.items():
+            if p is not None and p in others:
+                module._parameters[name] = cast(nn.Parameter, others[p])
 
 
 def _show(twins: Mapping[Tensor, Tensor], engine: Engine) -> dict[Tensor, Tensor]:
@@ -153,6 +183,13 @@ def _gathered(model: nn.Module) -> Iterator[dict[Tensor, Tensor]]:
     finally:
         for module in modules:
             module.reshard()
+
+
+def _reduces(module: Any) -> bool:
+    """Whether fully_shard reduces a module's gradients in the pass that runs; not public."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return all(getattr(group, "reduce_grads", True) for group in groups)
 
 
 def check_mesh(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -89,6 +89,7 @@ def check_ranks(engine: Engine) -> None:
     if company.due:
         check_parts(engine)
     if company.replica is None:
+        engine.host.check_pass()
         if not company.reduces and not engine.host.sharded:
             raise UnsupportedModelError(NOT_REPLICATED)
         return
@@ -103,27 +104,27 @@ def check_ranks(engine: Engine) -> None:
 
 
 def check_reduced(step: Step) -> None:
-    """The gradient of a sharded pass must be the ranks' mean, and of this pass alone.
+    """The gradient of a sharded pass must be the ranks' mean.
 
-    Nothing public says whether `fully_shard` reduces, and by which factor: one small parameter's
-    gradient is made again by its layer's rule, and averaged here.
+    Nothing public says by which factor `fully_shard` reduces: one small parameter's gradient is
+    made again by its layer's rule, and averaged here.
 
     Raises:
         UnsupportedModelError: It is not; the parameter is named.
     """
-    all_of = [(layer, name, p) for layer in step.layers.values() for name, p in layer.params.items()]
-    if not all_of:
+    layers = step.layers.values()
+    parameters = [(layer, name, p) for layer in layers for name, p in layer.params.items()]
+    if not parameters:
         return
-    layer, name, p = min(all_of, key=lambda one: one[2].numel())
+    layer, name, p = min(parameters, key=lambda one: one[2].numel())
     made = step.ranks.total({name: layer.weighted(layer.plain_vectors())[name]})[name]
     made = made / step.ranks.size
-    known = step.plain_gradient(name, cast(nn.Parameter, p))
+    known = step.plain_gradient(name, p)
     size = max(float(made.norm()), 0.0 if known is None else float(known.norm()))
     if known is None or float((made - known).norm()) > FAR * size:
         raise UnsupportedModelError(
-            f"the gradient of '{layer.name}.{name}' is not the mean of the ranks' gradients of this "
-            "pass: leave set_requires_gradient_sync and set_gradient_divide_factor of the sharded "
-            "modules as they are (accumulated passes are reduced one by one)"
+            f"the gradient of '{layer.name}.{name}' is not the mean of the ranks' gradients of "
+            "this pass: leave set_gradient_divide_factor of the sharded modules as it is"
         )
 
 
