@@ -44,6 +44,8 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
+        #: The rescaling to come, while none has been seen; None afterwards.
+        self.expected: float | None = 1.0
         self._before: dict[Tensor, tuple[float, float]] = {}
 
     @staticmethod
@@ -61,8 +63,8 @@ class Fingerprint:
         self._before = self._take(list(parameters))
 
     def clear(self) -> None:
-        """Forget."""
-        self._before = {}
+        """A step has been taken."""
+        self._before, self.expected = {}, None
 
     def rescaling(self) -> float:
         """r: the factor all gradients were multiplied by; 1 if none or not one for all."""
