@@ -74,7 +74,8 @@ def open_loop(
         TypeError: Not an optimizer.
         ValueError: A parameter is not the model's, or belongs to two optimizers.
         UnsupportedModelError: The model or the optimizer can't be handled (named). With several
-            ranks of torch.distributed the model has to run in a DistributedDataParallel.
+            ranks of torch.distributed the model has to be a DistributedDataParallel or sharded by
+            fully_shard.
 
     Examples:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
