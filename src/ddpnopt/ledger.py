@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.layout import ROWS, SECOND
-from ddpnopt.parameters import parameters
+from ddpnopt.parameters import leaf, parameters
 from ddpnopt.routing import ROUTING
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
@@ -129,13 +129,13 @@ class Ledger:
                 self._ends.pop(self._outputs[node], None)
                 continue
             source = self._outputs.get(node)
-            leaf = id(getattr(node, "variable", None))
+            variable = leaf(node)
             if source is not None:
                 self._ends.pop(source, None)
-            elif (source := self._leaves.get(leaf)) is not None:
-                self.elsewhere.add(leaf)
-            if source is None and leaf in self._own:
-                self._ahead.append((leaf, index))
+            elif (source := self._leaves.get(variable)) is not None:
+                self.elsewhere.add(variable)
+            if source is None and variable in self._own:
+                self._ahead.append((variable, index))
                 continue
             if source is not None:
                 self._skips.append((source, index))
@@ -172,7 +172,7 @@ class Ledger:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaves.add(id(getattr(node, "variable", None)))
+            leaves.add(leaf(node))
             stack += [child for child, _ in node.next_functions]
         self.elsewhere |= (leaves & self._own) - mine
 
@@ -208,12 +208,12 @@ class Ledger:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaf = id(getattr(node, "variable", None))
+            variable = leaf(node)
             if node in self._outputs:
                 found.add(self._outputs[node])
-            elif leaf in self._leaves:
-                self.elsewhere.add(leaf)
-                found.add(self._leaves[leaf])
+            elif variable in self._leaves:
+                self.elsewhere.add(variable)
+                found.add(self._leaves[variable])
             else:
                 stack += [child for child, _ in node.next_functions]
         return found
@@ -234,7 +234,7 @@ class Ledger:
         # A parameter used before its layer runs: another pass of this model lies in front. (One
         # whose module never runs, as in attention, is used by a function: a plain parameter.)
         ran = {id(p) for s in stages if not s.plain for p in parameters(s.module)}
-        loop = next((index for leaf, index in self._ahead if leaf in ran), None)
+        loop = next((index for variable, index in self._ahead if variable in ran), None)
         if loop is not None:
             return (
                 f"the input of '{stages[loop].name}' was made with the model's own layers "

@@ -18,6 +18,7 @@ from torch.overrides import (
 )
 
 from ddpnopt.functional import COMPOSITE, Layers, product, unfolded
+from ddpnopt.parameters import identity
 from ddpnopt.typing import Tensor
 
 #: Attributes of a tensor that are functions of it.
@@ -53,7 +54,7 @@ class Quiet(TorchFunctionMode, ABC):
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module] | None:
         """The layer that a product with this weight is, with its name; None if it is none."""
-        return self.functional.get(id(weight))
+        return self.functional.get(identity(weight))
 
     def _product(
         self, x: Tensor, layer: tuple[str, nn.Module], func: Any, args: Any, kwargs: Any
