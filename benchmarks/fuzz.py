@@ -377,16 +377,20 @@ def fuzz(name: str, seconds: int, corpus: Path) -> None:
     """Fuzz one target; the process ends here."""
     import atheris  # type: ignore[import-not-found]
 
-    with atheris.instrument_imports(
-        include=["ddpnopt.experiments", "tomllib", "pickle", "pickletools", "tarfile", "zipfile"]
+    target = TARGETS[name]
+    with (
+        tempfile.TemporaryDirectory() as first,
+        atheris.instrument_imports(include=["ddpnopt.experiments", "tomllib"]),
     ):
-        TARGETS[name].seeds()
+        # The readers are imported where they are used.
+        for seed in target.seeds():
+            outcome(target, seed, Path(first))
     import torch
 
     torch.set_num_threads(1)
     place = corpus / name
     place.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(TARGETS[name].seeds()):
+    for number, seed in enumerate(target.seeds()):
         (place / f"seed-{number}").write_bytes(seed)
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None))
@@ -394,7 +398,7 @@ def fuzz(name: str, seconds: int, corpus: Path) -> None:
     def one(data: bytes) -> None:
         for left in folder.iterdir():
             left.unlink()
-        outcome(TARGETS[name], data, folder)
+        outcome(target, data, folder)
 
     arguments = [
         f"-max_total_time={seconds}",

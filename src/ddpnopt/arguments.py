@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ def ordered(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return (*args, *kwargs.values())
 
 
-@cache
+@lru_cache(maxsize=256)  # bounded: classes made in a loop are not held for ever
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 
