@@ -159,6 +159,8 @@ def test_states_that_are_changed_anywhere(tmp_path: Path) -> None:
     given = (None, -1, 2**70, "a", 1.5, math.nan, [], {}, (), torch.zeros(3), torch.zeros(0), True)
     refused = 0
     for _ in range(int(os.environ.get("DDPNOPT_EXAMPLES", "50"))):
+        for other in checkpoints.files():
+            other.unlink()
         place = chance.choice(few[1:])
         write_checkpoint(path, _changed(whole, place, chance.choice(given)))
         try:
@@ -167,6 +169,8 @@ def test_states_that_are_changed_anywhere(tmp_path: Path) -> None:
             assert str(path) in str(error), (place, error)
             refused += 1
     assert refused > 9
+    for other in checkpoints.files():
+        other.unlink()
     for content in ({}, {"state": 1}, {"state": None}):
         body = io.BytesIO()
         torch.save({"kind": "ddpnopt checkpoint", "format": 1, **content}, body)

@@ -48,7 +48,7 @@ def program() -> ModuleType:
 
 @pytest.mark.parametrize("kind", ["closed_loop", "open_loop", "kfac", "feedback", "branches"])
 def test_steps_leave_nothing(kind: str) -> None:
-    first, last = program().soak(kind, 120)
+    first, last = program().soak(kind, 60)
     # Memory and Python's own caches settle later; the full run looks at them.
     grown = set(last.grown_from(first)) - {"memory"}
     assert not grown, (grown, first, last)
