@@ -14,6 +14,8 @@ from torch import nn
 
 import ddpnopt
 from ddpnopt import curvature, value
+from ddpnopt.experiments.optimizers import build_optimizer
+from ddpnopt.experiments.specs import parse_optimizer
 
 #: Texts, containers, switches and numbers that no option, or only some, can mean.
 GIVEN: tuple[Any, ...] = (
@@ -91,3 +93,21 @@ def test_refused(kind: str, options: dict[str, Any]) -> None:
     """What would be taken for something else, or fail at a step."""
     with pytest.raises(ValueError, match=next(iter(options))):
         KINDS[kind][1](**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("adam:betas=0.9", "betas"),
+        ("sgd:momentum=abc", "momentum"),
+        ("feedback-adamw:betas=1", "betas"),
+        ("ddpnopt-kfac:curvature.damping=no", "damping"),
+        ("ddpnopt:value.own_layer=no", "own_layer"),
+        ("feedback-muon:nesterov=true", "nesterov"),
+    ],
+)
+def test_on_the_command_line(text: str, option: str) -> None:
+    """An error that names the option, also where torch's own constructor compares first."""
+    name, options = parse_optimizer(text)
+    with pytest.raises(ValueError, match=option):
+        build_optimizer(name, net(), 0.1, options)
