@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import fields, is_dataclass
-from functools import cache
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +30,7 @@ def ordered(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return (*args, *kwargs.values())
 
 
-@cache
+@lru_cache(maxsize=256)  # bounded: classes made in a loop are not held for ever
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
 

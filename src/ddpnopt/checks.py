@@ -16,6 +16,7 @@ from ddpnopt.gradients import gradient_norms
 from ddpnopt.hyperparameters import own_momentum
 from ddpnopt.linearise import cast_state
 from ddpnopt.parameters import parameters
+from ddpnopt.ranges import check_number, finite, share
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -65,11 +66,10 @@ def check_group(group: Mapping[str, Any], owned: Container[Tensor]) -> None:
                 f"params: parameter {place} of the group (shape {tuple(p.shape)}) does not belong "
                 "to the model; give DDPNOpt the module that owns all of them"
             )
-    for option, low, high in (("lr", 0, None), ("momentum", 0, 1), ("weight_decay", 0, None)):
-        number = float(group[option])
-        if not number >= low or (high is not None and number >= high) or number == float("inf"):
-            bound = "must not be negative" if high is None else f"must lie in [{low}, {high})"
-            raise ValueError(f"{option}={group[option]}: {bound}")
+    for option in ("lr", "weight_decay"):
+        check_number("", option, group[option], finite, "must not be negative, and finite")
+    momentum = group["momentum"]
+    check_number("", "momentum", momentum, lambda n: share(float(n)), "must lie in [0, 1)")
     if group["momentum"] and own_momentum(group["curvature"]):
         raise ValueError(
             f"momentum={group['momentum']} with curvature={group['curvature']['name']!r}, which "

@@ -138,6 +138,8 @@ class Classifier:
                 h, x = ledger.edges[index], ledger.states[index]
                 whole = trajectory.samples and stage.rows % trajectory.samples == 0
                 samples = trajectory.samples if whole else stage.rows
+                if len(self._doubts) > MOST:
+                    self._doubts.clear()
                 self._doubts[case] = doubt(stage, h, x, samples)
             if self._doubts[case]:
                 stage.rule = None
