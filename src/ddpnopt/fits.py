@@ -6,13 +6,13 @@ Only numbers of each row are kept; the rows themselves are looked at once, in ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ddpnopt.likelihoods import Lines, row_lines
 from ddpnopt.rows import HALF, chunk_size, chunks, working
+from ddpnopt.smoothing import smoothed
 from ddpnopt.typing import Tensor
 
 #: Rows tell a loss with w(p_y) from another where 1 - p_y, or p_y, differ by this share; 1 - p_y by
@@ -168,7 +168,7 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int, samples: int) -> Fit:
     grain = Grain.of(z, G)
     rows = scan(z, G, axis, grain)
     if not bool(rows.fits.all()):
-        return _fit_smoothed(z, G, axis, rows, grain)
+        return _smoothed(z, G, axis, rows, grain)
     floor = CONFIDENT if grain.eps > COARSE else 0.0
     informative = rows.used & (rows.rest > 64 * grain.step / rows.w.clamp(min=grain.step))
     informative &= rows.rest > floor
@@ -182,56 +182,17 @@ def fit_softmax(z: Tensor, G: Tensor, axis: int, samples: int) -> Fit:
         owner = torch.arange(len(rows.w), device=z.device) // (len(rows.w) // samples)
         if _uniform_samples(rows.w, owner, at, informative, tolerance):
             uniform = redundant = True
+    if classes == 2 and not uniform:  # where any G fits the form
+        return _smoothed(z, G, axis, rows, grain)
     return Fit(rows.w, rows.y, True, uniform, shows_form and redundant, True, rows.lines)
 
 
-def _fit_smoothed(z: Tensor, G: Tensor, axis: int, rows: Scan, grain: Grain) -> Fit:
-    """Label smoothing: one w and one c for the batch, by regression of G on p off the label."""
-    classes, used = z.shape[axis], rows.used
-    nothing = Fit(torch.zeros_like(rows.w), rows.y, False, False, True)
-    wide = torch.float32 if z.device.type == "mps" else torch.float64
-    n = int(used.sum()) * (classes - 1)
-    if n < 4:
-        return nothing
-    moments = torch.zeros(4, dtype=wide, device=z.device)
-    for part, p, g in _balanced(z, G, axis, rows.drift):
-        at, keep = rows.y[part, None], used[part, None]
-        P, H = (one.scatter(-1, at, 0.0).mul_(keep).to(wide) for one in (p, g))
-        moments += torch.stack([P.sum(), H.sum(), P.square().sum(), (P * H).sum()])
-    P_mean, H_mean, PP, PH = (moments / n).tolist()
-    variance = PP - P_mean**2
-    if not variance > 1e-4 * PP:
-        return nothing
-    w = (PH - P_mean * H_mean) / variance
-    c = w * P_mean - H_mean
-    if not (w > 0 and 0 < c < w / classes):
-        return nothing
-    # w is known as well as the likeliest entries are, and c = w mean(p) - mean(G).
-    likeliest = 8 * grain.exp + float(grain.exp_error(rows.spread[used].amax()))
-    fitted = 8 * grain.exp * c + (likeliest + 4 * grain.eps / n**0.5) * w * P_mean
-    rounding = 4 * grain.eps * c + fitted + 2 * grain.step
-    at_label = 4 * grain.eps * w + classes * fitted
-    # Sums of C equal shares are rounded one way.
-    fits = (rows.drift.abs() <= (8 + classes) * grain.exp * w).all()
-    for part, p, g in _balanced(z, G, axis, rows.drift):
-        at = rows.y[part, None]
-        residual = g.add(c).sub_(p, alpha=w)
-        residual.scatter_add_(-1, at, at.new_full(at.shape, 1).to(g) * (w - classes * c))
-        slack = grain.slack(rows.spread[part]) * w
-        residual.abs_().addcmul_(p, slack[:, None], value=-1)
-        residual.scatter_add_(-1, at, at.new_full(at.shape, 1).to(g) * -at_label)
-        fits &= ((residual.amax(-1) <= rounding) | ~used[part]).all()
-    known = bool(fits)
-    return Fit(w * used.to(rows.w), rows.y, known, known, True, lines=rows.lines)
-
-
-def _balanced(
-    z: Tensor, G: Tensor, axis: int, drift: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Chunks of p and of G, its rows' sums taken off."""
-    for part, (rows, g) in chunks(axis, z, G):
-        p = torch.softmax(rows, -1, dtype=working(z))
-        yield part, p, torch.addcmul(g.to(p.dtype), p, drift[part, None], value=-1)
+def _smoothed(z: Tensor, G: Tensor, axis: int, rows: Scan, grain: Grain) -> Fit:
+    found = smoothed(z, G, axis, rows, grain)
+    if found is None:
+        return Fit(torch.zeros_like(rows.w), rows.y, False, False, True)
+    w, y = found
+    return Fit(w * rows.used.to(rows.w), y, True, True, True, lines=rows.lines)
 
 
 def fit_logistic(z: Tensor, G: Tensor) -> Fit:
