@@ -103,5 +103,6 @@ def check_bound(waiting: bool) -> None:
         raise RuntimeError(
             "step(): no forward pass was seen of a module that owns all parameters given to the "
             "optimizer. Call one module that owns them all (its parts alone, called from the "
-            "loop, can't be run again), or give the optimizer the module: DDPNOpt(model, ...)"
+            "loop, can't be run again), or give the optimizer the module: DDPNOpt(model, ...), as "
+            "where model.compile() or a compiled function around it keeps its call from being seen"
         )

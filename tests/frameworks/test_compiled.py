@@ -131,6 +131,17 @@ def test_parameters_of_a_compiled_model() -> None:
     assert torch.equal(train(model, call, opt), train(twin, twin, closed(twin)))
 
 
+@pytest.mark.parametrize("way", [in_place, inside_a_function])
+def test_parameters_of_a_model_whose_call_is_compiled(way: Any) -> None:
+    """The compiler does not see a hook that waits for the model: refused, and nothing changes."""
+    model = Residual()
+    call, opt = way(model, lambda model: DDPNOpt(model.parameters(), lr=0.5), "eager")
+    before = train(model, call, opt, 0)
+    with pytest.raises(RuntimeError, match=r"DDPNOpt\(model, ...\), as where model.compile\(\)"):
+        train(model, call, opt)
+    assert torch.equal(train(model, call, opt, 0), before)
+
+
 @pytest.mark.parametrize("make", [closed, opened])
 def test_made_for_the_original_after_the_first_call_it_is_right_or_refused(make: Any) -> None:
     """The compiler does not see new hooks on what it has compiled already."""
