@@ -19,6 +19,9 @@ from ddpnopt.typing import Tensor
 if TYPE_CHECKING:
     from ddpnopt.fits import Grain, Scan
 
+#: Rows' sums above so many times the rounding of the largest entry: no cross-entropy, told at once.
+MOST = 100
+
 
 def smoothed(
     z: Tensor, G: Tensor, axis: int, rows: Scan, grain: Grain
@@ -36,18 +39,18 @@ def smoothed(
         rows: What one look at them has shown.
         grain: Rounding of G.
     """
-    if not bool(rows.used.any()):
+    size = float(rows.lines.size.amax()) if len(rows.w) else 0.0
+    most = MOST * (8 + z.shape[axis]) * grain.exp * size
+    if not size > 0 or bool((rows.drift.abs() > most).any()):
         return None
     before = None
-    for v in (float(rows.lines.size.amax()), math.inf):
+    for v in (size, math.inf):
         y = torch.empty_like(rows.y)
         for part, p, g in _balanced(z, G, axis, rows.drift):
             y[part] = p.sub_(g, alpha=1 / v).argmax(-1)
-        w = (
-            None
-            if before is not None and torch.equal(y, before)
-            else _fit(z, G, axis, rows, y, grain)
-        )
+        if before is not None and torch.equal(y, before):
+            return None
+        w = _fit(z, G, axis, rows, y, grain)
         if w is not None:
             return w, y
         before = y
