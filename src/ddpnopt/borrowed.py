@@ -81,6 +81,11 @@ class Borrowed:
         """The parameter's state before the step."""
         return self._state.get(p, {})
 
+    def _read(self, p: Tensor) -> Mapping[str, Any]:
+        """The state as the parameter's curvature sees it."""
+        hyper, state = self.hyper[p], self.state(p)
+        return {**state, "weights": p, "rate": hyper.life} if hyper.curvature.relative else state
+
     def decayed(self, p: Tensor, g: Tensor) -> Tensor:
         """Coupled weight decay, as torch.optim adds it."""
         hyper = self.hyper[p]
@@ -104,11 +109,11 @@ class Borrowed:
             mean = squares[0] * squares[1]
             if hyper.weight_decay and not isinstance(hyper.curvature, Joint):
                 mean = mean + hyper.weight_decay * p * (2 * g + hyper.weight_decay * p)
-        return hyper.curvature.moment(self.state(p), self.decayed(p, g), mean)
+        return hyper.curvature.moment(self._read(p), self.decayed(p, g), mean)
 
     def gain(self, p: Tensor, moment: Tensor | None, rescale: float) -> Gain:
         """P = r eta / (1 - momentum) M^-1."""
-        inverse = self.hyper[p].curvature.inverse(self.state(p), moment)
+        inverse = self.hyper[p].curvature.inverse(self._read(p), moment)
         life = rescale * self.hyper[p].life
         return life if inverse is None else inverse * life
 
@@ -140,7 +145,7 @@ class Borrowed:
         """u <- u - eta M^-1 d."""
         p, moment = update.p, update.moment
         hyper = self.hyper[p]
-        state = self.state(p)
+        state = self._read(p)
         if moment is None and update.fed is not None:
             moment = self.moment(p, update.fed, update.squares)
         d = self.decayed(p, update.d)

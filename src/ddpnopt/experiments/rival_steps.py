@@ -13,7 +13,7 @@ from torch import Tensor
 SHORTEST = 1e-3
 
 
-def _unit_norms(t: Tensor) -> Tensor:
+def unit_norms(t: Tensor) -> Tensor:
     """Norms over all dimensions but the first, which counts a layer's units; of a vector: all."""
     axes = tuple(range(1, t.dim())) or None
     norms: Tensor = torch.linalg.vector_norm(t, dim=axes, keepdim=axes is not None)
@@ -31,8 +31,8 @@ def clip_by_unit(parameters: Sequence[Tensor], threshold: float) -> None:
     for p in parameters:
         if p.grad is None:
             continue
-        longest = _unit_norms(p).clamp_(min=SHORTEST).mul_(threshold)
-        p.grad.mul_((longest / _unit_norms(p.grad).clamp_(min=1e-12)).clamp_(max=1.0))
+        longest = unit_norms(p).clamp_(min=SHORTEST).mul_(threshold)
+        p.grad.mul_((longest / unit_norms(p.grad).clamp_(min=1e-12)).clamp_(max=1.0))
 
 
 @contextmanager
