@@ -9,11 +9,11 @@ small.) M is the identity, or Adam's with its own counter.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import schedulefree
 import torch
 from torch import nn
 
@@ -26,6 +26,9 @@ from ddpnopt.inner.base import Group, Reader, State, feed_average
 from ddpnopt.inner.moments import _Adam
 from ddpnopt.typing import Tensor
 from ddpnopt.value import Moreau
+
+#: Of an extra, and without types.
+schedulefree: Any = importlib.import_module("schedulefree")
 
 
 class AveragedSGD(Reader):
@@ -73,12 +76,12 @@ class _Answering(ddpnopt.Feedback):
     def eval(self) -> None:
         """x."""
         for one in self.optimizers:
-            one.eval()
+            getattr(one, "eval")()  # noqa: B009 - torch's class has none
 
     def train(self) -> None:
         """y."""
         for one in self.optimizers:
-            one.train()
+            getattr(one, "train")()  # noqa: B009 - torch's class has none
 
 
 def averaged(

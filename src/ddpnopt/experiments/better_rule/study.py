@@ -49,10 +49,9 @@ def _step(inner: str = "identity", **more: str | bool | float) -> Options:
 
 def variants(name: str) -> list[Contender]:
     """What is tried on a problem."""
-    rates = LOWER if name in ("residual", "deep-norm") else ANY
+    rates = LOWER[:-2] if name == "deep-norm" else ANY
     found = [
         Contender("ddpnopt-trust", rates, _step()),
-        Contender("ddpnopt-trust", rates, _step(feedback="open_loop")),
         Contender("ddpnopt-trust", rates, _step(feedback=False)),
         Contender("ddpnopt-trust", rates[:-1]),
         Contender("feedback-sgd-schedule-free", STEPS[2:] if name != "deep-norm" else STEPS[:5]),
@@ -60,7 +59,7 @@ def variants(name: str) -> list[Contender]:
     ]
     if "adamw" in PROBLEMS[name].families:
         found += [
-            Contender("ddpnopt-trust", (*RATIOS[1:], 1.0), _step("adamw")),
+            Contender("ddpnopt-trust", (*RATIOS[2:], 1.0), _step("adamw")),
             Contender("feedback-adamw-schedule-free", RATIOS[2:]),
         ]
     if name in ("cnn", "cnn-cycle", "residual"):
@@ -68,7 +67,7 @@ def variants(name: str) -> list[Contender]:
     if name in ("text", "language", "deep", "residual"):
         found.append(Contender("ddpnopt", STEPS[2:], (("unit_clip", 0.02),)))
     if name in ("cnn", "tanh", "text"):
-        found.append(Contender("ddpnopt-trust", ANY, _step(momentum=0.9)))
+        found.append(Contender("ddpnopt-trust", ANY[1:], _step(feedback="open_loop")))
     if name == "regression":
         found.append(Contender("ddpnopt-quadratic-flow", STEPS[2:]))
     return found
