@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpnopt.value.line import Line
-from ddpnopt.value.line import flow_coefficient as flow
+from ddpnopt.value.line import Flow, Line
 from oracles.adaptor import library_coefficient, library_flow
 from oracles.moreau_scalar import (
     LineModel,
@@ -91,7 +90,7 @@ def test_flow_stays_within_its_bounds() -> None:
     )
     for dtype in (torch.float64, torch.float32):
         args = [t.to(dtype) for t in (kappa, excess, S, q)]
-        found = flow(Line(args[0], args[1]), args[2], args[3])
+        found = Flow.of(Line(args[0], args[1]), args[2])(args[3])
         assert found.dtype == dtype and bool(found.isfinite().all())
         assert bool((found >= 0).all()) and bool((found <= (1 + args[1]) * (1 + 1e-6)).all())
         uphill = args[3] >= 0  # the logistic is not underflowed there

@@ -138,6 +138,14 @@ class Borrowed:
 
     def apply(self, updates: Sequence[Update]) -> None:
         """u <- u - eta M^-1 d for the parameters of a layer, or for all outside the feedback."""
+        self.save([update.p for update in updates])
+        hypers = [self.hyper[update.p] for update in updates]
+        lr = hypers[0].lr if hypers else 0.0
+        if all(hyper.gradient_step and hyper.lr == lr for hyper in hypers) and len(updates) > 1:
+            if not any(update.d.is_sparse for update in updates):
+                torch._foreach_add_([u.p for u in updates], [u.d for u in updates], alpha=-lr)
+                self._new.update({update.p: {} for update in updates})
+                return
         for update in updates:
             self.step(update)
 
@@ -151,14 +159,14 @@ class Borrowed:
         d = self.decayed(p, update.d)
         if update.follows and update.plain is not None:
             moment = hyper.curvature.follow(state, self.decayed(p, update.plain), d, moment)
-        self._save(p)
+        self.save([p])
         if hyper.curvature.decoupled and hyper.weight_decay:
             p.mul_(1 - hyper.lr * hyper.weight_decay)
         self._new[p] = hyper.curvature.update(p, d, state, moment, hyper.lr, hyper.momentum)
 
     def put(self, p: Tensor, value: Tensor) -> None:
         """u <- value, found in another way than by a step on a gradient."""
-        self._save(p)
+        self.save([p])
         p.copy_(value)
 
     def before(self, p: Tensor) -> Tensor:
@@ -170,9 +178,17 @@ class Borrowed:
         for name in MOMENTA & self._new[p].keys():
             self._new[p][name] = self._new[p][name] * gamma
 
-    def _save(self, p: Tensor) -> None:
-        if p in self._saved:
+    def save(self, parameters: Sequence[Tensor]) -> None:
+        """Copy parameters that are to be updated, unless they have been."""
+        new = [p for p in parameters if p not in self._saved]
+        if not new:
             return
+        copies = [self._room(p) for p in new]
+        torch._foreach_copy_(copies, new)
+        self._saved.update(zip(new, copies, strict=True))
+
+    def _room(self, p: Tensor) -> Tensor:
+        """Memory for a parameter's copy."""
         copy = self._copies.get(id(p))
         if (
             copy is None
@@ -181,7 +197,7 @@ class Borrowed:
             or copy.device != p.device
         ):
             copy = self._copies[id(p)] = torch.empty_like(p, requires_grad=False)
-        self._saved[p] = copy.copy_(p)
+        return copy
 
     def fixed_gains(self, layer: Layer, rescale: float) -> dict[str, Gain] | None:
         """P of every parameter where no curvature has statistics; else None."""
@@ -276,7 +292,7 @@ class Borrowed:
         for name, step in layer.rule.parted(layer.module, direction, "bias" in names).items():
             p = layer.params[name]
             hyper = self.hyper[p]
-            self._save(p)
+            self.save([p])
             new = momentum_step(p, step.to(p.dtype), self.state(p), hyper.lr, hyper.momentum)
             self._new[p] = {**joint, **new} if name == "weight" else new
 
@@ -327,5 +343,7 @@ class Borrowed:
 def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """Norms of many tensors, stacked, in one fused call."""
     found: list[Tensor] = list(torch._foreach_norm(tensors, order))
-    wide = torch.float64 if any(n.dtype == torch.float64 for n in found) else torch.float32
-    return torch.stack([n.to(found[0].device, wide) for n in found])
+    if len({n.device for n in found}) > 1:
+        found = [n.to(found[0].device) for n in found]
+    stacked = torch.stack(found)
+    return stacked if stacked.dtype == torch.float64 else stacked.float()

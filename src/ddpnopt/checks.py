@@ -131,7 +131,7 @@ def check_gradients(
     finite = all(map(math.isfinite, sizes.values()))
     if held and finite:
         seen = [s.G for t in trajectories for s in t.stages if s.G is not None and s.G.numel()]
-        finite = not seen or bool(norms(seen).isfinite().all())
+        finite = not seen or all(map(math.isfinite, norms(seen).tolist()))
     if not finite:
         place = first_nonfinite(trajectories, names)
         if place:
@@ -166,7 +166,7 @@ def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> 
         NonFiniteError: The parameter is named.
     """
     updated = borrowed.updated()
-    if updated and not bool(norms(updated).isfinite().all()):
+    if updated and not all(map(math.isfinite, norms(updated).tolist())):
         bad = next((p for p in updated if not bool(p.isfinite().all())), None)
         if bad is not None:  # a norm may overflow where no entry does
             raise NonFiniteError(
@@ -175,7 +175,7 @@ def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> 
             )
     statistics = borrowed.statistics()
     kept = [t for tensors in statistics.values() for t in tensors]
-    if not kept or bool(norms(kept).isfinite().all()):
+    if not kept or all(map(math.isfinite, norms(kept).tolist())):
         return
     for p, tensors in statistics.items():
         if not all(bool(t.isfinite().all()) for t in tensors):

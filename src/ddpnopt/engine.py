@@ -28,7 +28,7 @@ from ddpnopt.company import Company
 from ddpnopt.distributed import agree, backward_ended
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.front import averaged, merged, remember, weigh
-from ddpnopt.gradients import Consumed, Fingerprint
+from ddpnopt.gradients import Consumed, Fingerprint, finite
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
@@ -212,7 +212,7 @@ class Engine:
         if off or trajectory.z is None or G.numel() == 0:
             return  # nobody asks, or an empty batch, which tells nothing
         with torch.no_grad():
-            if not bool(G.isfinite().all()):
+            if not finite(G):
                 return  # GradScaler probes with overflows: the last decision stands
             try:
                 found, cost = self.outputs.cost(trajectory, stage, G)
@@ -229,7 +229,7 @@ class Engine:
         """The gradient has arrived where the samples' mixing begins: weight them there."""
         assert trajectory.pending is not None
         cost = trajectory.pending[0]
-        if cost is None or trajectory.refusal or not bool(G.isfinite().all()):
+        if cost is None or trajectory.refusal or not finite(G):
             return
         step = self.new_step([trajectory], self.rescale, 1.0, early=True)
         try:

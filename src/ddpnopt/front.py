@@ -68,6 +68,10 @@ class Boundary:
         """K times these."""
         return self.h_gram() * self.K
 
+    def lengths(self) -> Tensor:
+        """K |g|^2."""
+        return self.gradient().square().sum(1).mul_(self.K)
+
     @property
     def matrices(self) -> NoReturn:
         """None: the front is known by its gain alone."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable
 
@@ -31,6 +32,11 @@ def gradient_norms(parameters: Iterable[Tensor]) -> dict[Tensor, float]:
     if not gradients:
         return {}
     return dict(zip(gradients, norms(list(gradients.values())).tolist(), strict=True))
+
+
+def finite(t: Tensor) -> bool:
+    """Whether all entries are finite: one pass, one number read."""
+    return not t.numel() or math.isfinite(float(torch.linalg.vector_norm(t, math.inf)))
 
 
 class Fingerprint:

@@ -67,6 +67,12 @@ class Hyper:
     curvature: Curvature
 
     @property
+    def gradient_step(self) -> bool:
+        """The update is -eta d and nothing else."""
+        plain = self.curvature.name == "identity"
+        return plain and self.momentum == 0 and self.weight_decay == 0
+
+    @property
     def life(self) -> float:
         """eta / (1 - momentum): the step's total effect over the momentum's life."""
         return self.lr / (1 - self.momentum)

@@ -14,7 +14,7 @@ from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule, tied
 from ddpnopt.layers.base import Kept
 from ddpnopt.layers.coordinates import Coordinates
-from ddpnopt.linearise import cast_state, per_sample
+from ddpnopt.linearise import cast_state, flat, per_sample
 from ddpnopt.matrices import Matrices
 from ddpnopt.parameters import parameters
 from ddpnopt.positions import Gain, Kronecker, weight_gram
@@ -83,28 +83,37 @@ class Layer:
 
     def gram(self) -> Tensor:
         """eta (g, Z)_u^T M^-1 (g, Z)_u."""
-        parts = [self._gram(s, n) for s, n in self.pairs()]
+        if all(stage.Z_h is None for stage in self.blocks):
+            return self.lengths()[:, None, None]
+        parts = [
+            self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
+            for s, n in self.pairs()
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _gram(self, stage: Stage, samples: int) -> Tensor:
-        columns = self.columns(stage)
-        P = self.gain.get("weight")
-        if isinstance(P, Kronecker) and len(columns) == 1 and isinstance(self.rule, MatrixRule):
-            U = self.rule.inputs(self.module, self.x(stage), samples)
-            V = self.rule.outputs(self.module, columns, samples)[0]
+    def lengths(self) -> Tensor:
+        """eta g_u^T M^-1 g_u; what it had to form is kept for the feedback."""
+        parts = [self._lengths(s, n) for s, n in self.pairs()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _lengths(self, stage: Stage, samples: int) -> Tensor:
+        x, G, P = self.x(stage), self.G(stage), self.gain.get("weight")
+        if isinstance(P, Kronecker) and isinstance(self.rule, MatrixRule):
+            U = self.rule.inputs(self.module, x, samples)
+            V = self.rule.outputs(self.module, G[None], samples)[0]
             if Coordinates.pays(U, V):
                 found = self.coordinates[stage] = Coordinates.of(U, V, P)
-                part = weight_gram(found.inputs, found.outputs[None], P.scale)
+                part = weight_gram(found.inputs, found.outputs[None], P.scale)[:, 0, 0]
                 rest = {name: one for name, one in self.gain.items() if name != "weight"}
                 if not rest:
                     return part
-                return part + self.rule.gram(self.module, self.x(stage), columns, rest, samples)
-        if self.sketch is None and len(columns) == 1:
-            kept = self.rule.kept_gram(self.module, self.x(stage), columns, self.gain, samples)
+                return part + self.rule.lengths(self.module, x, G, rest, samples)
+        if self.sketch is None:
+            kept = self.rule.kept_gram(self.module, x, G[None], self.gain, samples)
             if kept is not None:
                 self.kept[stage] = kept[1]
-                return kept[0]
-        return self.rule.gram(self.module, self.x(stage), columns, self.gain, samples, self.sketch)
+                return kept[0][:, 0, 0]
+        return self.rule.lengths(self.module, x, G, self.gain, samples, self.sketch)
 
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""
@@ -119,15 +128,16 @@ class Layer:
             return torch.cat(list(dx.q)).to(self.dtype)
         parts = []
         for stage, change, samples in zip(self.blocks, dx, self.counts, strict=True):
-            change = cast_state(change, self.dtype).reshape(samples, -1)
             if self.factor:
                 assert stage.Z_x is not None
                 columns = per_sample(stage.Z_x.to(self.dtype), samples)
+                change = cast_state(change, self.dtype).reshape(samples, -1)
                 parts.append((columns @ change[..., None])[..., 0])
             else:
                 assert stage.g_x is not None
-                g_x = cast_state(stage.g_x, self.dtype).reshape(samples, -1)
-                parts.append((g_x * change).sum(1, keepdim=True))
+                g_x, change = cast_state(stage.g_x, self.dtype), cast_state(change, self.dtype)
+                change = flat(change, samples)
+                parts.append((flat(g_x, samples) * change).sum(1, keepdim=True))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
@@ -139,7 +149,7 @@ class Layer:
         for stage, samples in zip(self.blocks, self.counts, strict=True):
             assert stage.G is not None
             rows = slice(at, at + samples)
-            G = self.G(stage).reshape(samples, -1)
+            G = flat(self.G(stage), samples)
             v = None if a is None else G * cast_state(a[rows, None], self.dtype)
             if b is not None:
                 assert stage.Z_h is not None
@@ -147,7 +157,7 @@ class Layer:
                 along = torch.einsum("brh,br->bh", columns, b[rows].to(self.dtype))
                 v = along if v is None else v + along
             v = torch.zeros_like(G) if v is None else v
-            out.append(v.reshape(stage.G.shape))
+            out.append(v if v.shape == stage.G.shape else v.reshape(stage.G.shape))
             at += samples
         return out
 

@@ -147,7 +147,7 @@ class Ledger:
             self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
             self._outputs.update({node: index for node in self._latest})
             self._leaves.update({id(p): index for p in own})
-            self._ends[index] = out.detach()
+            self._ends[index] = out
 
     def _look_inside(
         self, own: Sequence[nn.Parameter], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
@@ -169,7 +169,9 @@ class Ledger:
     def heads(self) -> dict[int, Tensor]:
         """Layers before the last whose output no later one uses, and that output."""
         last = len(self.edges) - 1
-        return {i: z for i, z in self._ends.items() if i != last and self.edges[i] is not None}
+        return {
+            i: z.detach() for i, z in self._ends.items() if i != last and self.edges[i] is not None
+        }
 
     def behind(self, edge: GradientEdge) -> set[int]:
         """The layers that a recorded tensor is made from, at first hand."""

@@ -134,24 +134,31 @@ def hard_label_cost(
     p = torch.softmax(rows, -1, dtype=working(z))
     gradient = gradient.to(p.dtype)
     target = torch.sub(p, gradient, alpha=1 / w)
-    size = gradient.abs().amax(-1)
+    size = gradient.abs().amax(-1, keepdim=True)
     wrong = (target.amax(-1) - 1).abs_().add_(target.abs_().sum(-1).sub_(1).abs_())
-    worst, largest = torch.stack([(wrong * (size > 0)).amax(), size.amax()]).tolist()
+    worst, largest = torch.stack([wrong.amax(), size.amax()]).tolist()
+    if worst > 64 * eps:  # a row without a gradient is not wrong
+        worst = float((wrong * (size[:, 0] > 0)).amax())
     if not (worst <= 64 * eps and largest >= INFORMATIVE * w):
         return None
-    g = gradient / size.clamp(min=torch.finfo(p.dtype).tiny)[:, None]
+    g = gradient / size.clamp(min=torch.finfo(p.dtype).tiny)
     gbar = (p * g).sum(-1, keepdim=True)
-    reach = g.amax(-1).sub_(gbar[:, 0])
+    reach = g.amax(-1, keepdim=True).sub_(gbar)[:, 0]
     square = g.square().sum(-1).clamp_(min=1)  # one entry has size 1
     variance = (g - gbar).square_().mul_(p).sum(-1)
-    used = (size > 0).to(p.dtype).mul_(w)
+    size = size[:, 0]
+
+    def used() -> Tensor:
+        return (size > 0).to(p.dtype).mul_(w)
+
     if len(rows) > samples:
-        return softmax_cost(name, z, G, used, axis, samples, Lines(size, square, variance, reach))
+        lines = Lines(size, square, variance, reach)
+        return softmax_cost(name, z, G, used(), axis, samples, lines)
     area = square.mul_((size / w).clamp_(min=SMALLEST))
     weight = torch.full_like(size, w)
 
     def exact() -> Cost:
-        return softmax_cost(name, z, G, used, axis, samples)
+        return softmax_cost(name, z, G, used(), axis, samples)
 
     def value(new: Tensor) -> Tensor:
         known = exact().value

@@ -269,3 +269,8 @@ def cast_state(x: Tensor, dtype: torch.dtype) -> Tensor:
 def per_sample(columns: Tensor, samples: int) -> Tensor:
     """(k, n, ..) to (B, k, elements)."""
     return columns.reshape(columns.shape[0], samples, -1).transpose(0, 1)
+
+
+def flat(t: Tensor, samples: int) -> Tensor:
+    """(B, elements)."""
+    return t if t.dim() == 2 and t.shape[0] == samples else t.reshape(samples, -1)

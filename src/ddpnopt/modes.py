@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ WRITING = frozenset(
     {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__"}
     | {"__ifloordiv__", "__imod__", "__ipow__"}
 )
+
+#: Nobody watches.
+NOTHING = nullcontext()
 
 
 class Quiet(TorchFunctionMode, ABC):
@@ -96,12 +99,13 @@ class Quiet(TorchFunctionMode, ABC):
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
-@contextmanager
-def quiet(watch: Quiet | None) -> Iterator[None]:
+def quiet(watch: Quiet | None) -> AbstractContextManager[None]:
     """Within the block calls of our own are not watched."""
-    if watch is None:
-        yield
-        return
+    return NOTHING if watch is None else _unwatched(watch)
+
+
+@contextmanager
+def _unwatched(watch: Quiet) -> Iterator[None]:
     before, watch.on = watch.on, False
     try:
         with torch._C.DisableTorchFunction():  # or each call would be asked about

@@ -41,10 +41,16 @@ def repeated(trajectory: Trajectory) -> None:
 def _together(stages: Sequence[Stage]) -> list[list[Stage]]:
     """The executions of each layer, and of layers that share parameters with it, in order."""
     groups: list[tuple[set[int], list[Stage]]] = []
+    met: set[int] = set()
     for stage in stages:
         if stage.rule is None or stage.plain == FROZEN:
             continue
-        own = {id(p) for p in parameters(stage.module)}
+        own = set(map(id, parameters(stage.module)))
+        if met.isdisjoint(own):
+            met |= own
+            groups.append((own, [stage]))
+            continue
+        met |= own
         mine = [group for group in groups if group[0] & own]
         rest = [group for group in groups if not group[0] & own]
         ids = own.union(*(group[0] for group in mine))

@@ -263,7 +263,7 @@ class Trajectory:
             for s in self.stages
             if not s.plain
             and id(s) not in later
-            and any(one.G is not None for one in (s, *s.repeats))
+            and (s.G is not None or any(one.G is not None for one in s.repeats))
         ]
 
     def weigh(self, share: float) -> None:

@@ -64,8 +64,8 @@ class Wrapped(Borrowed):
         optimizer = inner.optimizer
         if id(optimizer) not in self._attributes:
             self._attributes[id(optimizer)] = optimizer, attributes(optimizer)
+        self.save([update.p for update in updates])
         for update in updates:
-            self._save(update.p)
             self._before[update.p] = _Saved.of(optimizer.state, update.p)
         self.prepare(inner, updates)
         with self._stepping_on({u.p: u.d for u in updates}):
@@ -75,8 +75,8 @@ class Wrapped(Borrowed):
     def prepare(self, inner: Inner, updates: Sequence[Update]) -> None:
         """Before an optimizer's step on re-weighted gradients."""
         if inner.reader.rescales:
+            self.save([update.p for update in updates])
             for update in updates:
-                self._save(update.p)
                 if not update.d.is_sparse:
                     # Copied: many optimizers change the gradient in place.
                     self._given[update.p] = update.d.clone(), shortening(update)
@@ -119,8 +119,7 @@ class Wrapped(Borrowed):
         new = [u.p for u in updates if u.follows and reader.moment not in state.get(u.p, {})]
         if not reader.moment or not new:
             return
-        for p in new:
-            self._save(p)
+        self.save(new)
         with self._stepping_on({p: torch.zeros_like(p) for p in new}):
             inner.step(new)
         for p in new:

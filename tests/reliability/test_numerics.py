@@ -24,7 +24,7 @@ from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError
 from ddpnopt.recognition import Recogniser
 from ddpnopt.value.backups import scalar_backup
 from ddpnopt.value.base import Coupling, mean_field
-from ddpnopt.value.line import FLAT, FLOOR, SHORTEST, STIFFEST, Line, coefficient, flow_coefficient
+from ddpnopt.value.line import FLAT, FLOOR, SHORTEST, STIFFEST, Envelope, Flow, Line
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -78,8 +78,8 @@ def test_coefficients_against_many_digits(
 ) -> None:
     """Between 0 and Lambda, and the solution of the equation that defines them."""
     k, e, s, at = (torch.tensor([v], dtype=dtype) for v in (kappa, excess, S, q))
-    for rule, flow in ((coefficient, False), (flow_coefficient, True)):
-        found = float(rule(Line(k, e), s, at))
+    for rule, flow in ((Envelope, False), (Flow.of, True)):
+        found = float(rule(Line(k, e), s)(at))
         wanted, Lambda = exact(float(k), float(e), float(s), float(at), flow)
         assert 0 <= found <= Lambda * (1 + 1e-6)
         assert found == pytest.approx(wanted, rel=1e-6 if dtype == torch.float32 else 1e-11)
@@ -126,14 +126,14 @@ def test_costs_of_saturated_and_of_vanishing_outputs(
     assert bool((cost.w > 0).all() and cost.w.isfinite().all())
     assert bool((cost.kappa >= 0).all() and cost.kappa.isfinite().all())
     bound = torch.inf if cost.excess is None else 1 + cost.excess
-    rules = [coefficient] if cost.excess is None else [coefficient, flow_coefficient]
+    rules = [Envelope] if cost.excess is None else [Envelope, Flow.of]
     for rule in rules:
         for S in (0.0, 1e-30, 1.0, 1e19):
             steps = torch.full_like(cost.w, S)
-            still = rule(Line(cost.kappa, cost.excess), steps, None)
+            still = rule(Line(cost.kappa, cost.excess), steps)(None)
             assert bool(((still >= 0) & (still <= 1 + 1e-6)).all())
             for q in (-1e10, 5.0, 1e10):
-                moved = rule(Line(cost.kappa, cost.excess), steps, torch.full_like(cost.w, q))
+                moved = rule(Line(cost.kappa, cost.excess), steps)(torch.full_like(cost.w, q))
                 assert bool(moved.isfinite().all())
                 if cost.excess is not None:
                     assert bool(((moved >= 0) & (moved <= bound * (1 + 1e-6))).all())

@@ -234,6 +234,18 @@ class LayerRule:
                 total = total + torch.einsum("rbi,sbi->brs", weighted, G)
         return total
 
+    def lengths(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        v: Tensor,
+        gain: Mapping[str, Gain],
+        samples: int,
+        sketch: torch.Generator | None = None,
+    ) -> Tensor:
+        """v_u^T P v_u per sample, (B,): `gram` of one vector (h's shape) in h-space."""
+        return self.gram(module, x, v[None], gain, samples, sketch)[:, 0, 0]
+
     def curvature(
         self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
     ) -> Tensor:

@@ -53,7 +53,8 @@ class LinearRule(MatrixRule):
         scale: float,
     ) -> dict[str, Tensor]:
         """The sum fused into the product."""
-        x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
+        if x.dim() != 2:
+            x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
         found = {}
         if "weight" in gradients:
             left, right = self.weight_factors(x, V)
@@ -62,26 +63,24 @@ class LinearRule(MatrixRule):
             found["bias"] = gradients["bias"].add(V.sum(0), alpha=scale)
         return found
 
-    def gram(
+    def lengths(
         self,
         module: nn.Module,
         x: Tensor,
-        V: Tensor,
+        v: Tensor,
         gain: Mapping[str, Gain],
         samples: int,
         sketch: torch.Generator | None = None,
     ) -> Tensor:
-        """One column at one position: (P_W |x|^2 + P_b) |v|^2, or v^2 . (P_W x^2 + P_b)."""
-        P_W, P_b = gain.get("weight", 0.0), gain.get("bias", 0.0)
-        simple = V.shape[0] == 1 and x.dim() == 2 and x.shape[0] == samples
-        if simple and isinstance(P_W, float) and isinstance(P_b, float):
-            squares = V[0].square().sum(1).mul_(x.square().sum(1).mul_(P_W).add_(P_b))
-        elif simple and isinstance(P_W, Tensor) and (isinstance(P_b, Tensor) or "bias" not in gain):
-            D = F.linear(x.square(), P_W, P_b if isinstance(P_b, Tensor) else None)
-            squares = D.mul_(V[0]).mul_(V[0]).sum(1)
-        else:
-            return super().gram(module, x, V, gain, samples, sketch)
-        return squares[:, None, None]
+        """At one position: (P_W |x|^2 + P_b) |v|^2, or v^2 . (P_W x^2 + P_b)."""
+        if x.dim() == 2 and x.shape[0] == samples:
+            P_W, P_b = gain.get("weight", 0.0), gain.get("bias", 0.0)
+            if isinstance(P_W, float) and isinstance(P_b, float):
+                return v.square().sum(1).mul_(x.square().sum(1).mul_(P_W).add_(P_b))
+            if isinstance(P_W, Tensor) and (isinstance(P_b, Tensor) or "bias" not in gain):
+                D = F.linear(x.square(), P_W, P_b if isinstance(P_b, Tensor) else None)
+                return D.mul_(v).mul_(v).sum(1)
+        return super().lengths(module, x, v, gain, samples, sketch)
 
     def curvature(
         self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int

@@ -171,6 +171,10 @@ class _Batch:
         ZZ = full[1:, :, 1:].permute(1, 0, 3, 2).flatten(2).flatten(0, 1)
         return torch.cat([torch.cat([gg, Zg.T], 1), torch.cat([Zg, ZZ], 1)])[None]
 
+    def lengths(self) -> Tensor:
+        """(1,) of g, summed over the batch."""
+        return self.gram()[:, 0, 0]
+
     def h_gram(self) -> Tensor:
         """The same in h-space, where samples are orthogonal."""
         N = self.maps.h_gram()

@@ -109,6 +109,9 @@ class Maps(Protocol):
     def gram(self) -> Tensor:
         """(B, 1+r, 1+r) Gram matrix eta (g, Z)_u^T M^-1 (g, Z)_u."""
 
+    def lengths(self) -> Tensor:
+        """(B,) its first entry, s = eta g_u^T M^-1 g_u."""
+
     def h_gram(self) -> Tensor:
         """(B, 1+r, 1+r) inner products of the same columns in h-space."""
 

@@ -44,7 +44,7 @@ class _Scalars(Recursion):
 
     def back(self, maps: Maps, bottom: bool) -> Policy:
         """Rank-1 backup."""
-        s = maps.gram()[:, 0, 0]
+        s = maps.lengths()
         own = 1 + self.beta * s if self.options.own_layer else torch.ones_like(s)
         policy = _ScalarPolicy(self.options, self.alpha / own, self.beta / own, s)
         self.alpha, self.beta = scalar_backup(self.options.backup, self.alpha, self.beta, s)

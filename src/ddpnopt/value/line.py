@@ -14,8 +14,10 @@ policy's coefficient is its derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 
@@ -60,29 +62,49 @@ class Line:
         return Lambda, omega, -excess.clamp(min=FLOOR).log()
 
 
-def coefficient(
-    line: Line, S: Float[Tensor, " *t b"], q: Float[Tensor, " *t b"] | None
-) -> Float[Tensor, " *t b"]:
+class Slope(Protocol):
+    """The coefficient of a policy: by how much a sample's gradient is re-weighted, given q."""
+
+    def __call__(self, q: Float[Tensor, " *t b"] | None) -> Float[Tensor, " *t b"]:
+        """The factor; 1 at S = q = 0.
+
+        Args:
+            q: Predicted changes of the plain loss by what earlier layers have done; None for 0.
+        """
+
+    def rows(self) -> Sequence[Slope]:
+        """One for each row of S."""
+
+
+@dataclass(frozen=True, eq=False)
+class Envelope:
     """Derivative of the Moreau envelope: l'(delta*) with delta* = q - S l'(delta*).
 
-    Args:
+    Attributes:
         line: The samples' line models.
         S: Envelope parameters, in units of the plain loss per unit of slope.
-        q: Predicted changes of the plain loss by what earlier layers have just done; None for 0.
-
-    Returns:
-        The factor by which each sample's gradient is re-weighted; 1 at S = q = 0.
     """
-    if line.excess is None:
-        numerator: Tensor | float = 1.0 if q is None else 1 + line.kappa * q
-        return numerator / (1 + line.kappa * S)
-    Lambda, A, c = _stiffness(line, S, q)
-    return (Lambda * torch.sigmoid(_fixed_point(A, c))).to(S.dtype)
+
+    line: Line
+    S: Float[Tensor, " *t b"]
+
+    def __call__(self, q: Float[Tensor, " *t b"] | None) -> Float[Tensor, " *t b"]:
+        """The coefficient."""
+        line, S = self.line, self.S
+        if line.excess is None:
+            numerator: Tensor | float = 1.0 if q is None else 1 + line.kappa * q
+            return numerator / (1 + line.kappa * S)
+        Lambda, omega, start = line.logistic
+        c = start if q is None else torch.addcmul(start, omega, q.to(omega.dtype))
+        return (Lambda * torch.sigmoid(_fixed_point(_stiffness(line, S), c))).to(S.dtype)
+
+    def rows(self) -> Sequence[Envelope]:
+        """One for each row of S."""
+        return [Envelope(self.line, S) for S in self.S.unbind()]
 
 
-def flow_coefficient(
-    line: Line, S: Float[Tensor, " *t b"], q: Float[Tensor, " *t b"] | None
-) -> Float[Tensor, " *t b"]:
+@dataclass(frozen=True, eq=False)
+class Flow:
     """Average slope along the gradient flow delta' = -l'(delta), delta(0) = q, of length S.
 
     The envelope is one implicit Euler step of that flow and falls short of it at small S, where
@@ -91,57 +113,84 @@ def flow_coefficient(
     For the quadratic line the coefficient at q = 0 would be (1 - exp(-kappa S)) / (kappa S).
 
     With v = omega delta - log(Lambda - 1) the flow conserves v - exp(-v) + omega Lambda tau, so
-    the distance d = v(0) - v(S) solves d + b expm1(d) = A with b = exp(-v(0)).
+    the distance d = v(0) - v(S) solves d + b expm1(d) = A with b = exp(-v(0)), A = omega S Lambda.
 
-    Args:
+    Attributes:
         line: The samples' line models, logistic.
-        S: Length of the flow.
-        q: Where it starts; None for 0.
+        A: Length of the flow, in units of v.
+        scale: Lambda / A: the coefficient is that much times the distance.
+        dtype: Of the coefficient.
     """
-    Lambda, A, c = _stiffness(line, S, q)
-    A = A.clamp(min=SHORTEST)
-    if q is None:  # v(0) = -log(Lambda - 1) is near 0
-        return (_flow_distance(A, c).mul_(Lambda).div_(A)).to(S.dtype)
-    far = torch.minimum((c - STRAIGHT).clamp_(min=0), A)  # there the slope is Lambda
-    left = A - far
-    near = _flow_distance(left.clamp(min=SHORTEST), (c - far).clamp_(min=-STEEPEST))
-    near = torch.minimum(near, left)  # nothing is left of the shortest flows
-    return near.add_(far).mul_(Lambda).div_(A).to(S.dtype)
+
+    line: Line
+    A: Float[Tensor, " *t b"]
+    scale: Float[Tensor, " *t b"]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(line: Line, S: Float[Tensor, " *t b"]) -> Flow:
+        """A flow of length S."""
+        A = _stiffness(line, S).clamp_(min=SHORTEST)
+        return Flow(line, A, line.logistic[0] / A, S.dtype)
+
+    def __call__(self, q: Float[Tensor, " *t b"] | None) -> Float[Tensor, " *t b"]:
+        """The coefficient."""
+        _, omega, start = self.line.logistic
+        if q is None:  # v(0) = -log(Lambda - 1) is near 0
+            return _flow_distance(self.A, -start).mul_(self.scale).to(self.dtype)
+        below = torch.addcmul(-start, omega, q.to(omega.dtype), value=-1)  # -v(0)
+        far = torch.rsub(below, -STRAIGHT).clamp_(min=0)
+        far = torch.minimum(far, self.A)  # there the slope is Lambda
+        near = _flow_distance(self.A - far, below.add_(far).clamp_(-STRAIGHT, STEEPEST))
+        return near.add_(far).mul_(self.scale).to(self.dtype)
+
+    def rows(self) -> Sequence[Flow]:
+        """One for each row of S."""
+        pairs = zip(self.A.unbind(), self.scale.unbind(), strict=True)
+        return [Flow(self.line, A, scale, self.dtype) for A, scale in pairs]
 
 
-def _stiffness(line: Line, S: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Lambda, A = omega S Lambda and c = omega q - log(Lambda - 1), all finite."""
-    Lambda, omega, start = line.logistic
-    A = (S.to(omega.dtype) * omega).mul_(Lambda).clamp_(max=STIFFEST)
-    c = start if q is None else torch.addcmul(start, omega, q.to(omega.dtype))
-    return Lambda, A, c
+def _stiffness(line: Line, S: Tensor) -> Tensor:
+    """A = omega S Lambda, finite."""
+    Lambda, omega, _ = line.logistic
+    return (S.to(omega.dtype) * omega).mul_(Lambda).clamp_(max=STIFFEST)
 
 
-def _flow_distance(A: Tensor, v: Tensor) -> Tensor:
+def _flow_distance(A: Tensor, below: Tensor) -> Tensor:
     """Solve f(d) = d + b expm1(d) - A = 0 with b = exp(-v) by Halley's method.
 
     Both starting values bound the root from above, and f is convex: the iteration descends. Two
     steps suffice but where A is large and close to v; only then is convergence looked at again.
+
+    Args:
+        A: Not negative.
+        below: -v.
     """
-    b = torch.exp(-v)
+    b = torch.exp(below)
     slope = 1 + b
     d = torch.minimum(A / slope, torch.log1p(A / b))
-    d = d - _halley(d, A, b, slope)
-    tolerance = 8 * torch.finfo(d.dtype).eps
+    d, _ = _halley(d, A, b, slope)
+    tolerance = (8 * torch.finfo(d.dtype).eps) ** (1 / 3)
     for _ in range(NEWTON_STEPS):
-        step = _halley(d, A, b, slope)
-        d = d - step
-        if not bool((step.abs_() > tolerance ** (1 / 3) * d).any()):  # the next is its cube
+        before = d
+        d, newton = _halley(d, A, b, slope)
+        # The error of the next would be this one's cube.
+        if not float(torch.sub(newton.abs_(), before, alpha=tolerance).amax()) > 0:
             break
     return d
 
 
-def _halley(d: Tensor, A: Tensor, b: Tensor, slope: Tensor) -> Tensor:
-    """2 f f' / (2 f'^2 - f f''), f' = 1 + b + b expm1(d), f'' = f' - 1."""
+def _halley(d: Tensor, A: Tensor, b: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """d - t / (1 - t f'' / (2 f')), and Newton's step t = f / f'.
+
+    f' = 1 + b + b expm1(d), f'' = f' - 1.
+    """
     rise = torch.expm1(d).mul_(b)
     f = (d + rise).sub_(A)
     first = rise.add_(slope)
-    return f * first / torch.addcmul(first * first, f, first - 1, value=-0.5)
+    t = f.div_(first)
+    bend = torch.sub(t, t / first)
+    return torch.addcdiv(d, t, torch.rsub(bend, 1, alpha=0.5), value=-1), t
 
 
 def _fixed_point(A: Tensor, c: Tensor) -> Tensor:

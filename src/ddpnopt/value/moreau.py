@@ -23,11 +23,11 @@ from ddpnopt.value.base import (
     check_choice,
     mean_field,
 )
-from ddpnopt.value.line import Line, coefficient, flow_coefficient
+from ddpnopt.value.line import Envelope, Flow, Line, Slope
 
 LINES = ("auto", "quadratic")
-#: Coefficient from (line, S, q).
-Rule = Callable[[Line, Tensor, Tensor | None], Tensor]
+#: Coefficients of (line, S).
+Rule = Callable[[Line, Tensor], Slope]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Envelope(Recursion):
     def __init__(self, options: Moreau, line: Line, w: Tensor) -> None:
         self.options, self.line, self.w = options, line, w
         flows = options.strength is None and line.excess is not None
-        self.coefficient = flow_coefficient if flows else coefficient
+        self.slope: Rule = Flow.of if flows else Envelope
         self.S = torch.zeros_like(w)
         self._waiting: list[_EnvelopePolicy] = []
         self._squares: list[Tensor] = []
@@ -91,12 +91,12 @@ class _Envelope(Recursion):
     def correction(self, maps: Maps) -> Blocks | None:
         """(V_{t+1}'(0) - 1) g."""
         self.close()
-        return maps.combine(self.coefficient(self.line, self.S, None) - 1, None)
+        return maps.combine(self.slope(self.line, self.S)(None) - 1, None)
 
     def back(self, maps: Maps, bottom: bool) -> Policy:
         """S_t = S_{t+1} + c rho s_t, s_t = eta G_u^T M^-1 G_u / w."""
-        squares = maps.gram()[:, 0, 0]
-        policy = _EnvelopePolicy(self.coefficient, self.line, self.w)
+        squares = maps.lengths()
+        policy = _EnvelopePolicy(self.w)
         strength = self.options.strength
         self._waiting.append(policy)
         self._squares.append(squares)
@@ -118,9 +118,11 @@ class _Envelope(Recursion):
         # An overflow to infinity would make q - S l' undefined; any huge S gives the same step.
         S = (s.cumsum_(0) + self.S).clamp_(max=torch.finfo(s.dtype).max ** 0.5)
         own = S if self.options.own_layer else torch.cat([self.S[None], S[:-1]])
-        feedforward = _Feedforward(self.coefficient, self.line, own)
-        for index, policy in enumerate(self._waiting):
-            policy.S, policy.feedforward, policy.index = own[index], feedforward, index
+        slope = self.slope(self.line, own)
+        feedforward = _Feedforward(slope)
+        rows = zip(self._waiting, own.unbind(), slope.rows(), strict=True)
+        for index, (policy, one, its) in enumerate(rows):
+            policy.S, policy.slope, policy.feedforward, policy.index = one, its, feedforward, index
         self.S = S[-1]
         self._waiting, self._squares, self._strengths, self._couplings = [], [], [], []
 
@@ -129,24 +131,23 @@ class _Envelope(Recursion):
 class _Feedforward:
     """The coefficients of all layers at q = 0, found at once."""
 
-    rule: Rule
-    line: Line
-    S: Tensor
+    slope: Slope
 
     @cached_property
     def coefficients(self) -> Tensor:
         """(layers, B)."""
-        return self.rule(self.line, self.S, None)
+        return self.slope(None)
 
 
 class _EnvelopePolicy(Policy):
     """d_t = sum_i w V_t'(q_t) g_u,i, q_t = g_x . dx_t in units of the plain loss."""
 
+    slope: Slope
     feedforward: _Feedforward
     index: int
 
-    def __init__(self, rule: Rule, line: Line, w: Tensor) -> None:
-        self.rule, self.line, self.w = rule, line, w
+    def __init__(self, w: Tensor) -> None:
+        self.w = w
 
     def __call__(self, maps: Maps, dx: Blocks | None) -> Blocks:
         """The h-space vectors (coefficient - 1) g."""
@@ -154,5 +155,5 @@ class _EnvelopePolicy(Policy):
         if dx is None:
             self.coefficient = self.feedforward.coefficients[self.index]
         else:
-            self.coefficient = self.rule(self.line, self.S, maps.project(dx)[:, 0] / self.w)
+            self.coefficient = self.slope(maps.project(dx)[:, 0] / self.w)
         return maps.combine(self.coefficient - 1, None)
