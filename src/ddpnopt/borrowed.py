@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,7 +85,13 @@ class Borrowed:
     def _read(self, p: Tensor) -> Mapping[str, Any]:
         """The state as the parameter's curvature sees it."""
         hyper, state = self.hyper[p], self.state(p)
-        return {**state, "weights": p, "rate": hyper.life} if hyper.curvature.relative else state
+        if not hyper.curvature.relative:
+            return state
+        return {**state, "weights": p, "rate": hyper.life, "layers": self._layers}
+
+    @cached_property
+    def _layers(self) -> int:
+        return sum(p.dim() > 1 for p in self.hyper if p.requires_grad)
 
     def decayed(self, p: Tensor, g: Tensor) -> Tensor:
         """Coupled weight decay, as torch.optim adds it."""

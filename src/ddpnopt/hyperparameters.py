@@ -43,8 +43,14 @@ def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
 
 
 def _object(options: Mapping[str, Any]) -> Curvature:
-    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return _curvature(tuple(sorted(hashable.items())))
+    found: Curvature = _curvature(_hashable(options))
+    return found
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def needs_squares(options: Mapping[str, Any]) -> bool:

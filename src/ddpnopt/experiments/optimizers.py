@@ -20,7 +20,7 @@ from torch import nn
 
 import ddpnopt
 from ddpnopt.curvature import CURVATURES
-from ddpnopt.experiments.better_rule import lines, trust
+from ddpnopt.experiments.better_rule import clipped, lines
 from ddpnopt.experiments.names import call, lookup, split
 from ddpnopt.experiments.wrapped_optimizers import INNERS, feedback
 from ddpnopt.value import VALUES
@@ -210,7 +210,7 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     **_twins(),
     **_wrapped(),
     "prodigy": OptimizerChoice(_prodigy, "Prodigy", {"weight_decay": 0.0}),
-    "ddpnopt-trust": OptimizerChoice(trust.trusted, "DDPNOpt, bounded"),
+    "ddpnopt-clipped": _ddp("DDPNOpt + adaptive clip", curvature=clipped.Clipped.name),
     "ddpnopt-quadratic-flow": _ddp("DDPNOpt quadratic flow", value=lines.QuadraticFlow.name),
     "feedback-sgd-schedule-free": OptimizerChoice(
         _averaged("SGDScheduleFree"), "Feedback(schedule-free SGD)"

@@ -17,7 +17,6 @@ from ddpnopt.experiments.when_it_helps.problems import (
     PROBLEMS,
     RATIOS,
     STEPS,
-    Options,
     Problem,
     label,
 )
@@ -43,23 +42,19 @@ ANY = (0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 LOWER = (0.01, 0.03, *ANY)
 
 
-def _step(inner: str = "identity", **more: str | bool | float) -> Options:
-    return (("curvature.bound", "step"), ("curvature.inner", inner), *sorted(more.items()))
-
-
 def variants(name: str) -> list[Contender]:
     """What is tried on a problem."""
     rates = LOWER[:-2] if name == "deep-norm" else ANY
     found = [
-        Contender("ddpnopt-trust", rates, _step()),
-        Contender("ddpnopt-trust", rates, _step(feedback=False)),
-        Contender("ddpnopt-trust", rates[:-1]),
+        Contender("ddpnopt-trust", rates),
+        Contender("ddpnopt-trust", rates, (("feedback", False),)),
+        Contender("ddpnopt-clipped", rates[:-1]),
         Contender("feedback-sgd-schedule-free", STEPS[2:] if name != "deep-norm" else STEPS[:5]),
         Contender("prodigy", (1.0,)),
     ]
     if "adamw" in PROBLEMS[name].families:
         found += [
-            Contender("ddpnopt-trust", (*RATIOS[2:], 1.0), _step("adamw")),
+            Contender("ddpnopt-trust", (*RATIOS[2:], 1.0), (("curvature.inner", "adamw"),)),
             Contender("feedback-adamw-schedule-free", RATIOS[2:]),
         ]
     if name in ("cnn", "cnn-cycle", "residual"):
@@ -67,7 +62,7 @@ def variants(name: str) -> list[Contender]:
     if name in ("text", "language", "deep", "residual"):
         found.append(Contender("ddpnopt", STEPS[2:], (("unit_clip", 0.02),)))
     if name in ("cnn", "tanh", "text"):
-        found.append(Contender("ddpnopt-trust", ANY[1:], _step(feedback="open_loop")))
+        found.append(Contender("ddpnopt-trust-open-loop", ANY[1:]))
     if name == "regression":
         found.append(Contender("ddpnopt-quadratic-flow", STEPS[2:]))
     return found
