@@ -109,8 +109,7 @@ class Trust(Curvature):
         self, state: State, gradient: Tensor, d: Tensor, moment: Tensor | None
     ) -> Tensor | None:
         """M_0's own; the factor is that of max(|g|, |d|), so that the bound holds for d."""
-        assert moment is not None
-        own = self.base.follow(state, gradient, d, self._own(moment))
+        own = self.base.follow(state, gradient, d, None if moment is None else self._own(moment))
         return self._with_factor(state, larger(d, gradient), own)
 
     def _own(self, moment: Tensor) -> Tensor | None:
