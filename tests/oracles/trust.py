@@ -44,7 +44,9 @@ class Trusted(Inner):
         own = self.v[t][0] if t in self.v else torch.zeros_like(square)
         own = self.alpha * own + (1 - self.alpha) * square
         step = self.gain * square.sqrt() / super().diagonal(own)
-        factor = self._lengths(t, step) / (self.tau * self._lengths(t, self.weights()[t]).clamp(1e-3))
+        factor = self._lengths(t, step) / (
+            self.tau * self._lengths(t, self.weights()[t]).clamp(1e-3)
+        )
         return torch.stack([own, factor.clamp(1.0)[self.units[t]]])
 
     def diagonal(self, v: Tensor) -> Tensor:

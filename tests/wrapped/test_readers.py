@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Readers that users register: states that a first step makes start as the optimizer's own would."""
+"""Readers that users register: states made before the first step begin as the optimizer's own."""
 
 from __future__ import annotations
 

@@ -9,10 +9,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ddpnopt.experiments.better_rule import study
+from ddpnopt.experiments.better_rule import study, summary
+from ddpnopt.experiments.markdown import update_page
 from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import grid, sweep
 from ddpnopt.experiments.when_it_helps.problems import PROBLEMS, quick
+
+#: Marks of the tables in `docs/defaults.md` and `docs/better_rule.md`.
+MARK = "better-rule"
 
 
 def main(
@@ -25,6 +29,9 @@ def main(
     run: Annotated[bool, typer.Option(help="Run what is missing.")] = True,
     study_runs: Annotated[
         Path | None, typer.Option(help="Store of `when_it_helps`, shown beside the variants.")
+    ] = None,
+    docs: Annotated[
+        Path | None, typer.Option("--publish", help="Documentation to write the tables into.")
     ] = None,
     small: Annotated[bool, typer.Option("--quick", help="A few steps of each; no result.")] = False,
 ) -> None:
@@ -46,11 +53,17 @@ def main(
     if study_runs is not None:
         known = SqliteStore(study_runs).results(all_versions=True)
         stored = {r.config.key: r for r in known} | stored
+    parts = []
     for name, one in problems.items():
         wanted = [*study.variants(name), *(study.rivals(name) if study_runs else ())]
         found = [study.entry(one.base, c, first, second, stored) for c in wanted]
-        text = study.render(one, [e for e in found if e is not None])
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        parts.append(study.render(one, [e for e in found if e is not None]))
+    text = summary.render(summary.rows(problems, first, second, stored))
+    console.print("\n".join([text, *parts]), soft_wrap=True, highlight=False, markup=False)
+    if docs is not None and not small:
+        for page, part in (("defaults.md", text), ("better_rule.md", "\n".join(parts))):
+            old = (docs / page).read_text()
+            (docs / page).write_text(update_page(old, part, MARK))
 
 
 if __name__ == "__main__":
