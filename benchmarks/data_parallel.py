@@ -6,12 +6,13 @@ in turn, round by round, so that a busy machine is busy for all of them; the fig
 tenth over the rounds of the slowest rank. Processes have one thread each.
 
 Examples:
-    python benchmarks/data_parallel.py --processes 2 --rounds 30
+    python benchmarks/data_parallel.py --page docs/data_parallel.md
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpnopt import DDPNOpt, Feedback, open_loop
 from ddpnopt.experiments.bench.cases import NETS
+from ddpnopt.experiments.markdown import update_page
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -180,38 +182,62 @@ def launch(processes: int, nets: list[int], rounds: int) -> list[dict[str, Any]]
         return [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(processes)]
 
 
-def main(
-    processes: Annotated[int, typer.Option(help="Processes beside the single one.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Steps of each kind.")] = 30,
-    net: Annotated[list[int] | None, typer.Option(help="Of `ddpnopt bench`.")] = None,
-    rank: Annotated[int, typer.Option(hidden=True)] = -1,
-    folder: Annotated[str, typer.Option(hidden=True)] = "",
-) -> None:
-    """Print tables in Markdown."""
-    nets = net or [1, 2, 3]
-    if rank >= 0:
-        rank_main(rank, processes, folder, nets, rounds)
-        return
-    single = launch(1, nets, rounds)[0]
-    ranks = launch(processes, nets, rounds)
+def tables(
+    nets: list[int],
+    single: dict[str, Any],
+    ranks: list[dict[str, Any]],
+    rounds: int,
+    load: str,
+) -> str:
+    """The figures in Markdown."""
 
     def figure(key: str) -> float:
         slowest = [max(times) for times in zip(*(one[key]["ms"] for one in ranks), strict=True)]
         return quick(slowest)
 
+    lines = [
+        f"{len(ranks)} gloo processes of one thread on a machine with {os.cpu_count()} cores, "
+        f"{rounds} rounds, torch {torch.__version__}; load before the measurement {load}.",
+    ]
     for number in nets:
-        print(f"\n{NETS[number].title}, batch {NETS[number].batch}\n")
-        print("| way | 1 process, ms | strong | speed-up | weak | efficiency | calls | numbers |")
-        print("|---|---|---|---|---|---|---|---|")
+        lines += ["", f"{NETS[number].title}, batch {NETS[number].batch}:", ""]
+        header = "way | 1 process, ms | strong | speed-up | weak | efficiency | exchanges | numbers"
+        lines += [f"| {header} |", "|---" * 8 + "|"]
         for way in WAYS:
             alone = quick(single[f"{number}|{way}|whole"]["ms"])
             strong, weak = (figure(f"{number}|{way}|{share}") for share in ("strong", "weak"))
             one = ranks[0][f"{number}|{way}|weak"]
-            print(
+            lines.append(
                 f"| {way} | {alone:.2f} | {strong:.2f} | {alone / strong:.2f} | {weak:.2f} | "
                 f"{alone / weak:.2f} | {one['calls']} | {one['numbers']:,} |"
             )
-    print("\nAn all_reduce here, us by numbers:", ranks[0]["latency"])
+    slowest = [max(one["latency"][size] for one in ranks) for size in ranks[0]["latency"]]
+    named = [
+        f"{us:.0f} us for {int(n):,}" for us, n in zip(slowest, ranks[0]["latency"], strict=True)
+    ]
+    return "\n".join([*lines, "", f"One `all_reduce`, by numbers: {'; '.join(named)}."])
+
+
+def main(
+    processes: Annotated[int, typer.Option(help="Processes beside the single one.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Steps of each kind.")] = 30,
+    net: Annotated[list[int] | None, typer.Option(help="Of `ddpnopt bench`.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Write the tables there, too.")] = None,
+    rank: Annotated[int, typer.Option(hidden=True)] = -1,
+    folder: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Print tables in Markdown; write them between a page's marks."""
+    nets = net or [1, 2]
+    if rank >= 0:
+        rank_main(rank, processes, folder, nets, rounds)
+        return
+    before = f"{os.getloadavg()[0]:.1f}"
+    single = launch(1, nets, rounds)[0]
+    ranks = launch(processes, nets, rounds)
+    text = tables(nets, single, ranks, rounds, before)
+    print(text)
+    if page is not None:
+        page.write_text(update_page(page.read_text(), text, "scaling"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt, recognition, rows
+from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.experiments.reproduce.step_cost import PeakMemory
 from ddpnopt.recognition import Recogniser
 from ddpnopt.terminal import Cost
@@ -351,3 +352,24 @@ def test_what_is_a_sample(sample: str) -> None:
     loss(layer(x if sample == "sequence" else x[:, 0])).backward()
     opt.step()
     torch.testing.assert_close(layer.weight, before - lr * d, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 2.0])
+def test_a_new_language_model_is_recognised_at_its_first_step(gamma: float) -> None:
+    """Its logits hardly differ (by 0.02): a focal loss is told from cross-entropy all the same."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    opt = DDPNOpt(head, lr=0.1)
+    x, y = 0.2 * torch.randn(4, 12, 16), torch.randint(50, (4, 12))
+    z = head(x)
+    assert 0.001 < float(z.detach().std()) < 0.03
+    log_p = z.log_softmax(-1).gather(-1, y[..., None])
+    (-((1 - log_p.exp()) ** gamma) * log_p).mean().backward()
+    if gamma:
+        with pytest.warns(DDPNOptWarning, match="not recognised"):
+            opt.step()
+    else:
+        opt.step()
+    assert opt.last_step.terminal == ("unrecognised" if gamma else "cross_entropy")

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from ddpnopt.accounts import Accounts, Part, Sources, maker, unseen
 from ddpnopt.company import several
 from ddpnopt.crossing import Crossing
+from ddpnopt.dtensors import local
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import probes, probing
 from ddpnopt.linearise import fill_columns, pulled
@@ -204,13 +205,14 @@ class Arrivals:
             return
         parameters = self.expected()
         if parameters and not any(
-            p.grad is not None and (p.grad.is_sparse or bool(p.grad.any())) for p in parameters
+            p.grad is not None and (p.grad.is_sparse or bool(local(p.grad).any()))
+            for p in parameters
         ):
             self.drop()
 
 
 def _identity(p: Tensor) -> tuple[int, int] | None:
-    return None if p.grad is None else (id(p.grad), p.grad._version)
+    return None if p.grad is None else (id(p.grad), local(p.grad)._version)
 
 
 def counts() -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from ddpnopt.curvature import Joint
 from ddpnopt.curvature.base import momentum_step
+from ddpnopt.dtensors import joined, local
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.hyperparameters import Hyper
 from ddpnopt.layer import Layer
@@ -349,8 +350,8 @@ class Borrowed:
 
 def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """Norms of many tensors, stacked, in one fused call."""
-    found: list[Tensor] = list(torch._foreach_norm(tensors, order))
+    found: list[Tensor] = list(torch._foreach_norm([local(t) for t in tensors], order))
     if len({n.device for n in found}) > 1:
         found = [n.to(found[0].device) for n in found]
-    stacked = torch.stack(found)
+    stacked = joined(torch.stack(found), tensors, order)
     return stacked if stacked.dtype == torch.float64 else stacked.float()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge
 
+from ddpnopt.dtensors import spread_out
 from ddpnopt.inert import probe, probing
 from ddpnopt.linearise import cast_state
 from ddpnopt.replay import preserved
@@ -32,6 +33,8 @@ def doubt(stage: Stage, h: GradientEdge | None, x: GradientEdge | None, samples:
     if h is None or samples == 0:
         return ""
     kind = type(stage.module).__name__
+    if any(map(spread_out, stage.module.parameters())):
+        return f"{kind} has no rule, and its weights are spread over the ranks (fully_shard)"
     with probing(), preserved(stage.module), torch.enable_grad():
         try:
             worst = _difference(stage, h, x, samples)

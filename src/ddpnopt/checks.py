@@ -16,6 +16,7 @@ from ddpnopt.gradients import gradient_norms
 from ddpnopt.hyperparameters import own_momentum
 from ddpnopt.linearise import cast_state
 from ddpnopt.parameters import parameters
+from ddpnopt.ranges import check_number, finite, share
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -65,11 +66,10 @@ def check_group(group: Mapping[str, Any], owned: Container[Tensor]) -> None:
                 f"params: parameter {place} of the group (shape {tuple(p.shape)}) does not belong "
                 "to the model; give DDPNOpt the module that owns all of them"
             )
-    for option, low, high in (("lr", 0, None), ("momentum", 0, 1), ("weight_decay", 0, None)):
-        number = float(group[option])
-        if not number >= low or (high is not None and number >= high) or number == float("inf"):
-            bound = "must not be negative" if high is None else f"must lie in [{low}, {high})"
-            raise ValueError(f"{option}={group[option]}: {bound}")
+    for option in ("lr", "weight_decay"):
+        check_number("", option, group[option], finite, "must not be negative, and finite")
+    momentum = group["momentum"]
+    check_number("", "momentum", momentum, lambda n: share(float(n)), "must lie in [0, 1)")
     if group["momentum"] and own_momentum(group["curvature"]):
         raise ValueError(
             f"momentum={group['momentum']} with curvature={group['curvature']['name']!r}, which "
@@ -329,8 +329,9 @@ def verify_once(trajectory: Trajectory, keep_states: bool) -> None:
     if trajectory.unaccounted is not None:
         trajectory.error = trajectory.error or UnsupportedModelError(
             f"something that is made behind '{trajectory.unaccounted}' reaches the loss on a way "
-            "that can't be seen (a feature that is kept on a module, and has a loss of its own): "
-            "return it from the model, or use feedback='open_loop'"
+            "that can't be seen (a feature that is kept on a module, or returned in an object of "
+            "another kind than a tuple, a mapping or a dataclass, and has a loss of its own): "
+            "return it from the model in a tuple or a dict, or use feedback='open_loop'"
         )
         return
     due, trajectory.to_verify = trajectory.to_verify, False

@@ -21,6 +21,7 @@ from ddpnopt.inert import probing
 from ddpnopt.layers import FALLBACK
 from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes
 from ddpnopt.mixing import Probe, probed
+from ddpnopt.routing import fingerprint
 from ddpnopt.sharing import repeated
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.structure import Anatomy
@@ -56,6 +57,8 @@ class Classifier:
         self.passes = 0
         self._doubts: dict[tuple[Any, ...], str] = {}
         self._mixing: dict[tuple[Any, ...], Probe] = {}
+        #: By structure, the indices that rows have been picked by in passes that were probed.
+        self._routes: dict[tuple[Any, ...], set[int]] = {}
 
     def due(self) -> bool:
         """Whether the next pass is to be verified: the first with a backward pass, and others."""
@@ -79,8 +82,9 @@ class Classifier:
             watch: What has crossed its cuts, where that was watched.
         """
         trajectory.z = z[None] if trajectory.stages[-1].unbatched else z
-        trajectory.refusal = ledger.hidden(trajectory)
+        trajectory.refusal = trajectory.refusal or ledger.hidden(trajectory)
         if trajectory.refusal:
+            trajectory.accounted = False  # there is nothing to rely on
             return
         graphs = self.graphs and (trajectory.path is not None or not self.closed_loop)
         ledger.mark(trajectory, anatomy.shared, self.trainable, graphs)
@@ -134,6 +138,8 @@ class Classifier:
                 h, x = ledger.edges[index], ledger.states[index]
                 whole = trajectory.samples and stage.rows % trajectory.samples == 0
                 samples = trajectory.samples if whole else stage.rows
+                if len(self._doubts) > MOST:
+                    self._doubts.clear()
                 self._doubts[case] = doubt(stage, h, x, samples)
             if self._doubts[case]:
                 stage.rule = None
@@ -148,27 +154,39 @@ class Classifier:
         ledger.front(trajectory, known.start, known.samples(trajectory))
         for one in trajectory.crossings:
             one.part(trajectory.samples)
-        if known.count >= PROBES and self.passes % PROBE_EVERY:
+        indices = fingerprint(ledger.routes, known.start, trajectory.samples)
+        routed = indices is not None and indices not in self._routes.get(trajectory.key, ())
+        settled = known.count >= PROBES and bool(self.passes % PROBE_EVERY)
+        if settled and not routed:
             known.lay(trajectory, again=False)
             return
         known.lay(trajectory, again=True)
         first = trajectory.samples
-        found, conclusive = self._probe(trajectory, ledger, taps, known)
+        turns = _turns(known, settled, routed)
+        found, conclusive = self._probe(trajectory, ledger, taps, known, turns)
         if found.start and not known.count:
             # Something else may be the number of samples, where positions come first.
             for samples, place in ledger.candidates(trajectory).items():
                 if samples == first:
                     continue
                 self._again(trajectory, ledger, marks, Probe(place=place))
-                other = self._probe(trajectory, ledger, taps, Probe(place=place))
+                other = self._probe(trajectory, ledger, taps, Probe(place=place), turns)
                 if other[0].start < found.start:
                     found, conclusive = other
             self._again(trajectory, ledger, marks, found)
-            self._probe(trajectory, ledger, taps, found)
+            self._probe(trajectory, ledger, taps, found, turns)
         if conclusive or found.start:
             if len(self._mixing) > MOST:
                 self._mixing.clear()
             self._mixing[trajectory.key] = replace(found, count=known.count + 1)
+            if indices is not None:
+                self._remember(trajectory.key, indices)
+
+    def _remember(self, key: tuple[Any, ...], indices: int) -> None:
+        """These indices have been looked at."""
+        if len(self._routes) > MOST or len(self._routes.get(key, ())) > MOST:
+            self._routes.clear()
+        self._routes.setdefault(key, set()).add(indices)
 
     def _again(
         self,
@@ -188,12 +206,20 @@ class Classifier:
             part.layouts = None
 
     def _probe(
-        self, trajectory: Trajectory, ledger: Ledger, taps: Sequence[GradientEdge], known: Probe
+        self,
+        trajectory: Trajectory,
+        ledger: Ledger,
+        taps: Sequence[GradientEdge],
+        known: Probe,
+        turns: Sequence[int | None],
     ) -> tuple[Probe, bool]:
         """The first unmixed stage, B and the layouts, and whether that is conclusive."""
         start, conclusive = known.start, True
         everything: list[Stage | Crossing] = [*trajectory.stages, *trajectory.crossings]
-        for turn in range(known.count, known.count + PROBES):
+        clear = False
+        for turn in turns:
+            if clear and turn is not None:
+                continue  # another sample would tell nothing new
             while True:
                 with probing():
                     found, told = probed(trajectory, ledger, taps, turn, self.graphs)
@@ -203,7 +229,18 @@ class Classifier:
                 # B may have come from what is mixed
                 ledger.front(trajectory, start, known.samples(trajectory))
             conclusive = conclusive and told
-            if all(part.layouts is None or len(part.layouts) == 1 for part in everything):
-                break  # else another sample may tell
+            clear = all(part.layouts is None or len(part.layouts) == 1 for part in everything)
         layouts = tuple(() if part.shared else part.layouts for part in everything)
         return Probe(start, known.count, known.place, layouts), conclusive
+
+
+def _turns(known: Probe, settled: bool, routed: bool) -> list[int | None]:
+    """Which samples to perturb, one after another until all is clear; None for all at once.
+
+    Args:
+        known: By earlier passes.
+        settled: They have shown enough.
+        routed: But rows are picked by other indices than theirs.
+    """
+    own = range(known.count, known.count if settled else known.count + PROBES)
+    return [*own, None] if routed else [*own]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.ranges import check_switch
 from ddpnopt.ranks import Ranks, Together
 from ddpnopt.typing import Tensor
 
@@ -63,6 +64,7 @@ class Company:
         held: bool = False,
         communication: str = "layerwise",
     ) -> None:
+        check_switch("", "distributed", distributed)
         if communication not in COMMUNICATION:
             raise ValueError(
                 f"communication={communication!r}: choose from {', '.join(COMMUNICATION)}"

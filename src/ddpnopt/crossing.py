@@ -230,12 +230,23 @@ class Moved:
             self._sums[used] = q if known is None else known + q
 
 
+def branches(crossings: Iterable[Crossing], states: Sequence[int]) -> bool:
+    """Whether more than one tensor crosses some cut.
+
+    Args:
+        crossings: Of a pass.
+        states: The time steps of its layers.
+    """
+    crossings = list(crossings)
+    return any(sum(one.at(time) for one in crossings) > 1 for time in states)
+
+
 def total(parts: Iterable[Tensor]) -> Tensor | None:
     """Their sum; None of none."""
-    found: Tensor | None = None
-    for part in parts:
-        found = part if found is None else found + part
-    return found
+    known = list(parts)
+    if len(known) > 2:
+        return torch.stack(known).sum(0)  # at once: many tensors may wait at a cut
+    return sum(known[1:], known[0]) if known else None
 
 
 def other_path() -> UnsupportedModelError:
@@ -246,8 +257,9 @@ def other_path() -> UnsupportedModelError:
     )
 
 
-#: Arguments of a call that are compared as they are.
-PLAIN = (int, float, str, slice, torch.dtype, torch.device, type(None), type(Ellipsis))
+#: Arguments of a call that are compared as they are. A float may have been read from the data
+#: (``float(h.mean())``), and then it changes with them: a constant, not another path.
+PLAIN = (int, str, slice, torch.dtype, torch.device, type(None), type(Ellipsis))
 
 
 class Path:
@@ -260,7 +272,16 @@ class Path:
         self.steps: list[tuple[Any, tuple[Any, ...]]] = []
         #: How many belong to the call that is run again; None for all.
         self.end: int | None = None
+        #: What the model has asked of gradients: answers, by the call that made the tensor.
+        self.asked: dict[tuple[int, str], Any] = {}
+        #: Gradients are taken on the way.
+        self.differentiates = False
         self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    @property
+    def asks(self) -> bool:
+        """The model wants to know of gradients: none of that can be told without this path."""
+        return self.differentiates or bool(self.asked)
 
     def step(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A call as it can be told from others; before it runs, as it may overwrite its input."""
@@ -269,13 +290,18 @@ class Path:
     def _numbers(self, given: Iterable[Any]) -> Iterator[Any]:
         for one in given:
             if isinstance(one, Tensor):
-                known = self._made.get(id(one))
-                if known is not None and known[0]() is one:
-                    yield known[1]
+                number = self.number(one)
+                if number is not None:
+                    yield number
             elif isinstance(one, tuple | list):
                 yield from self._numbers(one)
             elif isinstance(one, PLAIN):
                 yield one
+
+    def number(self, tensor: Tensor) -> int | None:
+        """Which call has made a tensor; None for what was there before."""
+        known = self._made.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else None
 
     def same(self, before: Tensor, after: Tensor) -> None:
         """A tensor has taken another's place."""

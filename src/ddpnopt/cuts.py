@@ -247,7 +247,7 @@ def _run(trajectory: Trajectory, model: nn.Module, cutter: _Cutter) -> None:
     call.check_inputs()
     with probing(), preserved(model), torch.enable_grad(), _hooked(trajectory.active, cutter):
         try:
-            Replay(call).run_in_place(grad=True)
+            Replay(call, grad=True).run_in_place()
         except _Reached:
             return  # what was asked for
     if len(cutter.h) < len(cutter.stages):

@@ -26,7 +26,7 @@ from ddpnopt.gradients import dense_gradients
 from ddpnopt.notices import ANOTHER_NOT_RECOGNISED, DEFAULT_GROUP, UNEVEN
 from ddpnopt.recognition import Recogniser
 from ddpnopt.reweighting import write
-from ddpnopt.spread import check_ranks
+from ddpnopt.spread import check_ranks, check_reduced
 from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
 
@@ -108,6 +108,7 @@ def _exchange(
     w = torch.cat(units) if ready and units else torch.zeros(0)
     low, high = (float(one) for one in w.aminmax()) if w.numel() else (0.0, 0.0)
     ddp, own = engine.company.replica, engine.expected()
+    reduced = engine.host.sharded or (ddp is not None and ddp.require_forward_param_sync)
     mine = Fact(
         layers=float(_mark(structure)),
         ready=READY if ready else WAITS if waits else NO,
@@ -115,7 +116,7 @@ def _exchange(
         unit=low if high <= low * (1 + 1e-3) else 0.0,
         grads=float(_mark([p.grad is None for p in own])),
         again=float(all(t.call is not None for t in trajectories)),
-        whole=float(ddp is not None and ddp.require_forward_param_sync and not engine.base),
+        whole=float(reduced and not engine.base),
         norm=norm,
         weights=weights,
     )
@@ -206,6 +207,8 @@ def _reweigh(
             scale = 1 / ranks.size
             step = engine.new_step(trajectories, engine.rescale * scale, scale)
             found = corrections(step)
+            if engine.host.sharded:
+                check_reduced(step)
             given = {p: found[p] if p in found else torch.zeros_like(p) for p in grads}
             mean = _mean(engine, given)
     except (NonFiniteError, UnsupportedModelError, RankError) as error:

@@ -41,6 +41,7 @@ from ddpnopt.report import StepReport
 from ddpnopt.reporting import outcome
 from ddpnopt.reweighting import keep, reweigh
 from ddpnopt.rollout import Method, policies
+from ddpnopt.scaling import expected_rescaling
 from ddpnopt.spread import check_parts
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.step import Settings, Step
@@ -90,7 +91,6 @@ class Engine:
         self.notices = Notices()
         self.outputs = Outputs(options.terminal, self.notices)
         self.fingerprint, self.consumed = Fingerprint(), Consumed()
-        self._members: set[int] = set()
         self.recorder: Recorder | None = None
         self.waiting = isinstance(model, Unbound)
         self.attach()
@@ -208,8 +208,8 @@ class Engine:
         """An output's gradient has arrived: which loss was it, and what has to be linearised."""
         main = stage is trajectory.stages[-1]
         trajectory.pending = trajectory.pending or (None, None)
-        off = self.options.feedback is False or not self.needs_cost
-        if off or trajectory.z is None or G.numel() == 0:
+        asked = self.options.feedback and self.needs_cost
+        if not asked or trajectory.z is None or G.numel() == 0:
             return  # nobody asks, or an empty batch, which tells nothing
         with torch.no_grad():
             if not finite(G):
@@ -221,6 +221,8 @@ class Engine:
                 return
         if trajectory.pending[1] is None:
             trajectory.pending = (cost, None)
+        if found is not None and self.in_backward:
+            self.rescale = expected_rescaling(self.fingerprint, self.rescale, found, trajectory)
         if found is not None and not all(s.plain for s in trajectory.stages):
             z = trajectory.z if main else trajectory.heads[stage].z
             linearise(trajectory, z, link, found, self.options.value)
@@ -231,8 +233,8 @@ class Engine:
         cost = trajectory.pending[0]
         if cost is None or trajectory.refusal or not finite(G):
             return
-        step = self.new_step([trajectory], self.rescale, 1.0, early=True)
         try:
+            step = self.new_step([trajectory], self.rescale, 1.0, early=True)
             trajectory.fresh_front = weigh(trajectory, G, edge, cost, step, self.parameters())
         except (NonFiniteError, UnsupportedModelError) as error:
             trajectory.pending = (cost, error)
@@ -245,13 +247,13 @@ class Engine:
     @torch.no_grad()
     def _backward_ended(self, trajectories: list[Trajectory]) -> None:
         """Verify the chain; average p.grad over the ranks; in open loop, re-weight it."""
-        if self.options.feedback is not False:
-            for trajectory in trajectories:
+        with self.host.whole(self):
+            for trajectory in trajectories if self.options.feedback is not False else ():
                 verify_once(trajectory, self.recorder is not None and self.recorder.state_gradients)
-        if self.company.ranks.several:
-            backward_ended(self, trajectories)
-        elif self.in_backward:
-            reweigh(self, trajectories)
+            if self.company.ranks.several:
+                backward_ended(self, trajectories)
+            elif self.in_backward:
+                reweigh(self, trajectories)
         self.base = {}
         self.fingerprint.take(self.parameters())
 
@@ -269,8 +271,7 @@ class Engine:
         trajectories = list(self.recorder.arrivals.completed) if self.recorder else []
         parameters = [p for p in self.parameters() if p.requires_grad]
         fresh = self.consumed.fresh(parameters) or not parameters
-        recording = self.recorder if self.options.feedback is not False else None
-        check_backward(fresh, trajectories, recording)
+        check_backward(fresh, trajectories, self.recorder if self.options.feedback else None)
         rescale = self.fingerprint.rescaling()
         ranks = self.company.ranks
         step = self.new_step(trajectories, rescale / ranks.size, rescale / ranks.size)

@@ -22,6 +22,7 @@ from ddpnopt.formats import FORMAT_VERSION, upgraded
 from ddpnopt.host import Host
 from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
+from ddpnopt.ranges import check_choice
 from ddpnopt.recognition import Terminal
 from ddpnopt.separable import (
     MAXIMIZED,
@@ -286,8 +287,7 @@ def after_step(optimizer: torch.optim.Optimizer, closure: Callable[[], float] | 
 
 
 def _check_mode(mode: str, options: Options) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: choose from {', '.join(MODES)}")
+    check_choice("", "mode", mode, tuple(MODES))
     if mode == "brake" and not options.weight_gradients:
         raise ValueError("mode='brake' needs the optimizer's own step: use weight_gradients=True")
     if mode == "brake" and options.value.linearization != "gradient":

@@ -15,8 +15,9 @@ from ddpnopt.likelihoods import Lines, row_lines
 from ddpnopt.rows import HALF, chunk_size, chunks, working
 from ddpnopt.typing import Tensor
 
-#: Rows tell a loss with w(p_y) from another where 1 - p_y, or p_y, differ by this share.
-APART, APART_LABEL = 1e-2, 0.4
+#: Rows tell a loss with w(p_y) from another where 1 - p_y, or p_y, differ by this share; 1 - p_y by
+#: no more than so many times what w is known by (in new language models it hardly differs).
+APART, APART_LABEL, CLEAR = 1e-2, 0.4, 100
 #: Share of the probability off the label below which w in half precision is no longer known.
 CONFIDENT = 1e-3
 #: Rounding of gradients in half precision is above this.
@@ -278,9 +279,9 @@ def _spread(x: Tensor, groups: Tensor) -> Tensor:
     return torch.where(low.isfinite() & (high > 0), 1 - low / high, 0.0)
 
 
-def _apart(at: tuple[Tensor, ...], groups: Tensor) -> Tensor:
-    """Which groups have rows at different probabilities."""
-    moved = _spread(at[0], groups) > APART
+def _apart(at: tuple[Tensor, ...], groups: Tensor, tolerance: float) -> Tensor:
+    """Which groups have rows at different probabilities, by the tolerance of w."""
+    moved = _spread(at[0], groups) > min(APART, max(APART**2, CLEAR * tolerance))
     return moved | (_spread(at[1], groups) > APART_LABEL) if len(at) > 1 else moved
 
 
@@ -297,8 +298,8 @@ def _uniform(
         return True, False
     one = torch.zeros_like(groups)
     if bool((_spread(w, one) <= tolerance).all()):
-        return True, bool(_apart(at, one).any())
-    return bool((_spread(w, groups) <= tolerance).all()), bool(_apart(at, groups).any())
+        return True, bool(_apart(at, one, tolerance).any())
+    return bool((_spread(w, groups) <= tolerance).all()), bool(_apart(at, groups, tolerance).any())
 
 
 def _uniform_samples(
@@ -313,6 +314,6 @@ def _uniform_samples(
     if w.numel() < 2:
         return False
     count = torch.bincount(owner)
-    several, moved = count > 1, _apart(at, owner)
+    several, moved = count > 1, _apart(at, owner, tolerance)
     tested = bool(moved[several].all()) and 2 * int(several.sum()) > int((count > 0).sum())
     return tested and bool((_spread(w, owner) <= tolerance).all())

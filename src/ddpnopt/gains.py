@@ -156,7 +156,7 @@ class Gain:
             undoing.add(lambda: setattr(call, "args", args))
             hook_replays(undoing, modules, lambda _, x: states.append(x))
             call.args = tuple(leaf if a is original else a for a in args)
-            Replay(call).run_in_place(grad=True)
+            Replay(call, grad=True).run_in_place()
             state = states[0][None] if self.layer.blocks[0].unbatched else states[0]
             rows = state.reshape(self.layer.counts[0], -1)
             along = (rows[self.sample] * v.reshape(-1).to(rows.dtype)).sum()

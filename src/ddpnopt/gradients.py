@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from ddpnopt.borrowed import norms
+from ddpnopt.dtensors import local, spread_out
 from ddpnopt.typing import Tensor
 
 #: Two ratios are the same rescaling within this (half-precision gradients are rounded).
@@ -49,6 +50,8 @@ class Fingerprint:
     """
 
     def __init__(self) -> None:
+        #: The rescaling to come, while none has been seen; None afterwards.
+        self.expected: float | None = 1.0
         self._before: dict[Tensor, tuple[float, float]] = {}
 
     @staticmethod
@@ -66,8 +69,8 @@ class Fingerprint:
         self._before = self._take(list(parameters))
 
     def clear(self) -> None:
-        """Forget."""
-        self._before = {}
+        """A step has been taken."""
+        self._before, self.expected = {}, None
 
     def rescaling(self) -> float:
         """r: the factor all gradients were multiplied by; 1 if none or not one for all."""
@@ -90,7 +93,7 @@ class Fingerprint:
 def _sample(gradient: Tensor) -> Tensor:
     """Every n-th entry of a large gradient, as a view."""
     stride = gradient.numel() // SAMPLED
-    if stride < 2 or not gradient.is_contiguous():
+    if stride < 2 or not gradient.is_contiguous() or spread_out(gradient):
         return gradient
     return gradient.view(-1)[:: stride | 1]  # odd: not one column of the matrix
 
@@ -104,14 +107,14 @@ class Consumed:
     def mark(self, parameters: Iterable[Tensor]) -> None:
         """The present gradients have been used."""
         self._used = [
-            (weakref.ref(p.grad), p.grad._version) for p in parameters if p.grad is not None
+            (weakref.ref(p.grad), local(p.grad)._version) for p in parameters if p.grad is not None
         ]
 
     def fresh(self, parameters: Iterable[Tensor]) -> bool:
         """Whether any gradient is new since the last step."""
         used = {id(t): version for ref, version in self._used if (t := ref()) is not None}
         return any(
-            used.get(id(p.grad)) != p.grad._version for p in parameters if p.grad is not None
+            used.get(id(p.grad)) != local(p.grad)._version for p in parameters if p.grad is not None
         )
 
 

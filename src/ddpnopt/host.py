@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,9 +14,18 @@ from ddpnopt.borrowed import Borrowed
 from ddpnopt.hyperparameters import hyperparameters, needs_squares
 from ddpnopt.typing import Tensor
 
+if TYPE_CHECKING:
+    from ddpnopt.engine import Engine
+
 
 class Host(ABC):
-    """The optimizer behind an engine, seen from inside; it is asked anew at each use."""
+    """The optimizer behind an engine, seen from inside; it is asked anew at each use.
+
+    Attributes:
+        sharded: Its parameters are spread over the ranks, and so are their gradients' means.
+    """
+
+    sharded = False
 
     @abstractmethod
     def parameters(self) -> list[Tensor]:
@@ -36,6 +46,20 @@ class Host(ABC):
     def squares(self) -> bool:
         """Whether a curvature is fed with the samples' squared gradients."""
         return False
+
+    def begin(self) -> None:  # noqa: B027
+        """A backward pass has begun."""
+
+    def check_pass(self) -> None:  # noqa: B027
+        """Refuse a backward pass that has ended.
+
+        Raises:
+            UnsupportedModelError: Its gradients are not what they are taken for.
+        """
+
+    def whole(self, engine: Engine) -> AbstractContextManager[None]:
+        """A block in which parameters and gradients that are spread over the ranks are whole."""
+        return nullcontext()
 
 
 class OwnGroups(Host):

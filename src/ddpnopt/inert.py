@@ -95,16 +95,24 @@ def probing() -> Iterator[None]:
 
 
 def probe(edge: GradientEdge, targets: Sequence[Any], seed: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a recorded output at ``targets``, the graph and what hangs on it left alone.
+    """Gradients of a recorded output at ``targets``, the graph and what hangs on it left alone."""
+    return responses(edge, targets, (seed,))[0]
+
+
+def responses(
+    edge: GradientEdge, targets: Sequence[Any], seeds: Sequence[Tensor]
+) -> list[tuple[Tensor | None, ...]]:
+    """Likewise, to several seeds.
 
     On its way a gradient is added to the .grad of every tensor with ``retain_grad()``; that of the
-    opposite seed takes it off again.
+    opposite of all seeds takes it off again.
     """
-    found, _ = (
+    opposite = -torch.stack(list(seeds)).sum(0)
+    found = [
         torch.autograd.grad((edge,), targets, (one,), retain_graph=True, allow_unused=True)
-        for one in (seed, -seed)
-    )
-    return found
+        for one in (*seeds, opposite)
+    ]
+    return list(found[:-1])
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,10 +6,12 @@ Accumulated passes are run again side by side, layer by layer: each is to find i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
+
+from ddpnopt.typing import Tensor
 
 #: What every module has: nothing that a forward pass puts there.
 _COMMON = frozenset(vars(nn.Module()))
@@ -30,3 +32,24 @@ def kept_on(modules: Sequence[nn.Module]) -> Kept:
         found.append((vars(module), own))
         found.append((module._buffers, dict(module._buffers)))
     return found
+
+
+def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every buffer with the module and the name that hold it."""
+    return [
+        (module, name, buffer)
+        for module in modules
+        if module._buffers
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def untrained(modules: Iterable[nn.Module]) -> list[tuple[Tensor, int]]:
+    """Parameters that ask for no gradient, with their versions."""
+    return [
+        (p, p._version)
+        for module in modules
+        for p in module._parameters.values()
+        if p is not None and not p.requires_grad and not p.is_inference()
+    ]

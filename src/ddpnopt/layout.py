@@ -6,6 +6,8 @@ Everywhere else dimension 0 is samples times a fold: consecutive rows belong to 
 
 from __future__ import annotations
 
+import torch
+
 from ddpnopt.typing import Tensor
 
 #: Dimension 0 is samples times a fold; dimension 1 is the samples; dimension 0 is a fold times
@@ -61,4 +63,25 @@ def layouts_of(gradient: Tensor, samples: int, chosen: int) -> tuple[str, ...]:
             per_sample[chosen] = False
             if not bool(per_sample.any()):
                 found.append(layout)
+    return tuple(found)
+
+
+def layouts_in_step(once: Tensor, weighted: Tensor, weights: Tensor) -> tuple[str, ...]:
+    """The layouts in which each sample's part of a gradient is its own alone; maybe none.
+
+    Args:
+        once: Gradient of a function of the output.
+        weighted: The same with each sample of the output weighted.
+        weights: (B,).
+    """
+    samples, found = len(weights), []
+    tolerance = max(1e-3, 8 * torch.finfo(once.dtype).eps)
+    for layout in LAYOUTS:
+        same = layout == MINOR and once.dim() > 0 and once.shape[0] == samples  # as in rows
+        if same or not fits(once, layout, samples):
+            continue
+        alone, given = (arranged(g, layout, samples).reshape(samples, -1) for g in (once, weighted))
+        own = alone * weights.to(alone)[:, None]
+        if bool(((given - own).abs().amax(1) <= tolerance * own.abs().amax(1)).all()):
+            found.append(layout)
     return tuple(found)

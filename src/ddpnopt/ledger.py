@@ -12,7 +12,8 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.layout import ROWS, SECOND
-from ddpnopt.parameters import parameters
+from ddpnopt.parameters import leaf, parameters
+from ddpnopt.routing import ROUTING
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
 
@@ -84,6 +85,8 @@ class Ledger:
         self._leaves: dict[int, int] = {}
         self._skips: list[tuple[int, int]] = []
         self._reentrant: int | None = None
+        #: What picks rows by indices, each with the stage that it lies in front of.
+        self.routes: list[tuple[int, Node]] = []
         self._ahead: list[tuple[int, int]] = []
         #: Outputs that no later layer has used yet.
         self._ends: dict[int, Tensor] = {}
@@ -126,19 +129,18 @@ class Ledger:
                 self._ends.pop(self._outputs[node], None)
                 continue
             source = self._outputs.get(node)
-            leaf = id(getattr(node, "variable", None))
+            variable = leaf(node)
             if source is not None:
                 self._ends.pop(source, None)
-            elif (source := self._leaves.get(leaf)) is not None:
-                self.elsewhere.add(leaf)
-            if source is None and leaf in self._own:
-                self._ahead.append((leaf, index))
+            elif (source := self._leaves.get(variable)) is not None:
+                self.elsewhere.add(variable)
+            if source is None and variable in self._own:
+                self._ahead.append((variable, index))
                 continue
             if source is not None:
                 self._skips.append((source, index))
                 continue
-            if node.name() == REENTRANT:
-                self._reentrant = index
+            self._note(node, index)
             stack += [child for child, _ in node.next_functions]
         out, x = outputs[0], (inputs or outputs)[0]
         self.edges.append(get_gradient_edge(out) if out.requires_grad else None)
@@ -148,6 +150,14 @@ class Ledger:
             self._outputs.update({node: index for node in self._latest})
             self._leaves.update({id(p): index for p in own})
             self._ends[index] = out
+
+    def _note(self, node: Node, index: int) -> None:
+        """What a node in front of a stage says about the pass by its kind."""
+        kind = node.name()
+        if kind == REENTRANT:
+            self._reentrant = index
+        elif kind in ROUTING:
+            self.routes.append((index, node))
 
     def _look_inside(
         self, own: Sequence[nn.Parameter], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
@@ -162,7 +172,7 @@ class Ledger:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaves.add(id(getattr(node, "variable", None)))
+            leaves.add(leaf(node))
             stack += [child for child, _ in node.next_functions]
         self.elsewhere |= (leaves & self._own) - mine
 
@@ -198,12 +208,12 @@ class Ledger:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaf = id(getattr(node, "variable", None))
+            variable = leaf(node)
             if node in self._outputs:
                 found.add(self._outputs[node])
-            elif leaf in self._leaves:
-                self.elsewhere.add(leaf)
-                found.add(self._leaves[leaf])
+            elif variable in self._leaves:
+                self.elsewhere.add(variable)
+                found.add(self._leaves[variable])
             else:
                 stack += [child for child, _ in node.next_functions]
         return found
@@ -212,10 +222,10 @@ class Ledger:
         """Why layers may have run unseen, or ''."""
         if self._reentrant is None:
             return ""
+        name = trajectory.stages[self._reentrant].name or "the output"
         return (
-            f"'{trajectory.stages[self._reentrant].name}' comes behind reentrant activation "
-            "checkpointing, which hides the layers inside it; call "
-            "checkpoint(..., use_reentrant=False)"
+            f"'{name}' comes behind reentrant activation checkpointing, which hides the layers "
+            "inside it; call checkpoint(..., use_reentrant=False)"
         )
 
     def refusal(self, trajectory: Trajectory) -> str:
@@ -224,7 +234,7 @@ class Ledger:
         # A parameter used before its layer runs: another pass of this model lies in front. (One
         # whose module never runs, as in attention, is used by a function: a plain parameter.)
         ran = {id(p) for s in stages if not s.plain for p in parameters(s.module)}
-        loop = next((index for leaf, index in self._ahead if leaf in ran), None)
+        loop = next((index for variable, index in self._ahead if variable in ran), None)
         if loop is not None:
             return (
                 f"the input of '{stages[loop].name}' was made with the model's own layers "

@@ -133,13 +133,8 @@ def hard_label_cost(
         rows, gradient = (one.movedim(axis, -1).reshape(-1, z.shape[axis]) for one in (z, G))
     p = torch.softmax(rows, -1, dtype=working(z))
     gradient = gradient.to(p.dtype)
-    target = torch.sub(p, gradient, alpha=1 / w)
     size = gradient.abs().amax(-1, keepdim=True)
-    wrong = (target.amax(-1) - 1).abs_().add_(target.abs_().sum(-1).sub_(1).abs_())
-    worst, largest = torch.stack([wrong.amax(), size.amax()]).tolist()
-    if worst > 64 * eps:  # a row without a gradient is not wrong
-        worst = float((wrong * (size[:, 0] > 0)).amax())
-    if not (worst <= 64 * eps and largest >= INFORMATIVE * w):
+    if not _hard(torch.sub(p, gradient, alpha=1 / w), size, w, 64 * eps):
         return None
     g = gradient / size.clamp(min=torch.finfo(p.dtype).tiny)
     gbar = (p * g).sum(-1, keepdim=True)
@@ -167,6 +162,15 @@ def hard_label_cost(
 
     kappa, excess = variance / area.square(), (reach / area).clamp_(min=0)
     return Cost(name, weight, kappa, excess, lambda rank: exact().factor(rank), value)
+
+
+def _hard(target: Tensor, size: Tensor, w: float, slack: float) -> bool:
+    """Whether every row of the targets is a label, and some row's gradient large enough to tell."""
+    wrong = (target.amax(-1) - 1).abs_().add_(target.abs_().sum(-1).sub_(1).abs_())
+    worst, largest = torch.stack([wrong.amax(), size.amax()]).tolist()
+    if worst > slack:  # a row without a gradient is not wrong
+        worst = float((wrong * (size[:, 0] > 0)).amax())
+    return bool(worst <= slack and largest >= INFORMATIVE * w)
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 
+from ddpnopt.ranges import check_number, count, positive
 from ddpnopt.terminal import check_reduction
 from ddpnopt.typing import Tensor
 
@@ -42,15 +43,14 @@ class MMCLoss(nn.Module):
         self, num_classes: int, dim: int, norm: float = 10.0, reduction: str = "mean"
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"MMCLoss(num_classes={num_classes}): must be at least 2")
+        check_number("MMCLoss", "num_classes", num_classes, _several, "must be at least 2")
+        check_number("MMCLoss", "dim", dim, count, "must be a whole number, at least 1")
         if dim < num_classes - 1:
             raise ValueError(
                 f"MMCLoss(dim={dim}): {num_classes} centers with equal angles need at least "
                 f"num_classes - 1 = {num_classes - 1} dimensions; widen the network's output"
             )
-        if not 0 < norm < math.inf:
-            raise ValueError(f"MMCLoss(norm={norm}): must be positive and finite")
+        check_number("MMCLoss", "norm", norm, positive, "must be positive and finite")
         check_reduction("MMCLoss", reduction)
         self.num_classes, self.dim, self.norm, self.reduction = num_classes, dim, norm, reduction
         self.register_buffer("centers", _simplex(num_classes, dim, norm))
@@ -98,6 +98,10 @@ class MMCLoss(nn.Module):
             raise ValueError(
                 f"MMCLoss: z has shape {tuple(z.shape)}; expected (B, dim) with dim={self.dim}"
             )
+
+
+def _several(number: int) -> bool:
+    return count(number) and number > 1
 
 
 def _simplex(corners: int, dim: int, norm: float) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing
-from ddpnopt.inert import probe
-from ddpnopt.layout import ROWS, SHARED, layouts_of
+from ddpnopt.inert import probe, responses
+from ddpnopt.layout import ROWS, SHARED, layouts_in_step, layouts_of
 from ddpnopt.ledger import Ledger, Place
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
@@ -61,7 +62,7 @@ def probed(
     trajectory: Trajectory,
     ledger: Ledger,
     taps: Sequence[GradientEdge],
-    turn: int,
+    turn: int | None,
     graphs: bool,
 ) -> tuple[int, bool]:
     """The first stage from which on no layer mixes samples on the way to the output.
@@ -75,7 +76,8 @@ def probed(
         trajectory: The pass; its stages and crossings are told how their samples lie.
         ledger: Its nodes and edges.
         taps: Edges of its crossings.
-        turn: Which sample to perturb: the middle one, the first, the last, ...
+        turn: Which sample to perturb: the middle one, the first, the last, ... None for all of
+            them, by weights: who owns which row is seen at once, down to a thousandth of it.
         graphs: Branches are allowed, and samples that lie otherwise than in rows.
 
     Returns:
@@ -93,15 +95,15 @@ def probed(
     for crossing, tap in zip(trajectory.crossings, taps, strict=True):
         if not crossing.apart:
             parts.append((crossing, sum(s.time <= crossing.used for s in stages), tap))
-    chosen = (samples // 2, 0, samples - 1)[turn] if turn < 3 else turn * 7919 % samples
     start, conclusive = 0, True
-    found = probe(edges[-1], [edge for _, _, edge in parts], _one_sample(trajectory, chosen))
     mixed: list[tuple[Stage | Crossing, int, GradientEdge | None]] = []
-    for part, gradient in zip(parts, found, strict=True):
-        if gradient is None or not bool(gradient.any()) or not bool(gradient.isfinite().all()):
+    for part, layouts in zip(
+        parts, _seen(trajectory, edges[-1], [edge for _, _, edge in parts], turn), strict=True
+    ):
+        if layouts is None:
             conclusive = False
             continue
-        allowed = _allowed(part[0], layouts_of(gradient, samples, chosen), graphs)
+        allowed = _allowed(part[0], layouts, graphs)
         if allowed:
             part[0].layouts = allowed
             part[0].lay(allowed[0], samples)
@@ -113,6 +115,39 @@ def probed(
         else:
             start = max(start, behind)
     return start, conclusive
+
+
+def _seen(
+    trajectory: Trajectory, output: GradientEdge, targets: Sequence[Any], turn: int | None
+) -> list[tuple[str, ...] | None]:
+    """The layouts that fit what each target shows; None where it shows nothing."""
+    samples = trajectory.samples
+    if turn is not None:
+        chosen = (samples // 2, 0, samples - 1)[turn] if turn < 3 else turn * 7919 % samples
+        found = probe(output, targets, _one_sample(trajectory, chosen))
+        return [layouts_of(g, samples, chosen) if _tells(g) else None for g in found]
+    seed, weights = _weighted(trajectory)
+    rows = weights.repeat_interleave(len(seed) // samples).reshape(-1, *(1,) * (seed.dim() - 1))
+    once, weighted = responses(output, targets, (seed, seed * rows))
+    return [
+        layouts_in_step(a, b, weights) if _tells(a) and _tells(b) else None
+        for a, b in zip(once, weighted, strict=True)
+    ]
+
+
+def _tells(gradient: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether there is one, of numbers that are not all zero."""
+    return gradient is not None and bool(gradient.any()) and bool(gradient.isfinite().all())
+
+
+def _weighted(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+    """A gradient at the output, and a weight for each sample."""
+    z = trajectory.z
+    assert z is not None
+    generator = torch.Generator().manual_seed(0)
+    seed = torch.randn(z.shape, generator=generator).to(z)
+    powers = 6 * torch.rand(trajectory.samples, generator=generator)  # no two of them alike
+    return seed, (0.5**powers).to(z)
 
 
 def _allowed(part: Stage | Crossing, layouts: Sequence[str], graphs: bool) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from torch.overrides import (
 )
 
 from ddpnopt.functional import COMPOSITE, Layers, product, unfolded
+from ddpnopt.parameters import identity
 from ddpnopt.typing import Tensor
 
 #: Attributes of a tensor that are functions of it.
@@ -29,6 +30,10 @@ QUERIES = frozenset(
     | {"detach", "__hash__", "__bool__", "item", "tolist", "data_ptr", "__repr__", "__format__"}
     | {"register_hook", "retain_grad", "requires_grad_", "backward", "is_inference", "numpy"}
 )
+#: What is asked of a tensor's gradient, which there is none of when a pass is run again.
+OF_GRADIENTS = frozenset({"requires_grad", "is_leaf", "retain_grad", "register_hook"})
+#: Functions that take gradients.
+DIFFERENTIATING = frozenset({torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward})
 #: Operators that write to their first argument; methods that do end in an underscore.
 WRITING = frozenset(
     {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__"}
@@ -49,7 +54,7 @@ class Quiet(TorchFunctionMode, ABC):
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module] | None:
         """The layer that a product with this weight is, with its name; None if it is none."""
-        return self.functional.get(id(weight))
+        return self.functional.get(identity(weight))
 
     def _product(
         self, x: Tensor, layer: tuple[str, nn.Module], func: Any, args: Any, kwargs: Any
@@ -78,8 +83,13 @@ class Quiet(TorchFunctionMode, ABC):
             if given is not None and layer is not None and isinstance(given[0], Tensor):
                 return self._product(given[0], layer, func, args, kwargs)
         if name == "__get__":
-            if getattr(func.__self__, "__name__", "") not in VIEWS:
+            attribute = getattr(func.__self__, "__name__", "")
+            if attribute in OF_GRADIENTS and self.on:
+                return self.asked(func, attribute, args, kwargs)
+            if attribute not in VIEWS:
                 return func(*args, **kwargs)
+        elif self.on and (name in OF_GRADIENTS or func in DIFFERENTIATING):
+            return self.asked(func, name, args, kwargs)
         elif name in QUERIES or name == "__set__":
             return func(*args, **kwargs)
         return self.call(func, args, kwargs) if self.on else func(*args, **kwargs)
@@ -87,6 +97,10 @@ class Quiet(TorchFunctionMode, ABC):
     @abstractmethod
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that computes."""
+
+    @abstractmethod
+    def asked(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        """The model asks something of a tensor's gradient, or takes gradients on the way."""
 
     def leave_stack(self) -> None:
         """Stand no more in the stack of modes, wherever that is."""

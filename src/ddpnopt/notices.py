@@ -50,18 +50,28 @@ UNEVEN = (
 )
 
 
+#: Different warnings that one optimizer gives, and structures that it remembers to have spoken of.
+MOST = 256
+NO_MORE = (
+    f"{MOST} different warnings have been given, as where each pass has other layers: this "
+    "optimizer gives no more of them"
+)
+
+
 class Notices:
-    """Warnings of one optimizer; each is given once."""
+    """Warnings of one optimizer; each is given once, and not without end."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
         self._told: set[tuple[Any, ...]] = set()
 
     def say(self, message: str) -> None:
-        """Warn, unless it has been said."""
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(message, DDPNOptWarning, stacklevel=5)
+        """Warn, unless it has been said, or too much has."""
+        if message in self._said or len(self._said) > MOST:
+            return
+        message = message if len(self._said) < MOST else NO_MORE
+        self._said.add(message)
+        warnings.warn(message, DDPNOptWarning, stacklevel=5)
 
     def say_without_cost(self, trajectories: Sequence[Trajectory], decision: str) -> None:
         """Say why there is no terminal cost.
@@ -93,6 +103,8 @@ class Notices:
         case = trajectory.key, tuple([stage.plain for stage in trajectory.stages])
         if case in self._told:
             return
+        if len(self._told) > MOST:
+            self._told.clear()
         self._told.add(case)
         reasons: dict[str, dict[str, None]] = {}
         at, stages = trajectory.boundary if weighted else 0, trajectory.stages
@@ -100,7 +112,7 @@ class Notices:
             place = f"the input of '{stages[at].name}'" if at < len(stages) else "the output"
             reason = "the layers there don't run one after another"
             if any(mixes(stage) for stage in stages[:at]):
-                reason = "samples are mixed there, as by BatchNorm in training mode"
+                reason = "samples are mixed there, as by BatchNorm in training mode, or change rows"
             self.say(
                 f"each sample is weighted once, at {place}, for all that lies in front of it "
                 f"({', '.join(dict.fromkeys(repr(s.name) for s in stages[:at]))}), without "

@@ -15,9 +15,10 @@ from torch import nn
 from ddpnopt.borrowed import Update
 from ddpnopt.checks import check_backward, check_gradients, check_model
 from ddpnopt.company import Company
+from ddpnopt.dtensors import local
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
-from ddpnopt.feedback import Guest, gains_of, set_gains
+from ddpnopt.feedback import gains_of, set_gains
 from ddpnopt.formats import FORMAT_VERSION, upgraded
 from ddpnopt.gradients import dense_gradients
 from ddpnopt.inner import Reader, reader_of
@@ -32,6 +33,8 @@ from ddpnopt.separable import (
     check_unweighted,
     maximizing,
 )
+from ddpnopt.shards import guest_of
+from ddpnopt.spread import check_parts
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.undoing import insist
 from ddpnopt.value import ValueFunction
@@ -71,7 +74,8 @@ def open_loop(
         TypeError: Not an optimizer.
         ValueError: A parameter is not the model's, or belongs to two optimizers.
         UnsupportedModelError: The model or the optimizer can't be handled (named). With several
-            ranks of torch.distributed the model has to run in a DistributedDataParallel.
+            ranks of torch.distributed the model has to be a DistributedDataParallel or sharded by
+            fully_shard.
 
     Examples:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -104,7 +108,7 @@ class OpenLoop:
         self.options = Options(value_from(value), terminal, depth, True, gram, "raise")
         self._known: list[_Known] = [(weakref.ref(one), reader_of(one), {}) for one in given]
         self._stepped: set[int] = set()
-        self.engine = Engine(model, self.options, Guest(self), company)
+        self.engine = Engine(model, self.options, guest_of(self, model), company)
         self._pending: dict[int, _Pending | None] = {}
         # The optimizer holds the handle, through its hooks; the handle holds it weakly.
         self._handles = [one.register_step_pre_hook(self._before) for one in given]
@@ -184,9 +188,11 @@ class OpenLoop:
         engine = self.engine
         engine.refresh()
         trajectories = list(engine.recorder.arrivals.completed) if engine.recorder else []
+        if not trajectories:
+            check_parts(engine)  # sharded since?
         seen = engine.open_report is not None  # another optimizer has stepped on this pass
         if not (trajectories or seen or self._stepped) and engine.consumed.fresh(
-            [p for p, grad in dense_gradients(engine.parameters()).items() if grad.any()]
+            [p for p, grad in dense_gradients(engine.parameters()).items() if local(grad).any()]
         ):
             check_backward(True, trajectories, engine.recorder)
         active = engine.usable(trajectories) if trajectories else seen

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ddpnopt.ranges import check_choice, check_switch
 from ddpnopt.recognition import TERMINALS, Terminal
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.value import VALUES, ValueFunction
@@ -32,6 +33,7 @@ class Options:
         Raises:
             ValueError: A choice is unknown; the message lists what there is.
         """
+        check_switch("", "weight_gradients", self.weight_gradients)
         if not (isinstance(self.feedback, bool) or self.feedback == "open_loop"):
             raise ValueError(f"feedback={self.feedback!r}: choose from True, 'open_loop', False")
         if self.feedback == "open_loop" and self.value.segments:
@@ -46,12 +48,8 @@ class Options:
             )
         if not isinstance(self.terminal, str) and not callable(self.terminal):
             raise ValueError("terminal: give a name or a callable output -> factor")
-        for option, given, names in (
-            ("gram", self.gram, GRAM),
-            ("nonfinite", self.nonfinite, NONFINITE),
-        ):
-            if given not in names:
-                raise ValueError(f"{option}={given!r}: choose from {', '.join(names)}")
+        check_choice("", "gram", self.gram, GRAM)
+        check_choice("", "nonfinite", self.nonfinite, NONFINITE)
 
     @property
     def closed_loop(self) -> bool:

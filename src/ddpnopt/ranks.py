@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Several processes that train one model together: the only file that communicates.
+"""Several processes that train one model together: what they tell each other.
+
+Parts of tensors are put together in `dtensors.py`; all else that is communicated is here.
 
 A step asks its `Ranks` for sums over all ranks' samples. One process is a `Ranks` that hands back
 what it is given; `Together` communicates, and sees to it that a rank that fails lets none of the

@@ -8,7 +8,7 @@ that a layer's new weights can be computed from all of them before any goes on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpnopt.arguments import frozen, untouched
 from ddpnopt.compiled import as_written, compiled
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.keeping import Kept, kept_on
-from ddpnopt.modes import rebuilt
+from ddpnopt.keeping import Kept, buffers_of, kept_on, untrained
 from ddpnopt.randomness import Randomness, cuda_in_use
 from ddpnopt.retrace import Retrace
 from ddpnopt.typing import Tensor
@@ -27,29 +27,6 @@ from ddpnopt.undoing import Undoing, insist
 
 #: One thread at a time: generators and some of torch's switches are the process's.
 ALONE = threading.RLock()
-
-
-def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:
-    """Arguments as detached aliases; tensors and their versions are added to ``watched``."""
-    if isinstance(value, Tensor):
-        alias = value.detach()
-        if not alias.is_inference():
-            watched.append((alias, alias._version))
-        return alias
-    if isinstance(value, tuple | list):
-        return rebuilt(value, [frozen(v, watched) for v in value])
-    if type(value) is dict:
-        return {k: frozen(v, watched) for k, v in value.items()}
-    return value
-
-
-def _untouched(value: Any) -> bool:
-    """Whether a value can be shown to be as it was made."""
-    if isinstance(value, Tensor):
-        return not value.is_inference() and value._version == 0
-    if isinstance(value, tuple):
-        return all(map(_untouched, value))
-    return value is None or isinstance(value, str | int | float | torch.dtype | torch.device)
 
 
 @dataclass
@@ -67,6 +44,8 @@ class Call:
     training: tuple[bool, ...]
     buffers: list[tuple[nn.Module, str, Tensor]]
     compiled: bool = False
+    fixed: Sequence[tuple[Tensor, int]] = ()
+    written: Sequence[Tensor] = ()
 
     @staticmethod
     def capture(
@@ -96,7 +75,12 @@ class Call:
             training,
             buffers,
             compiled(inside),
+            untrained(inside),
         )
+
+    def ends(self) -> None:
+        """It has run: which parameters that nobody trains has it written to?"""
+        self.written = [p for p, version in self.fixed if p._version != version]
 
     def completed(self, kwargs: Mapping[str, Any]) -> Call | None:
         """With keyword arguments that are known since its end only.
@@ -104,12 +88,23 @@ class Call:
         Returns:
             The call, or None where it may have changed what it was given.
         """
-        if not all(map(_untouched, kwargs.values())):
+        if not all(map(untouched, kwargs.values())):
             return None
         return replace(self, kwargs=frozen(dict(kwargs), self.watched))
 
     def check_inputs(self) -> None:
-        """Raise if an argument has been overwritten since the nominal pass."""
+        """Raise if the pass can't be run again as it was.
+
+        Raises:
+            UnsupportedModelError: An argument has been overwritten, or the pass moves parameters.
+        """
+        for name, p in self.module.named_parameters() if self.written else ():
+            if any(p is one for one in self.written):
+                raise UnsupportedModelError(
+                    f"'{name}', which is not trained, is written to inside the forward pass (a "
+                    "moving average), and would be once more when the pass is run again; make it "
+                    "a buffer, update it outside, or use feedback='open_loop'"
+                )
         for number, (tensor, version) in enumerate(self.watched):
             if tensor._version != version:
                 raise UnsupportedModelError(
@@ -134,17 +129,6 @@ class Call:
             self.module(*self.args, **self.kwargs)
         if trace is not None:
             trace.check()
-
-
-def buffers_of(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every buffer with the module and the name that hold it."""
-    return [
-        (module, name, buffer)
-        for module in modules
-        if module._buffers
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
 
 
 def set_training(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
@@ -204,6 +188,9 @@ class Replay:
         call: What to run.
         trace: Sees its calls of torch functions, where what crosses the layers is asked for.
         again: Layers that run more than once: only the first time they are reached counts.
+        order: The layers as the nominal pass has called them, and whether under gradients: a call
+            without (a target, a pass for statistics) is no time step.
+        grad: The model takes gradients on the way.
         arrive: With a single replay, called in place where a layer is reached; None runs the
             call in a thread of its own that waits at each layer (autocast and grad mode are the
             thread's; only one thread runs at any moment).
@@ -213,6 +200,8 @@ class Replay:
     arrive: Callable[[str, Tensor], None] | None = None
     trace: Retrace | None = None
     again: frozenset[str] = frozenset()
+    order: Iterator[tuple[str, bool]] | None = None
+    grad: bool = False
     met: set[str] = field(default_factory=set)
     at: tuple[str, Tensor] | None = None
     error: BaseException | None = None
@@ -239,10 +228,10 @@ class Replay:
         for where, values in self.kept:
             where.update(values)
 
-    def run_in_place(self, grad: bool = False) -> None:
+    def run_in_place(self) -> None:
         """Run the whole call, with ``arrive`` called at each layer."""
         self.prepare()
-        self.call.run(grad, self.trace)
+        self.call.run(self.grad, self.trace)
 
     def advance(self) -> None:
         """Run until the next layer or the end; ``at`` is where it stands."""
@@ -267,7 +256,21 @@ class Replay:
             self.thread.join()
 
     def reach(self, name: str, x: Tensor) -> None:
-        """Called by the layer's hook, in the replay's own thread."""
+        """Called by the layer's hook, in the replay's own thread.
+
+        Raises:
+            UnsupportedModelError: The nominal pass has called another layer here.
+        """
+        if self.order is not None:
+            known, counts = next(self.order, ("", False))
+            if known != name:
+                raise UnsupportedModelError(
+                    "the model took another path when run again: it reached "
+                    f"'{name}' where it had called {repr(known) if known else 'no layer'}; use "
+                    "feedback='open_loop'"
+                )
+            if not counts:
+                return
         if name in self.met and name in self.again:
             return
         self.met.add(name)
@@ -291,7 +294,7 @@ class Replay:
     def _body(self) -> None:
         """The thread: what goes wrong in it is raised in `advance`."""
         try:
-            self.call.run(trace=self.trace)
+            self.call.run(self.grad, self.trace)
         except Stopped:
             pass
         except BaseException as error:  # handed over, never swallowed

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from ddpnopt.crossing import Moved, Path, other_path
-from ddpnopt.modes import Quiet, overwritten, results
+from ddpnopt.modes import DIFFERENTIATING, Quiet, overwritten, results
 
 
 class Retrace(Quiet):
@@ -21,7 +24,8 @@ class Retrace(Quiet):
     def __init__(self, moved: Moved, path: Path) -> None:
         super().__init__()
         self.moved, self.path, self.number = moved, Path(), 0
-        self.nominal = path.steps[: path.end]
+        self.nominal, self.answers = path.steps[: path.end], path.asked
+        self.grad = path.differentiates
 
     def end(self) -> None:
         """See no more: an interrupt may have left it in this thread's stack of modes."""
@@ -36,6 +40,18 @@ class Retrace(Quiet):
         """
         if self.number != len(self.nominal):
             raise other_path()
+
+    def asked(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        """What the nominal pass has answered: here is a graph only where gradients are taken."""
+        if func in DIFFERENTIATING or self.grad:
+            return func(*args, **kwargs)
+        if name == "register_hook":
+            return RemovableHandle(OrderedDict())
+        if name == "retain_grad":
+            return None
+        number = self.path.number(args[0])
+        known = None if number is None else self.answers.get((number, name))
+        return func(*args, **kwargs) if known is None else known
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Number the call's results; look at those that are waited for.

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ddpnopt.checks import usable
+from ddpnopt.dtensors import local
 from ddpnopt.errors import INTERRUPTED, NonFiniteError, UnsupportedModelError
 from ddpnopt.front import corrections
 from ddpnopt.gradients import added
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 def keep(engine: Engine) -> None:
     """Keep what p.grad holds already, so that a pass's own gradient can be told from it."""
+    engine.host.begin()
     engine.base = {p: p.grad.clone() for p in engine.parameters() if p.grad is not None}
-    if not any(bool(g.any()) for g in engine.base.values()):
+    if not any(bool(local(g).any()) for g in engine.base.values()):
         engine.base, engine.carried = {}, {}
 
 

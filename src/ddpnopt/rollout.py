@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from ddpnopt.crossing import Moved, Predicted
@@ -98,7 +99,8 @@ def rollout(
         if len(reached) >= len(order) or order[len(reached)] != name:
             raise _other_path(order, [*reached, name])
         reached.append(name)
-        _move(layers[name], list(states.values()), moved, apply)
+        with torch.no_grad():  # the model may be run under gradients
+            _move(layers[name], list(states.values()), moved, apply)
 
     with ALONE, recorder.pause() as undoing:
         preserve(undoing, recorder.anatomy.modules)
@@ -149,7 +151,10 @@ def _replay(
 ) -> Replay:
     """A pass to be run again; watched if it is known by what crosses its cuts."""
     again = {n for n, layer in layers.items() if any(s.repeats for s in layer.blocks)}
-    replay = Replay(trajectory.again(), again=frozenset(again))
+    calls = [one for one in trajectory.calls if one[0] in layers]
+    replay = Replay(trajectory.again(), again=frozenset(again), order=iter(calls))
+    if trajectory.path is not None:
+        replay.grad = trajectory.path.differentiates
     if moved is not None and trajectory.path is not None:
         replay.trace = Retrace(moved, trajectory.path)
         replay.trace.functional = {k: one for k, one in functional.items() if one[0] in layers}

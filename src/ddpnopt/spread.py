@@ -9,32 +9,43 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpnopt.dtensors import spread_out
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.value.augmented import Augmented
 
 if TYPE_CHECKING:
     from ddpnopt.engine import Engine
+    from ddpnopt.step import Step
+
+#: What is further off than rounding in half precision takes it: a factor, another pass.
+FAR = 0.3
 
 NOT_REPLICATED = (
     "torch.distributed is initialised with several ranks, but the model was not run by "
     "DistributedDataParallel, so its gradients can't be reduced along with the re-weighting; call "
-    "DistributedDataParallel(model), or remove() the open loop"
+    "DistributedDataParallel(model) or fully_shard(model), or remove() the open loop"
 )
 
 
-def check_shards(model: nn.Module) -> None:
-    """Refuse models whose parts or samples are spread over the ranks.
+def check_shards(engine: Engine) -> None:
+    """Refuse models whose parts or samples are spread over the ranks, but for open loop's.
 
     Raises:
         UnsupportedModelError: The module is named.
     """
-    for name, p in model.named_parameters():
-        if hasattr(p, "placements"):
+    for name, p in engine.model.named_parameters():
+        if spread_out(p) and not engine.host.sharded:
             raise UnsupportedModelError(
                 f"'{name}' is a DTensor (fully_shard, tensor parallelism): its gradient is spread "
-                "over the ranks; use DistributedDataParallel, or the optimizer without feedback"
+                "over the ranks; call open_loop(model, optimizer) after fully_shard, or use "
+                "DistributedDataParallel"
             )
-    for name, module in model.named_modules():
+    if engine.host.sharded and engine.options.value.linearization != "gradient":
+        raise UnsupportedModelError(
+            f"value={engine.options.value.name!r} linearises the model inside the backward pass, "
+            "where fully_shard's own hooks would run; use value='moreau' or 'gauss_newton'"
+        )
+    for name, module in engine.model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise UnsupportedModelError(
                 f"'{name or 'model'}' is FullyShardedDataParallel, which flattens the layers' "
@@ -55,7 +66,7 @@ def check_parts(engine: Engine) -> None:
     """
     if not engine.company.ranks.several:
         return
-    check_shards(engine.model)
+    check_shards(engine)
     augmented = "value='augmented'" if isinstance(engine.options.value, Augmented) else ""
     alone = engine.alone or augmented
     if alone:
@@ -78,7 +89,8 @@ def check_ranks(engine: Engine) -> None:
     if company.due:
         check_parts(engine)
     if company.replica is None:
-        if not company.reduces:
+        engine.host.check_pass()
+        if not company.reduces and not engine.host.sharded:
             raise UnsupportedModelError(NOT_REPLICATED)
         return
     if company.replica._join_config.enable:
@@ -89,6 +101,31 @@ def check_ranks(engine: Engine) -> None:
         )
     if company.due:
         _check_replica(engine, company.replica)
+
+
+def check_reduced(step: Step) -> None:
+    """The gradient of a sharded pass must be the ranks' mean.
+
+    Nothing public says by which factor `fully_shard` reduces: one small parameter's gradient is
+    made again by its layer's rule, and averaged here.
+
+    Raises:
+        UnsupportedModelError: It is not; the parameter is named.
+    """
+    layers = step.layers.values()
+    parameters = [(layer, name, p) for layer in layers for name, p in layer.params.items()]
+    if not parameters:
+        return
+    layer, name, p = min(parameters, key=lambda one: one[2].numel())
+    made = step.ranks.total({name: layer.weighted(layer.plain_vectors())[name]})[name]
+    made = made / step.ranks.size
+    known = step.plain_gradient(name, p)
+    size = max(float(made.norm()), 0.0 if known is None else float(known.norm()))
+    if known is None or float((made - known).norm()) > FAR * size:
+        raise UnsupportedModelError(
+            f"the gradient of '{layer.name}.{name}' is not the mean of the ranks' gradients of "
+            "this pass: leave set_gradient_divide_factor of the sharded modules as it is"
+        )
 
 
 def _check_replica(engine: Engine, ddp: DistributedDataParallel) -> None:

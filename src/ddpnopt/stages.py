@@ -200,6 +200,7 @@ class Trajectory:
         stages: Executions in order.
         z: Output of the last parametrised layer, with its version.
         call: How to run the pass again; None in open loop, or where it is not known.
+        calls: The layers as that call has called them, by name, and whether under gradients.
         samples: B.
         refusal: Why no feedback is possible; raised when a step needs it.
         owned: One call contains all layers.
@@ -227,6 +228,7 @@ class Trajectory:
     z: Tensor | None = None
     z_version: int = -1
     call: Call | None = None
+    calls: list[tuple[str, bool]] = field(default_factory=list)
     samples: int = 0
     refusal: str = ""
     owned: bool = False

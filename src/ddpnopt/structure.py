@@ -7,13 +7,14 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ddpnopt.functional import dense, parts
 from ddpnopt.layers import rule_for
 from ddpnopt.layers.embedding import LookupRule
 from ddpnopt.layers.linear import LinearRule
-from ddpnopt.parameters import parameters
+from ddpnopt.parameters import identity, own, parameters
 from ddpnopt.typing import Tensor
 
 
@@ -47,11 +48,11 @@ class Anatomy:
         for name, module in model.named_modules():
             if name.startswith(inside):
                 continue
-            own = any(p is not None for p in module._parameters.values())
+            direct = any(p is not None for p in module._parameters.values())
             inner = any(True for m in module.children() for _ in m.parameters())
             if hasattr(module, "parametrizations"):  # computes its weights: one layer as a whole
-                inside, own, inner = (*inside, f"{name}." if name else ""), True, False
-            if own and not inner:
+                inside, direct, inner = (*inside, f"{name}." if name else ""), True, False
+            if direct and not inner:
                 self.hooked[name] = module
             if inner or module is model:
                 self.containers[name] = module
@@ -93,7 +94,7 @@ class Anatomy:
         """All layers that run as functions, with their names, by the identity of their weight."""
         if not self.heads:
             return self.functional
-        return {**self.functional, **{id(one[1].weight): one for one in self.heads.values()}}
+        return {**self.functional, **{identity(one[1].weight): one for one in self.heads.values()}}
 
     def head_of(self, weight: Tensor, bias: Tensor | None) -> tuple[str, nn.Module] | None:
         """The dense layer that a product with a module's weight is, outside that module.
@@ -106,11 +107,11 @@ class Anatomy:
             Its name and the layer; None where the weight is no embedding's or dense layer's, or the
             bias no parameter.
         """
-        key = id(weight), id(bias)
-        known = key in self.heads or id(weight) not in self._weights
-        if not known and isinstance(weight, nn.Parameter):
+        key = identity(weight), identity(bias)
+        known = key in self.heads or key[0] not in self._weights
+        if not known and isinstance(weight, nn.Parameter) and torch.is_grad_enabled():
             if bias is None or isinstance(bias, nn.Parameter):
-                name = f"F.linear({self._weights[id(weight)]}.weight)"
+                name = f"F.linear({self._weights[key[0]]}.weight)"
                 self.heads[key] = name, dense(weight, bias)
                 self._count()
         return self.heads.get(key)
@@ -121,8 +122,9 @@ class Anatomy:
         Args:
             weight_gradients: Whether the layers' weights are among them.
         """
-        own = {id(p): p for m in self.modules for p in m._parameters.values() if p is not None}
-        used: list[Tensor] = [p for p in own.values() if self.trainable(p)]
+        held_by = (p for m in self.modules for p in m._parameters.values() if p is not None)
+        found = {id(p): p for p in map(own, held_by)}
+        used: list[Tensor] = [p for p in found.values() if self.trainable(p)]
         if weight_gradients:
             return used
         held = {id(w) for m in self.layers().values() if (w := held_weight(m)) is not None}
@@ -132,7 +134,7 @@ class Anatomy:
     def refresh(self) -> None:
         """Look at the parameters again: some may be frozen, or swapped for others."""
         state = tuple(
-            (id(p), p.requires_grad)
+            (identity(p), p.requires_grad)
             for module in self.modules
             for p in module._parameters.values()
             if p is not None
@@ -156,13 +158,13 @@ class Anatomy:
         """Their weights may have been swapped for others."""
         self.functional, self._outer, self.heads = {}, {}, {}
         self._weights = {
-            id(module._parameters.get("weight")): path
+            identity(module._parameters.get("weight")): path
             for path, module in self.hooked.items()
             if isinstance(rule := rule_for(module), LookupRule) or type(rule) is LinearRule
         }
         for path, outer in self.containers.items():
             for name, module in parts(outer).items():
-                self.functional[id(module.weight)] = (f"{path}.{name}".lstrip("."), module)
+                self.functional[identity(module.weight)] = (f"{path}.{name}".lstrip("."), module)
                 self._outer[id(module)] = outer
 
     def owns_all(self, module: nn.Module) -> bool:

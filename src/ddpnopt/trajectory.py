@@ -166,6 +166,7 @@ class Recorder:
             inside = self.anatomy.inside(module)
             with quiet(self.watching.watch):
                 self._open.call = Call.capture(name, module, args, kwargs, inside)
+            self._open.calls.clear()
             self._left = False
             if self.watching.watch is not None:
                 self.watching.watch.restart()
@@ -200,6 +201,7 @@ class Recorder:
         call = self._open.call if self._open is not None else None
         if call is not None and call.module is module and not self._left:
             self._left = True
+            call.ends()
             self.watching.call_ends()
         if self._depth:
             return None
@@ -223,8 +225,7 @@ class Recorder:
         with quiet(self.watching.watch):
             late = self._ledger.joined(outputs) if self.classifier.graphs else None
             if late is not None and late.is_floating_point():
-                call = Executed(nn.Identity(), (late,), (late,), None, "")
-                self._add("", call, late)
+                self._add("", Executed(nn.Identity(), (late,), (late,), None, ""), late)
 
     def begin(self, name: str, module: nn.Module, x: Tensor) -> None:
         """A layer that runs as a function is reached."""
@@ -242,9 +243,8 @@ class Recorder:
         if complete and trajectory is not None and trajectory.stages and self._ledger.edges:
             assert self._last is not None
             self.watching.look(trajectory, watch, self._ledger, self.model, self.anatomy)
-            self.classifier.classify(
-                trajectory, self._last.detach(), self._ledger, self.anatomy, watch
-            )
+            z = self._last.detach()
+            self.classifier.classify(trajectory, z, self._ledger, self.anatomy, watch)
         self._newest = weakref.ref(trajectory) if trajectory is not None else None
         self._open, self._link, self._last = None, None, None
         self._ledger = Ledger(set())
@@ -252,9 +252,14 @@ class Recorder:
         self.watching.end()
 
     def _reach(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a layer: a time step begins."""
-        if self.watching.watch is not None and self._recording():
-            self.watching.watch.time += 1
+        """Before a layer: a time step begins, unless it runs without gradients (a target)."""
+        counts = self._recording()
+        if self._open is None or (torch.is_grad_enabled() and not counts):
+            return  # not a call of this pass
+        if self.closed_loop and not self._left:
+            self._open.calls.append((name, counts))
+        if self.watching.watch is not None:
+            self.watching.watch.time += counts
             self.watching.watch.inside = True
 
     def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -320,15 +325,12 @@ class Recorder:
         self, trajectory: Trajectory, stage: Stage, inputs: Sequence[Tensor], out: Tensor
     ) -> None:
         edges = tuple(get_gradient_edge(x) if x.requires_grad else None for x in inputs)
-        taps = (
-            self.watching.watch.fresh_taps()
-            if self.watching.watch is not None and self.links
-            else ()
-        )
+        watch = self.watching.watch
+        taps = watch.fresh_taps() if watch is not None and self.links else ()
         number = out.output_nr
         upstream = Link(stage, edges, None, self._link, number, taps) if self.links else None
-        if self.watching.watch is not None:
-            self.watching.watch.goes_in(stage, get_gradient_edge(out), stage.time)
+        if watch is not None:
+            watch.goes_in(stage, get_gradient_edge(out), stage.time)
         ref = weakref.ref(self.arrivals)
         hook = partial(gradient_at_h, ref, trajectory, stage, upstream)
         out.register_hook(hook)  # type: ignore[no-untyped-call]

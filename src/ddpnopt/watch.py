@@ -11,7 +11,7 @@ them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,22 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ddpnopt.accounts import Part, Sources
+from ddpnopt.arguments import fields_of, with_fields
 from ddpnopt.crossing import Crossing, Path, Span
 from ddpnopt.inert import Same
-from ddpnopt.modes import Quiet, overwritten, rebuilt, results
+from ddpnopt.modes import DIFFERENTIATING, Quiet, overwritten, rebuilt, results
 from ddpnopt.typing import Tensor
 
 #: The time step of what was made before the pass, or of parameters alone, by unknown means.
 OUTSIDE = -1
+BACKWARD_INSIDE = (
+    "the model calls backward() inside its forward pass, which would add to p.grad once more when "
+    "the pass is run again; take the gradient with torch.autograd.grad, or use feedback=False"
+)
+GRAPH_INSIDE = (
+    "the model takes a gradient with create_graph=True inside its forward pass: the loss depends "
+    "on its layers on a way that their outputs do not show; use feedback=False"
+)
 
 
 class _Watches(threading.local):
@@ -77,6 +86,8 @@ class Watch(Quiet):
         self.head_of = lambda weight, bias: None
         #: A layer runs.
         self.inside = False
+        #: Why the pass can't be followed at all, or ''.
+        self.refusal = ""
         self._told = 0
 
     def begin(self) -> None:
@@ -123,6 +134,20 @@ class Watch(Quiet):
             self.path.made(found, len(self.path.steps))
             self.path.steps.append(step)
         return made
+
+    def asked(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        """Remember the answer, or that the model takes gradients."""
+        if func not in DIFFERENTIATING:
+            answer, number = func(*args, **kwargs), self.path.number(args[0])
+            if number is not None:
+                self.path.asked[number, name] = answer
+            return answer
+        if func is not torch.autograd.grad:
+            self.refusal = BACKWARD_INSIDE
+        elif kwargs.get("create_graph") or any(args[4:5]):
+            self.refusal = GRAPH_INSIDE
+        self.path.differentiates = True
+        return func(*args, **kwargs)
 
     def _note(self, made: Sequence[Tensor], again: bool) -> None:
         """Number the call's results; ``again``: what has a number already has changed."""
@@ -173,6 +198,9 @@ class Watch(Quiet):
         if not self.tapping:
             return output
         self.time += 1
+        return self._leave(output)
+
+    def _leave(self, output: Any) -> Any:
         values, structure = tree_flatten(output)
         used = [self._left(value) for value in values]
         same = all(a is b for a, b in zip(used, values, strict=True))
@@ -180,7 +208,9 @@ class Watch(Quiet):
 
     def _left(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            held = fields_of(value)
+            used = {name: self._leave(one) for name, one in held.items()}
+            return value if all(used[k] is held[k] for k in held) else with_fields(value, used)
         node = value.grad_fn
         made_last = node is None or self._times.get(node, self.time) >= self.time - 1
         return value if made_last else self._use(value, {})
@@ -318,14 +348,3 @@ class Watch(Quiet):
 def _plain(y: Tensor) -> bool:
     """Whether it is a tensor like any other: no transform of torch.func has a graph for it."""
     return type(y) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(y)
-
-
-def branches(crossings: Iterable[Crossing], states: Sequence[int]) -> bool:
-    """Whether more than one tensor crosses some cut.
-
-    Args:
-        crossings: Of a pass.
-        states: The time steps of its layers.
-    """
-    crossings = list(crossings)
-    return any(sum(one.at(time) for one in crossings) > 1 for time in states)

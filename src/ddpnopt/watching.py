@@ -13,7 +13,7 @@ from torch import nn
 from ddpnopt.accounts import Sources
 from ddpnopt.arrivals import Arrivals, gradient_at_crossing
 from ddpnopt.compiled import AS_WRITTEN, as_written, compiled
-from ddpnopt.crossing import Crossing
+from ddpnopt.crossing import Crossing, branches
 from ddpnopt.cuts import in_order
 from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.functional import Layers
@@ -21,7 +21,7 @@ from ddpnopt.ledger import Ledger
 from ddpnopt.stages import Head, Stage, Trajectory
 from ddpnopt.structure import Anatomy
 from ddpnopt.typing import Tensor
-from ddpnopt.watch import Watch, branches
+from ddpnopt.watch import Watch
 
 #: So many passes of one structure have to be chains before they are no longer watched; of several
 #: structures, each so many times their number.
@@ -54,6 +54,8 @@ class Watching:
         """The model has other layers than before."""
         self.branching: bool | None = None if self.graphs else False
         self._chains: dict[tuple[str, ...], int] = {}
+        #: Some pass has asked for what only a watch can answer when it is run again.
+        self._asked = False
 
     def begin(
         self, trajectory: Trajectory, arrivals: Arrivals, layers: Layers, anatomy: Anatomy
@@ -112,7 +114,9 @@ class Watching:
         if watch is not None:
             times = [stage.time for stage in trajectory.stages]
             found = found or branches(watch.crossings, times) or bool(anatomy.functions)
-            if (found or self.branching) and (self.closed_loop or anatomy.functions):
+            asks, trajectory.refusal = self.closed_loop and watch.path.asks, watch.refusal
+            self._asked = self._asked or asks
+            if (found or asks or self.branching) and (self.closed_loop or anatomy.functions):
                 trajectory.crossings, trajectory.blind = watch.crossings, watch.blind
                 trajectory.path = watch.path
                 trajectory.accounted = trajectory.to_verify and self.closed_loop
@@ -140,7 +144,7 @@ class Watching:
         sure = sure or all(passes >= SURE * len(chains) for passes in chains.values())
         if many:
             sure = not self.closed_loop  # where all that is looked for is a layer run as a function
-        self.branching = found or self.branching or (False if sure else None)
+        self.branching = found or self.branching or (False if sure and not self._asked else None)
 
 
 def _heads(trajectory: Trajectory, watch: Watch | None, ledger: Ledger) -> dict[Stage, Head]:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ddpnopt.borrowed import MOMENTA, Borrowed, Update
+from ddpnopt.dtensors import local, summed
 from ddpnopt.narrowed import Counted, Group, Inner, attributes, copied, holds
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import Undoing
@@ -43,6 +44,22 @@ class Wrapped(Borrowed):
         self._attributes: dict[int, tuple[torch.optim.Optimizer, Group]] = {}
         self._gains: dict[Tensor, Tensor] = {}
         self._given: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
+
+    def exchange(self, twins: Mapping[Tensor, Tensor], of: Callable[[Tensor], Tensor]) -> None:
+        """Stand for other parameters than the optimizers'; nothing can be stepped then.
+
+        Args:
+            twins: By the optimizers' parameter.
+            of: Makes a state's tensor that of the twin.
+        """
+
+        def moved(state: Mapping[str, Any]) -> dict[str, Any]:
+            kept = {name: value for name, value in state.items() if name not in MOMENTA}
+            return {n: of(v) if isinstance(v, Tensor) else v for n, v in kept.items()}
+
+        self.hyper = {twins.get(p, p): hyper for p, hyper in self.hyper.items()}
+        self._state = {twins.get(p, p): moved(self.state(p)) for p in list(self._group)}
+        self._inner = {twins.get(p, p): inner for p, inner in self._inner.items()}
 
     def needs_plain(self, p: Tensor) -> bool:
         """To feed the second moment, or to shorten the update from outside."""
@@ -145,14 +162,15 @@ class Wrapped(Borrowed):
         """Shorten the update of an optimizer of which nothing is known, and note its gain."""
         p = update.p
         given, r = self._given.pop(p)
-        d = given.flatten().float()
-        length = d.dot(d)
-        before = self._saved[p]
-        gain = torch.where(length > 0, d.dot((before - p).flatten().float()) / length, length)
+        d = local(given).flatten().float()
+        before, after = local(self._saved[p]), local(p)
+        made = (before - after).flatten().float()
+        length, along = summed(torch.stack([d.dot(d), d.dot(made)]), p)
+        gain = torch.where(length > 0, along / length, length)
         # Uphill, or not at all: no curvature is met on the way.
         self._gains[p] = gain.clamp_(min=0.0)
         if r is not None:
-            p.copy_(torch.where(r == 1.0, p, torch.lerp(before, p, r.to(p.dtype))))
+            after.copy_(torch.where(r == 1.0, after, torch.lerp(before, after, r.to(p.dtype))))
 
     def shorten(self, p: Tensor, gamma: float) -> None:
         """Multiply what momentum has gathered of a parameter's gradients."""
@@ -252,8 +270,9 @@ def shortening(update: Update) -> Tensor | None:
     """r = <d, gbar> / |gbar|^2 between 0 and 1, exactly 1 where d is gbar; None if it must be."""
     if update.plain is None or update.plain is update.d:
         return None
-    d, plain = update.d.flatten().float(), update.plain.flatten().float()
-    whole = plain.dot(plain)
+    d, plain = local(update.d).flatten().float(), local(update.plain).flatten().float()
+    parts = torch.stack([plain.dot(plain), d.dot(plain), (d != plain).any().float()])
+    whole, along, differ = summed(parts, update.d)
     # Equal vectors may have unequal products: sums depend on where in memory they begin.
-    full = (d == plain).all() | (whole == 0)
-    return torch.where(full, torch.ones_like(whole), d.dot(plain) / whole).clamp_(0.0, 1.0)
+    full = (differ == 0) | (whole == 0)
+    return torch.where(full, torch.ones_like(whole), along / whole).clamp_(0.0, 1.0)

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import multiprocessing
 import os
 import random
 import signal
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,12 @@ import torch
 from typer.testing import CliRunner
 
 from ddpnopt.experiments import training
-from ddpnopt.experiments.checkpoints import CheckpointError, Checkpoints
+from ddpnopt.experiments.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 from ddpnopt.experiments.commands import app
 from ddpnopt.experiments.records import RunConfig
 from ddpnopt.experiments.training import train
@@ -113,14 +121,63 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, resume=True)
     train(SMALL, None, Checkpoints(tmp_path))
     path = checkpoints.files()[0]
-    from ddpnopt.experiments.checkpoints import read_checkpoint, write_checkpoint
-
     whole = read_checkpoint(path)
     for part, value in (("model", {}), ("optimizer", {"state": {}}), ("progress", {"order": 1})):
         write_checkpoint(path, {**whole, part: value})
         with pytest.raises(CheckpointError, match="is not of this training") as error:
             train(SMALL, None, checkpoints)
         assert str(path) in str(error.value)
+
+
+def _places(node: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Ways to everything inside a state."""
+    inside = node.items() if isinstance(node, dict) else ()
+    inside = enumerate(node) if isinstance(node, list | tuple) else inside
+    return [path, *(place for key, value in inside for place in _places(value, (*path, key)))]
+
+
+def _changed(node: Any, path: tuple[Any, ...], value: object) -> Any:
+    if not path:
+        return value
+    key, rest = path[0], path[1:]
+    if isinstance(node, dict):
+        return {**node, key: _changed(node[key], rest, value)}
+    changed = [_changed(one, rest, value) if i == key else one for i, one in enumerate(node)]
+    return tuple(changed) if isinstance(node, tuple) else changed
+
+
+def test_states_that_are_changed_anywhere(tmp_path: Path) -> None:
+    """Whole files of a content that no training has written: a training, or the path and why."""
+    checkpoints = Checkpoints(tmp_path, resume=True)
+    train(SMALL, None, Checkpoints(tmp_path))
+    path = checkpoints.files()[0]
+    whole = read_checkpoint(path)
+    chance = random.Random(0)
+    places = _places(whole)
+    # The generators' words are most of the places, and all alike.
+    few = [place for place in places if not (place[:1] == ("generators",) and len(place) > 3)]
+    given = (None, -1, 2**70, "a", 1.5, math.nan, [], {}, (), torch.zeros(3), torch.zeros(0), True)
+    refused = 0
+    for _ in range(int(os.environ.get("DDPNOPT_EXAMPLES", "50"))):
+        for other in checkpoints.files():
+            other.unlink()
+        place = chance.choice(few[1:])
+        write_checkpoint(path, _changed(whole, place, chance.choice(given)))
+        try:
+            train(SMALL, None, checkpoints)
+        except CheckpointError as error:
+            assert str(path) in str(error), (place, error)
+            refused += 1
+    assert refused > 9
+    for other in checkpoints.files():
+        other.unlink()
+    for content in ({}, {"state": 1}, {"state": None}):
+        body = io.BytesIO()
+        torch.save({"kind": "ddpnopt checkpoint", "format": 1, **content}, body)
+        seal = f"\nddpnopt checkpoint, sha256 {sha256(body.getvalue()).hexdigest()}\n"
+        path.write_bytes(body.getvalue() + seal.encode())
+        with pytest.raises(CheckpointError, match="holds no state"):
+            train(SMALL, None, checkpoints)
 
 
 def test_other_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,18 @@ def test_damaged_file(tmp_path: Path, data: st.DataObject) -> None:
         assert str(path) in str(error)
 
 
+def test_a_schema_that_is_no_text(tmp_path: Path) -> None:
+    """SQLite quotes the damaged schema in its message, which then is no text either."""
+    path = tmp_path / "store.sqlite"
+    filled(path)
+    content = path.read_bytes()
+    table = b"CREATE TABLE claims (key"
+    assert table in content
+    path.write_bytes(content.replace(table, b"CREATE TABLE claims \xb0\xbaY)"))
+    with pytest.raises(StoreError, match="store.sqlite"):
+        use(path)
+
+
 VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text() | st.binary()
 
 

@@ -149,15 +149,6 @@ def batchnorm(rank: int) -> torch.Tensor:
     return train(model, "adamw", rank, steps=3)
 
 
-def sharded(rank: int) -> str:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = fully_shard(network(), mesh=init_device_mesh("cpu", (RANKS,)))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    return refusal(lambda: open_loop(model, optimizer))
-
-
 class Branches(nn.Module):
     def __init__(self, whole: nn.Module) -> None:
         super().__init__()
@@ -194,7 +185,7 @@ def work(rank: int, folder: str) -> None:
     for case in (unrecognised_on_one_rank, not_finite_on_one_rank):
         found[case.__name__] = case(rank, DistributedDataParallel(network()))
     found["batchnorm"] = batchnorm(rank)
-    for refused in (not_replicated, partly_replicated, other_layers, sharded):
+    for refused in (not_replicated, partly_replicated, other_layers):
         found[refused.__name__] = refused(rank)
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
@@ -247,7 +238,6 @@ def test_all_ranks_decide_alike(results: list[dict[str, Any]]) -> None:
         ("not_replicated", "not run by DistributedDataParallel.*call"),
         ("partly_replicated", "'0.weight' is outside.*wrap"),
         ("other_layers", "different layers.*run the same"),
-        ("sharded", "'0.weight' is a DTensor.*use DistributedDataParallel"),
     ],
 )
 def test_what_cannot_be_reduced_is_refused_by_name(

@@ -256,11 +256,10 @@ def test_activation_checkpointing(terminal: Any) -> None:
 
 @pytest.mark.parametrize("terminal, oracle", CASES)
 def test_grad_scaler(terminal: Any, oracle: Any) -> None:
-    """The scale is known from the second step on, or from a saved state."""
+    """The first step knows the scale, too, as every later one does from the step before."""
     model, scale = network(), 2.0**10
     optimizer = torch.optim.AdamW(model.parameters(), LR)
-    handle = open_loop(model, optimizer, terminal=terminal)
-    handle.load_state_dict({**handle.state_dict(), "rescale": 1 / scale})
+    open_loop(model, optimizer, terminal=terminal)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     for x, y in batches():
         optimizer.zero_grad()
@@ -268,3 +267,33 @@ def test_grad_scaler(terminal: Any, oracle: Any) -> None:
         scaler.step(optimizer)
         scaler.update()
     torch.testing.assert_close(weights(model), plain_loop(oracle), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 2.0**5, 2.0**16, 3000.0])
+def test_the_first_step_knows_the_scale(reduction: str, passes: int, scale: float) -> None:
+    """A scaler multiplies the loss; what it will be divided by again is no part of the loss."""
+
+    def first(scaled: bool) -> torch.Tensor:
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.5 if reduction == "mean" else 0.02)
+        open_loop(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scaled)
+        for x, y in list(batches())[:passes]:
+            loss = F.cross_entropy(model(x), y, reduction=reduction) / passes
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        return weights(model)
+
+    # What is no power of two the scaler inverts in float32.
+    tolerance = 1e-10 if scale != 3000 else 1e-7
+    torch.testing.assert_close(first(True), first(False), rtol=0, atol=tolerance)
+
+
+def test_a_scaler_that_has_nothing_to_do_with_it() -> None:
+    """One that lives on from another training changes nothing."""
+    expected = plain_loop("auto")
+    other = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    other.scale(torch.zeros(()))
+    assert torch.equal(plain_loop("auto"), expected)

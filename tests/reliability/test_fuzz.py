@@ -22,7 +22,7 @@ from ddpnopt import PAPER, DDPNOpt, Feedback
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from oracles.common import assert_same
 
-EXAMPLES = int(os.environ.get("DDPNOPT_EXAMPLES", 40))
+EXAMPLES = int(os.environ.get("DDPNOPT_EXAMPLES", 20))
 NAMED = (NonFiniteError, TerminalError, UnsupportedModelError)
 CLASSES = 3
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Hardtanh)

@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddpnopt import DDPNOpt, Feedback, open_loop
+from ddpnopt import DDPNOpt, Feedback, classification, notices, open_loop
+from ddpnopt.errors import DDPNOptWarning
 from reliability.faults import Rig
 
 
@@ -47,7 +48,7 @@ def program() -> ModuleType:
 
 @pytest.mark.parametrize("kind", ["closed_loop", "open_loop", "kfac", "feedback", "branches"])
 def test_steps_leave_nothing(kind: str) -> None:
-    first, last = program().soak(kind, 120)
+    first, last = program().soak(kind, 60)
     # Memory and Python's own caches settle later; the full run looks at them.
     grown = set(last.grown_from(first)) - {"memory"}
     assert not grown, (grown, first, last)
@@ -62,6 +63,78 @@ def test_the_soak_sees_growth() -> None:
     model.register_forward_hook(lambda *_: None)
     assert {"graphs", "hooks"} <= set(soak.Counts.of(model).grown_from(before))
     del kept
+
+
+class Odd(nn.Module):
+    """A layer without a rule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4) / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.w)
+
+
+class Skipping(nn.Module):
+    """Layers that run or not by chance, as with stochastic depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Odd() if i % 2 else nn.Linear(4, 4) for i in range(10))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            if torch.rand(()) < 0.5:
+                x = x + torch.tanh(block(x))
+        out: torch.Tensor = self.head(x)
+        return out
+
+
+def vars_of(part: Any) -> dict[str, Any]:
+    return getattr(part, "__dict__", {})
+
+
+def sizes(part: Any, name: str = "engine", depth: int = 0) -> dict[str, int]:
+    """Lengths of all containers among the library's own attributes."""
+    found = {}
+    for key, value in vars_of(part).items():
+        if isinstance(value, dict | set | list):
+            found[f"{name}.{key}"] = len(value)
+        elif (
+            depth < 4
+            and type(value).__module__.startswith("ddpnopt")
+            and hasattr(value, "__dict__")
+        ):
+            found.update(sizes(value, f"{name}.{key}", depth + 1))
+    return found
+
+
+def test_structures_that_keep_changing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered about each structure, and said of it, has an end."""
+    most = 12
+    monkeypatch.setattr(classification, "MOST", most)
+    monkeypatch.setattr(notices, "MOST", most)
+    torch.manual_seed(0)
+    model = Skipping()
+    opt = DDPNOpt(model, lr=0.01, terminal="cross_entropy")
+    largest: dict[str, int] = {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(30):
+            opt.zero_grad()
+            F.cross_entropy(model(torch.randn(4, 4)), torch.arange(4) % 3).backward()
+            opt.step()
+            for name, size in sizes(opt.engine).items():
+                largest[name] = max(size, largest.get(name, 0))
+    parameters = len(list(model.parameters()))
+    memories = {"engine.notices._told", "engine.notices._said"}
+    memories |= {f"engine.recorder.classifier.{name}" for name in ("_doubts", "_mixing")}
+    assert memories <= largest.keys()
+    # Layers of one pass, with their hooks and parameters, and what is bounded.
+    assert max(largest.values()) <= 2 * parameters + most, largest
+    assert len([w for w in said if issubclass(w.category, DDPNOptWarning)]) <= most + 1
 
 
 MAKERS: dict[str, Callable[[nn.Module], Any]] = {

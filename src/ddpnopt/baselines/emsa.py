@@ -23,6 +23,7 @@ from ddpnopt.errors import NonFiniteError
 from ddpnopt.layer import Layer
 from ddpnopt.linearise import cast_state, pulled
 from ddpnopt.optimizer import DDPNOpt
+from ddpnopt.ranges import check_number, count, finite
 from ddpnopt.report import LayerReport
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.step import Step
@@ -302,8 +303,7 @@ class EMSA(DDPNOpt):
         *,
         params: Iterable[Any] | None = None,
     ) -> None:
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"iterations={iterations!r}: must be a whole number, at least 1")
+        check_number("", "iterations", iterations, count, "must be a whole number, at least 1")
         self._sweep = Sweep(_checked(rho), iterations)
         super().__init__(
             model, lr=1.0, weight_decay=weight_decay, nonfinite=nonfinite, params=params
@@ -344,6 +344,5 @@ class EMSA(DDPNOpt):
 
 
 def _checked(rho: float) -> float:
-    if not 0.0 <= rho < math.inf:
-        raise ValueError(f"rho={rho}: must not be negative, nor infinite")
+    check_number("", "rho", rho, finite, "must not be negative, nor infinite")
     return float(rho)

@@ -26,6 +26,7 @@ from ddpnopt.errors import TerminalError
 from ddpnopt.layer import Layer
 from ddpnopt.notices import Notices
 from ddpnopt.optimizer import DDPNOpt
+from ddpnopt.ranges import check_choice, check_number, not_negative
 from ddpnopt.recognition import Terminal
 from ddpnopt.replay import preserved
 from ddpnopt.rollout import recurse, rollout
@@ -36,7 +37,7 @@ from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import insist
 from ddpnopt.value import Augmented, Dense, LowRank
-from ddpnopt.value.base import Blocks, Maps, Policy, check_choice
+from ddpnopt.value.base import Blocks, Maps, Policy
 
 FORMS = ("auto", "dense", "low_rank")
 #: "exact": Q_uu = M / eta + f_u^T V_xx f_u; "curvature": Q_uu = M / eta.
@@ -265,8 +266,11 @@ class VanillaDDP(DDPNOpt):
         check_choice("VanillaDDP", "form", form, FORMS)
         if isinstance(halvings, bool) or not isinstance(halvings, int) or halvings < 0:
             raise ValueError(f"halvings={halvings!r}: must be a whole number, at least 0")
-        if memory is not None and not memory > 0:
-            raise ValueError(f"memory={memory!r}: must be positive, or None for what is free")
+        if memory is not None:
+            bound = "must be positive, or None for what is free"
+            check_number("", "memory", memory, lambda n: n > 0, bound)
+        bound = "must not be negative"
+        check_number("VanillaDDP", "regularization", regularization, not_negative, bound)
         exact = Q_uu == "exact"
         backup, fed = ("proximal", "plain") if exact else ("riccati", "value")
         simple = dynamics == "first_order" and not regularization

@@ -13,7 +13,6 @@ that of V . g_x y, y = J_t u, V = 2/B (|G_t| / |G_{t+1}| - 1) G_{t+1} / |G_{t+1}
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from ddpnopt.hyperparameters import curvature_options
 from ddpnopt.inert import probing
 from ddpnopt.linearise import cast_state
 from ddpnopt.optimizer import DDPNOpt
+from ddpnopt.ranges import check_number, finite
 from ddpnopt.stages import Trajectory
 from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
@@ -79,8 +79,7 @@ class SGDVGR(DDPNOpt):
         *,
         params: Iterable[Any] | None = None,
     ) -> None:
-        if not 0 <= strength < math.inf:
-            raise ValueError(f"strength={strength}: must not be negative, and finite")
+        check_number("", "strength", strength, finite, "must not be negative, and finite")
         super().__init__(
             model,
             lr,

@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 import torch
 
 from ddpnopt.curvature.base import Curvature, State, larger, seen
+from ddpnopt.ranges import check_number, not_negative, share
 from ddpnopt.typing import Tensor
+
+
+def _two_shares(betas: Any) -> bool:
+    return len(betas) == 2 and all(share(beta) for beta in betas)
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,9 @@ class AdamW(Curvature):
 
     def __post_init__(self) -> None:
         """Check the options."""
+        check_number("AdamW", "betas", self.betas, _two_shares, "two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"AdamW(betas={self.betas}): two numbers in [0, 1)")
-        if not self.eps >= 0.0:
-            raise ValueError(f"AdamW(eps={self.eps}): must not be negative")
+        check_number("AdamW", "eps", self.eps, not_negative, "must not be negative")
 
     @property
     def statistics(self) -> str:

@@ -19,6 +19,7 @@ import torch
 from ddpnopt.curvature.base import Curvature, State, momentum_step
 from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
 from ddpnopt.positions import Kronecker, transformed, weight_squares
+from ddpnopt.ranges import check_number, count, positive, share
 from ddpnopt.typing import Tensor
 
 #: Inputs U (b, g, t, i) and gradients V (b, g, t, o) of one pass.
@@ -58,12 +59,9 @@ class Joint(Curvature):
     def __post_init__(self) -> None:
         """Check the options."""
         owner = type(self).__name__
-        if not 0 < self.damping < float("inf"):
-            raise ValueError(f"{owner}(damping={self.damping}): must be positive")
-        if not 0.0 <= self.decay < 1.0:
-            raise ValueError(f"{owner}(decay={self.decay}): must lie in [0, 1)")
-        if self.update_every < 1 or self.update_every != int(self.update_every):
-            raise ValueError(f"{owner}(update_every={self.update_every}): a number of steps")
+        check_number(owner, "damping", self.damping, positive, "must be positive and finite")
+        check_number(owner, "decay", self.decay, share, "must lie in [0, 1)")
+        check_number(owner, "update_every", self.update_every, count, "a number of steps")
 
     # One parameter by itself: the diagonal of the Fisher matrix ------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ddpnopt.curvature.base import Curvature, State, larger, seen
+from ddpnopt.ranges import check_choice, check_number, not_negative, share
 from ddpnopt.typing import Tensor
 
 SECOND_MOMENTS = ("batch", "per_sample")
@@ -36,15 +37,9 @@ class RMSprop(Curvature):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not 0.0 <= self.alpha < 1.0:
-            raise ValueError(f"RMSprop(alpha={self.alpha}): must lie in [0, 1)")
-        if not self.eps >= 0.0:
-            raise ValueError(f"RMSprop(eps={self.eps}): must not be negative")
-        if self.second_moment not in SECOND_MOMENTS:
-            raise ValueError(
-                f"RMSprop(second_moment={self.second_moment!r}): choose from "
-                f"{', '.join(SECOND_MOMENTS)}"
-            )
+        check_number("RMSprop", "alpha", self.alpha, share, "must lie in [0, 1)")
+        check_number("RMSprop", "eps", self.eps, not_negative, "must not be negative")
+        check_choice("RMSprop", "second_moment", self.second_moment, SECOND_MOMENTS)
 
     @property
     def statistics(self) -> str:

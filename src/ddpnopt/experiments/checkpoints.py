@@ -166,7 +166,9 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
             f"the checkpoint {path} has format {content.get('format')}, this version of ddpnopt "
             f"knows {FORMAT}: go on with the version that wrote it"
         )
-    state: dict[str, Any] = content["state"]
+    state = content.get("state")
+    if not isinstance(state, dict):
+        raise DamagedError(f"the checkpoint {path} is not used: it holds no state of a training")
     return state
 
 

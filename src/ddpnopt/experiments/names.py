@@ -36,7 +36,7 @@ def call(target: Callable[..., Any], *args: Any, options: Mapping[str, Any]) -> 
     """Call `target`, turning an unknown option into an error that lists the known ones.
 
     Raises:
-        ValueError: An option is unknown.
+        ValueError: An option is unknown, or its value of another kind than `target` takes.
     """
     known = [
         p.name
@@ -47,7 +47,13 @@ def call(target: Callable[..., Any], *args: Any, options: Mapping[str, Any]) -> 
     if unknown:
         name = getattr(target, "__name__", str(target))
         raise ValueError(f"{name} has no option {', '.join(unknown)}; known: {', '.join(known)}.")
-    return target(*args, **options)
+    try:
+        return target(*args, **options)
+    # How constructors that compare first and check nothing take a text for a number.
+    except (TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        name = getattr(target, "__name__", str(target))
+        raise ValueError(f"{name} does not take {given}: {error}") from error
 
 
 def split(options: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:

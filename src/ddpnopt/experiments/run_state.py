@@ -19,6 +19,16 @@ from ddpnopt.experiments.fingerprint import code_hash, package_version
 from ddpnopt.experiments.records import Epoch, RunConfig
 from ddpnopt.experiments.schedules import Scheduler, fits_any_length
 
+#: What plain values of the wrong kind raise where they are unpacked, by torch and NumPy, too.
+_MISFITS = (
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
+
 
 @dataclass
 class Progress:
@@ -66,8 +76,19 @@ class Progress:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Progress:
-        """What `plain` returned, back."""
-        return cls(**{**plain, "epochs": [Epoch(**epoch) for epoch in plain["epochs"]]})
+        """What `plain` returned, back.
+
+        Raises:
+            TypeError: Something is of another kind than what `plain` returns.
+            ValueError: An epoch's record is none.
+            RuntimeError: The order is no state of a generator.
+        """
+        progress = cls(**{**plain, "epochs": [Epoch(**epoch) for epoch in plain["epochs"]]})
+        torch.Generator().set_state(progress.order)
+        numbers = [*progress.losses, *progress.updates, progress.seconds, progress.cpu_seconds]
+        if not all(isinstance(number, float | int) for number in (*numbers, progress.steps)):
+            raise TypeError("losses, updates, seconds and steps must be numbers")
+        return progress
 
 
 @dataclass(frozen=True)
@@ -138,10 +159,10 @@ class RunState:
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             set_generators(state["generators"], self.device)
-            made_by = state["made_by"]
+            made_by = dict(state["made_by"])
         except CheckpointError:
             raise
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except _MISFITS as error:
             raise CheckpointError(
                 f"the checkpoint {path} is not of this training: {type(error).__name__}: {error}"
             ) from error

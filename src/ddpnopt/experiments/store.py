@@ -19,6 +19,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -130,10 +131,9 @@ class SqliteStore:
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:
         # A connection for every use: they belong to threads and must not cross a fork.
+        opened = partial(sqlite3.connect, self.path, timeout=_PATIENCE, isolation_level=None)
         try:
-            with closing(
-                sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
-            ) as connection:
+            with closing(opened()) as connection:
                 connection.row_factory = sqlite3.Row
                 yield connection
         except sqlite3.OperationalError as error:
@@ -141,10 +141,10 @@ class SqliteStore:
                 f"the store {self.path} can't be used: {error}; look at the folder's permissions "
                 "and free space, or choose another folder"
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # a schema of any bytes
             raise StoreError(
-                f"{self.path} is no database of results, or it is damaged ({error}); move it "
-                "away or choose another folder"
+                f"{self.path} is no database of results, or damaged ({error}); move it away or "
+                "choose another folder"
             ) from error
 
     @contextmanager

@@ -27,12 +27,16 @@ def _torch(kind: Callable[..., torch.optim.Optimizer], **defaults: Any) -> Inner
 
 def _muon(model: nn.Module, lr: float, options: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between input and output, AdamW for all else, at one rate."""
+    if options:
+        raise ValueError(f"muon takes no options, got {', '.join(options)}")
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][1:-1]
     chosen = {id(w) for w in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     others: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr, weight_decay=0.0)]
     if not matrices:
         return others
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"muon needs torch 2.9 or newer; this is {torch.__version__}")
     muon = torch.optim.Muon(matrices, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return [muon, *others]
 

@@ -2,16 +2,10 @@
 """Layer rules: one file per family, registered by module type."""
 
 from ddpnopt.layers import bilinear, cells, conv, elementwise, embedding, huggingface, linear, tied
-from ddpnopt.layers.base import (
-    FALLBACK,
-    RULES,
-    LayerRule,
-    register,
-    registered,
-    rule_for,
-)
+from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.calls import reason_against, rule_of_call
 from ddpnopt.layers.matrix import MatrixRule
+from ddpnopt.layers.registry import FALLBACK, RULES, register, registered, rule_for
 
 __all__ = [
     "FALLBACK",

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ddpnopt.arguments import tensors_of
-from ddpnopt.layers.base import FALLBACK, LayerRule, registered
+from ddpnopt.layers.base import LayerRule
+from ddpnopt.layers.registry import FALLBACK, registered
 
 
 def reason_against(module: nn.Module, given: Sequence[object], outputs: int | None = None) -> str:

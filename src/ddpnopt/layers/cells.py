@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpnopt.layers.base import Kept, LayerRule, register
+from ddpnopt.layers.base import Kept, LayerRule
 from ddpnopt.layers.forward import own_parameters
+from ddpnopt.layers.registry import register
 from ddpnopt.positions import (
     AT_ONCE,
     Gain,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import grad as weight_gradients
 
-from ddpnopt.layers.base import register
 from ddpnopt.layers.correlation import Kept, tap_gram
 from ddpnopt.layers.matrix import MatrixRule
+from ddpnopt.layers.registry import register
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
 

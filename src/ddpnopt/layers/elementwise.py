@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpnopt.layers.base import LayerRule, register
+from ddpnopt.layers.base import LayerRule
+from ddpnopt.layers.registry import register
 from ddpnopt.typing import Tensor
 
 

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from ddpnopt.layers.base import LayerRule, register
+from ddpnopt.layers.base import LayerRule
+from ddpnopt.layers.registry import register
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ddpnopt.layers.base import LayerRule, register
+from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.linear import LinearRule
+from ddpnopt.layers.registry import register
 from ddpnopt.positions import Gain
 from ddpnopt.typing import Tensor
 

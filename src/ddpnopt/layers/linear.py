@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpnopt.layers.base import register
 from ddpnopt.layers.matrix import MatrixRule
+from ddpnopt.layers.registry import register
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.typing import Tensor
 

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpnopt import positions
-from ddpnopt.layers.base import LayerRule, registered
+from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.embedding import EMPTY, LookupRule
 from ddpnopt.layers.linear import LinearRule
+from ddpnopt.layers.registry import registered
+from ddpnopt.parameters import identity
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.rows import chunk_size
 from ddpnopt.typing import Tensor
@@ -265,10 +267,10 @@ def refusal(parts: Sequence[Part]) -> str:
             return reason
         if own is None:
             return f"{kind} computes the weight that it shares (a parametrisation, weight norm)"
-        if own is not parts[0].module._parameters.get("weight"):
+        if identity(own) != identity(parts[0].module._parameters.get("weight")):
             return f"{kind} has another weight"
         if type(part.rule) is LinearRule:
-            biases.add(part.module._parameters.get("bias"))
+            biases.add(identity(part.module._parameters.get("bias")))
         elif not isinstance(part.rule, LookupRule):
             return f"{kind} shares its weight, and only embeddings and nn.Linear can be joined"
         if own.shape[0] > LARGEST:

@@ -232,9 +232,3 @@ class ValueFunction(ABC):
     @abstractmethod
     def start(self, terminal: TerminalCost) -> Recursion:
         """The recursion at the output."""
-
-
-def check_choice(owner: str, option: str, given: str, names: Sequence[str]) -> None:
-    """Raise ValueError naming the allowed values."""
-    if given not in names:
-        raise ValueError(f"{owner}({option}={given!r}): choose from {', '.join(names)}")

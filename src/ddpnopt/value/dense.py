@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import torch
 
+from ddpnopt.ranges import check_choice, check_number, not_negative
 from ddpnopt.typing import Tensor
 from ddpnopt.value.backups import clip_factor, dense_backup, symmetric
-from ddpnopt.value.base import Blocks, Maps, Policy, Recursion, TerminalCost, check_choice
+from ddpnopt.value.base import Blocks, Maps, Policy, Recursion, TerminalCost
 from ddpnopt.value.explicit import Explicit
 from ddpnopt.value.quadratic import Quadratic
 from ddpnopt.value.second_order import SecondOrder
@@ -40,8 +41,8 @@ class Dense(Quadratic):
         """Check the options."""
         super().__post_init__()
         check_choice("Dense", "dynamics", self.dynamics, DYNAMICS)
-        if not self.regularization >= 0:
-            raise ValueError(f"Dense(regularization={self.regularization}): must not be negative")
+        bound = "must not be negative"
+        check_number("Dense", "regularization", self.regularization, not_negative, bound)
 
     @property
     def segments(self) -> bool:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ddpnopt.ranges import check_switch
 from ddpnopt.typing import Tensor
 from ddpnopt.value.backups import clip_factor, scalar_backup
 from ddpnopt.value.base import Blocks, Maps, Policy, Recursion, TerminalCost
@@ -27,6 +28,11 @@ class GaussNewton(Quadratic):
 
     name: ClassVar[str] = "gauss_newton"
     linearization: ClassVar[str] = "gradient"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_switch("GaussNewton", "match_curvature", self.match_curvature)
 
     def start(self, terminal: TerminalCost) -> Recursion:
         """alpha = 1; phi_xx = w kappa g g^T of the plain gradient g = G / w."""

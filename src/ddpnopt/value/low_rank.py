@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from ddpnopt.ranges import check_number, count
 from ddpnopt.typing import Tensor
 from ddpnopt.value.backups import clip_factor, factor_backup, identity_like
 from ddpnopt.value.base import Blocks, Maps, Policy, Recursion, TerminalCost
@@ -35,8 +36,9 @@ class LowRank(Quadratic):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"LowRank(rank={self.rank}): must be at least 1, or None for exact")
+        if self.rank is not None:
+            bound = "must be a whole number, at least 1, or None for exact"
+            check_number("LowRank", "rank", self.rank, count, bound)
 
     def start(self, terminal: TerminalCost) -> Recursion:
         """C = I, c = 0."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from ddpnopt.ranges import check_choice, check_number, check_switch, not_negative
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import (
     STATISTICS,
@@ -20,7 +21,6 @@ from ddpnopt.value.base import (
     Recursion,
     TerminalCost,
     ValueFunction,
-    check_choice,
     mean_field,
 )
 from ddpnopt.value.line import Envelope, Flow, Line, Slope
@@ -62,8 +62,10 @@ class Moreau(ValueFunction):
         """Check the options."""
         check_choice("Moreau", "line", self.line, LINES)
         check_choice("Moreau", "statistics", self.statistics, STATISTICS)
-        if self.strength is not None and not self.strength >= 0:
-            raise ValueError(f"Moreau(strength={self.strength}): must not be negative")
+        check_switch("Moreau", "own_layer", self.own_layer)
+        check_switch("Moreau", "coupling", self.coupling)
+        if self.strength is not None:
+            check_number("Moreau", "strength", self.strength, not_negative, "must not be negative")
 
     def start(self, terminal: TerminalCost) -> Recursion:
         """S = 0 at the output."""

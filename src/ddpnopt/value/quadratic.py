@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ddpnopt.ranges import check_choice, check_number, check_switch, not_negative
 from ddpnopt.value.backups import BACKUPS
-from ddpnopt.value.base import STATISTICS, ValueFunction, check_choice
+from ddpnopt.value.base import STATISTICS, ValueFunction
 
 
 @dataclass(frozen=True)
@@ -34,5 +35,6 @@ class Quadratic(ValueFunction):
         owner = type(self).__name__
         check_choice(owner, "backup", self.backup, BACKUPS)
         check_choice(owner, "statistics", self.statistics, STATISTICS)
-        if self.clip is not None and not self.clip >= 0:
-            raise ValueError(f"{owner}(clip={self.clip}): must not be negative")
+        check_switch(owner, "own_layer", self.own_layer)
+        if self.clip is not None:
+            check_number(owner, "clip", self.clip, not_negative, "must not be negative")
