@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,17 +82,6 @@ class Borrowed:
         """The parameter's state before the step."""
         return self._state.get(p, {})
 
-    def _read(self, p: Tensor) -> Mapping[str, Any]:
-        """The state as the parameter's curvature sees it."""
-        hyper, state = self.hyper[p], self.state(p)
-        if not hyper.curvature.relative:
-            return state
-        return {**state, "weights": p, "rate": hyper.life, "layers": self._layers}
-
-    @cached_property
-    def _layers(self) -> int:
-        return sum(p.dim() > 1 for p in self.hyper if p.requires_grad)
-
     def decayed(self, p: Tensor, g: Tensor) -> Tensor:
         """Coupled weight decay, as torch.optim adds it."""
         hyper = self.hyper[p]
@@ -117,11 +105,13 @@ class Borrowed:
             mean = squares[0] * squares[1]
             if hyper.weight_decay and not isinstance(hyper.curvature, Joint):
                 mean = mean + hyper.weight_decay * p * (2 * g + hyper.weight_decay * p)
-        return hyper.curvature.moment(self._read(p), self.decayed(p, g), mean)
+        return hyper.curvature.moment(
+            self.hyper[p].seen(p, self.state(p)), self.decayed(p, g), mean
+        )
 
     def gain(self, p: Tensor, moment: Tensor | None, rescale: float) -> Gain:
         """P = r eta / (1 - momentum) M^-1."""
-        inverse = self.hyper[p].curvature.inverse(self._read(p), moment)
+        inverse = self.hyper[p].curvature.inverse(self.hyper[p].seen(p, self.state(p)), moment)
         life = rescale * self.hyper[p].life
         return life if inverse is None else inverse * life
 
@@ -161,7 +151,7 @@ class Borrowed:
         """u <- u - eta M^-1 d."""
         p, moment = update.p, update.moment
         hyper = self.hyper[p]
-        state = self._read(p)
+        state = hyper.seen(p, self.state(p))
         if moment is None and update.fed is not None:
             moment = self.moment(p, update.fed, update.squares)
         d = self.decayed(p, update.d)

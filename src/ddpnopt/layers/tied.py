@@ -346,6 +346,5 @@ def _looked_up(
     index = torch.cat([one for one, _ in found], 1)
     v = torch.cat([one for _, one in found], 2)
     missing = -index.shape[1] % places
-    index = F.pad(index, (0, missing), value=EMPTY)
-    v = F.pad(v, (0, 0, 0, missing))
+    index, v = F.pad(index, (0, missing), value=EMPTY), F.pad(v, (0, 0, 0, missing))
     return index.reshape(samples, places, -1), v.reshape(1 + r, samples, places, -1)
