@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from ddpnopt.curvature.adamw import AdamW
 from ddpnopt.curvature.base import Curvature, State, larger
 from ddpnopt.curvature.identity import Identity
 from ddpnopt.curvature.rmsprop import RMSprop
+from ddpnopt.ranges import check_choice, check_number, positive
 from ddpnopt.typing import Tensor
 
 #: What the bound may be put on: curvatures with one number for every weight.
@@ -50,16 +51,11 @@ class Trust(Curvature):
     def __post_init__(self) -> None:
         """Check the options."""
         options = _plain(self.inner)
-        if options.get("name") not in DIAGONAL:
-            raise ValueError(
-                f"Trust(inner={options.get('name')!r}): choose from {', '.join(DIAGONAL)}"
-            )
-        plain = len(options) == 1
-        object.__setattr__(self, "inner", options["name"] if plain else options)
-        if self.tau is not None and not self.tau > 0:
-            raise ValueError(f"Trust(tau={self.tau}): must be positive, or None")
-        if not self.shortest > 0:
-            raise ValueError(f"Trust(shortest={self.shortest}): must be positive")
+        check_choice("Trust", "inner", options.get("name"), tuple(DIAGONAL))
+        object.__setattr__(self, "inner", options["name"] if len(options) == 1 else options)
+        if self.tau is not None:
+            check_number("Trust", "tau", self.tau, positive, "must be positive and finite, or None")
+        check_number("Trust", "shortest", self.shortest, positive, "must be positive and finite")
         self.base  # noqa: B018 - checks the options of M_0
 
     @cached_property
@@ -125,10 +121,12 @@ class Trust(Curvature):
         return torch.stack([torch.zeros_like(gradient) if own is None else own, factor])
 
 
-def _plain(inner: str | Mapping[str, Any] | Curvature) -> dict[str, Any]:
+def _plain(inner: Any) -> dict[str, Any]:
     if isinstance(inner, Curvature):
-        return {"name": inner.name, **asdict(inner)}  # type: ignore[call-overload]
-    return {"name": inner} if isinstance(inner, str) else dict(inner)
+        return {"name": inner.name, **asdict(cast(Any, inner))}
+    # Groups' options are hashed as pairs.
+    pairs = isinstance(inner, tuple) and all(isinstance(o, tuple) and len(o) == 2 for o in inner)
+    return dict(inner) if pairs or isinstance(inner, Mapping) else {"name": inner}
 
 
 def lengths(t: Tensor) -> Tensor:
