@@ -238,8 +238,7 @@ class Borrowed:
         curvature = self.hyper[weight].curvature
         assert isinstance(curvature, Joint) and isinstance(layer.rule, MatrixRule)
         before, unscaled, samples = self.state(weight), [], 0
-        inputs = layer.rule.to_matrix(layer.module, weight).shape[-1] + bias
-        if curvature.measures(before, inputs):
+        if curvature.measures(before, layer.rule.width(layer.module) + bias):
             _, (samples,) = ranks.counted([], [sum(layer.counts)])
             factors = layer.factors(vectors, bias)
             unscaled = [(U, V * (samples * scale)) for U, V in factors]

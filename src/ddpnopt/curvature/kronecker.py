@@ -18,7 +18,7 @@ import torch
 
 from ddpnopt.curvature.base import Curvature, State, momentum_step
 from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
-from ddpnopt.positions import Kronecker, transformed, weight_squares
+from ddpnopt.positions import Kronecker, weight_squares
 from ddpnopt.typing import Tensor
 
 #: Inputs U (b, g, t, i) and gradients V (b, g, t, o) of one pass.
@@ -235,8 +235,8 @@ class EKFAC(Joint):
         counted: Counted,
     ) -> None:
         """s, the samples' squared gradients in the eigenbasis."""
-        T_A, T_G = new["T_A"], new["T_G"]
-        own = [weight_squares(transformed(U, T_A), transformed(V, T_G)) for U, V in factors]
+        basis = new["T_A"], new["T_G"]
+        own = [weight_squares(U, V, basis) for U, V in factors]
         (total,), _ = counted([_sum(own)], [])
         updates = _updates(new["step"], self.statistics_every)
         new["scale"] = self._mean(new["scale"], total / max(samples, 1), updates)
