@@ -237,13 +237,14 @@ class Borrowed:
             ranks: Those whose samples these statistics are of.
         """
         ranks = ranks or Ranks()
-        weight = layer.params["weight"]
+        weight, bias = layer.params["weight"], "bias" in self.joined(layer)
         curvature = self.hyper[weight].curvature
-        assert isinstance(curvature, Joint)
-        _, (samples,) = ranks.counted([], [sum(layer.counts)])
-        factors = layer.factors(vectors, "bias" in self.joined(layer))
-        unscaled = [(U, V * (samples * scale)) for U, V in factors]
-        before = self.state(weight)
+        assert isinstance(curvature, Joint) and isinstance(layer.rule, MatrixRule)
+        before, unscaled, samples = self.state(weight), [], 0
+        if curvature.measures(before, layer.rule.width(layer.module) + bias):
+            _, (samples,) = ranks.counted([], [sum(layer.counts)])
+            factors = layer.factors(vectors, bias)
+            unscaled = [(U, V * (samples * scale)) for U, V in factors]
         try:
             found = curvature.joint(before, unscaled, samples, ranks.counted)
         except NonFiniteError as error:
