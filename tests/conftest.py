@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -22,6 +23,15 @@ hypothesis.settings.load_profile("ddpnopt")
 def _fixed_seed() -> None:
     """Start every test from the same random state, whatever ran before it in the process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _torch_functions() -> Iterator[None]:
+    """An injected interrupt may leave torch functions disabled: seen where it happens."""
+    yield
+    if not torch._C._is_torch_function_enabled():
+        torch._C._EnableTorchFunction().__enter__()  # for the tests that follow
+        pytest.fail("torch functions stay disabled in this thread")
 
 
 def _stay_here(event: str, arguments: tuple[Any, ...]) -> None:

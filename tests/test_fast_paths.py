@@ -107,7 +107,7 @@ def after(
     return [p.detach() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("curvature", ["identity", "rmsprop", "adamw"])
+@pytest.mark.parametrize("curvature", ["identity", "rmsprop", "adamw", "kfac", "ekfac"])
 @pytest.mark.parametrize("held", [False, True])
 def test_kept_gradients_of_convolutions(
     curvature: str, held: bool, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +149,7 @@ def test_directions_from_coordinates(
         pytest.skip("there are no weight gradients to change")
     pays: list[bool] = []
 
-    def always(U: Tensor, V: Tensor) -> bool:
+    def always(V: Tensor, inputs: int) -> bool:
         pays.append(True)
         return True
 
@@ -157,7 +157,7 @@ def test_directions_from_coordinates(
     torch.manual_seed(3)
     fast = after(dense_net(), (9,), between, curvature=name, **options)
     assert pays
-    monkeypatch.setattr(Coordinates, "pays", staticmethod(lambda U, V: False))
+    monkeypatch.setattr(Coordinates, "pays", staticmethod(lambda V, inputs: False))
     torch.manual_seed(3)
     slow = after(dense_net(), (9,), between, curvature=name, **options)
     for one, other in zip(fast, slow, strict=True):

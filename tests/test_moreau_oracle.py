@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpnopt.curvature import CURVATURES, Curvature, Trust
 from ddpnopt.value import Moreau
 from oracles.adaptor import library_coefficient
 from oracles.common import (
@@ -39,6 +40,7 @@ from oracles.moreau_scalar import (
     softmax_line,
 )
 from oracles.moreau_step import MoreauStep
+from oracles.trust import Trusted
 
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
 
@@ -170,12 +172,19 @@ def compare(kind: str, loss: str, name: str, feedback: object = True, **options:
     decay = options.pop("weight_decay", 0.0)
     weight_gradients = options.pop("weight_gradients", True)
     options.setdefault("strength", 1.0)
-    lr = {"identity": 0.8, "rmsprop": 0.05}[name]
+    lr = {"identity": 0.8, "rmsprop": 0.05}.get(name, 30.0)
     if loss == "sum" and name == "identity":
         lr /= len(x)
+    twin = copy.deepcopy(model)
+    inner = Inner(lr, momentum, name)
+    curvature: str | Curvature = name
+    if name not in CURVATURES:  # "trust around ..."
+        name, tau = name.removeprefix("trust around "), options.pop("tau", None)
+        curvature = Trust(name, tau)
+        inner = Trusted(lambda: reference.params, twin.layers, tau, lr, momentum, name)
     reference = MoreauStep(
-        copy.deepcopy(model),
-        Inner(lr, momentum, name),
+        twin,
+        inner,
         weight_decay=decay,
         feedback=feedback is True,
         **options,
@@ -189,7 +198,7 @@ def compare(kind: str, loss: str, name: str, feedback: object = True, **options:
         function,
         3,
         lr=lr,
-        curvature=name,
+        curvature=curvature,
         value=Moreau(**options),
         terminal=terminal,
         momentum=momentum,
@@ -271,3 +280,23 @@ def test_default_differs_from_every_constant() -> None:
         nets[strength] = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert float((nets[None] - nets[0.5]).abs().max()) > 1e-3
     assert float((nets[None] - nets[1.0]).abs().max()) > 1e-3
+
+
+TRUSTED = ("trust around identity", "trust around rmsprop")
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "weighted", "bce", "mse"])
+@pytest.mark.parametrize("name", TRUSTED)
+def test_step_bounded_by_the_weights(kind: str, loss: str, name: str) -> None:
+    compare(kind, loss, name, strength=None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tau": 0.1}, {"coupling": False}, {"own_layer": False}, {"momentum": 0.6}]
+    + [{"weight_decay": 0.02}, {"feedback": "open_loop"}],
+)
+@pytest.mark.parametrize("name", TRUSTED)
+def test_options_of_the_bound(name: str, options: dict[str, object]) -> None:
+    compare("dense", "cross_entropy", name, strength=None, **options)

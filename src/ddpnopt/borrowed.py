@@ -105,11 +105,13 @@ class Borrowed:
             mean = squares[0] * squares[1]
             if hyper.weight_decay and not isinstance(hyper.curvature, Joint):
                 mean = mean + hyper.weight_decay * p * (2 * g + hyper.weight_decay * p)
-        return hyper.curvature.moment(self.state(p), self.decayed(p, g), mean)
+        return hyper.curvature.moment(
+            self.hyper[p].seen(p, self.state(p)), self.decayed(p, g), mean
+        )
 
     def gain(self, p: Tensor, moment: Tensor | None, rescale: float) -> Gain:
         """P = r eta / (1 - momentum) M^-1."""
-        inverse = self.hyper[p].curvature.inverse(self.state(p), moment)
+        inverse = self.hyper[p].curvature.inverse(self.hyper[p].seen(p, self.state(p)), moment)
         life = rescale * self.hyper[p].life
         return life if inverse is None else inverse * life
 
@@ -149,7 +151,7 @@ class Borrowed:
         """u <- u - eta M^-1 d."""
         p, moment = update.p, update.moment
         hyper = self.hyper[p]
-        state = self.state(p)
+        state = hyper.seen(p, self.state(p))
         if moment is None and update.fed is not None:
             moment = self.moment(p, update.fed, update.squares)
         d = self.decayed(p, update.d)
@@ -235,13 +237,14 @@ class Borrowed:
             ranks: Those whose samples these statistics are of.
         """
         ranks = ranks or Ranks()
-        weight = layer.params["weight"]
+        weight, bias = layer.params["weight"], "bias" in self.joined(layer)
         curvature = self.hyper[weight].curvature
-        assert isinstance(curvature, Joint)
-        _, (samples,) = ranks.counted([], [sum(layer.counts)])
-        factors = layer.factors(vectors, "bias" in self.joined(layer))
-        unscaled = [(U, V * (samples * scale)) for U, V in factors]
-        before = self.state(weight)
+        assert isinstance(curvature, Joint) and isinstance(layer.rule, MatrixRule)
+        before, unscaled, samples = self.state(weight), [], 0
+        if curvature.measures(before, layer.rule.width(layer.module) + bias):
+            _, (samples,) = ranks.counted([], [sum(layer.counts)])
+            factors = layer.factors(vectors, bias)
+            unscaled = [(U, V * (samples * scale)) for U, V in factors]
         try:
             found = curvature.joint(before, unscaled, samples, ranks.counted)
         except NonFiniteError as error:

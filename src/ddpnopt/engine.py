@@ -106,8 +106,8 @@ class Engine:
     @property
     def records(self) -> bool:
         """Passes have to be recorded, for feedback or for some group's curvature."""
-        needed = self.options.feedback is not False or self.host.squares()
-        return needed or self.company.averages
+        feedback = self.options.feedback is not False
+        return feedback or self.host.squares() or self.company.averages
 
     def attach(self) -> None:
         """Record passes, where feedback or some group's curvature needs them."""
@@ -241,6 +241,7 @@ class Engine:
 
     def _backward_started(self) -> None:
         """What p.grad holds already is told from this pass's own gradient."""
+        self.outputs.begin()
         if self.in_backward or self.company.averages:
             keep(self)
 
@@ -255,6 +256,7 @@ class Engine:
             elif self.in_backward:
                 reweigh(self, trajectories)
         self.base = {}
+        self.outputs.settle()
         self.fingerprint.take(self.parameters())
 
     # Step -----------------------------------------------------------------------------------
@@ -329,15 +331,9 @@ class Engine:
         early: bool = False,
     ) -> Step:
         """A step of these passes, with nothing in it yet."""
-        settings = Settings(
-            self.options.value,
-            rescale,
-            correction_scale,
-            self.options.weight_gradients,
-            self.sketch if self.options.gram == "sketch" else None,
-            self.diagnose,
-            early,
-        )
+        value, weights = self.options.value, self.options.weight_gradients
+        sketch = self.sketch if self.options.gram == "sketch" else None
+        settings = Settings(value, rescale, correction_scale, weights, sketch, self.diagnose, early)
         borrowed = self.host.borrow(self.copies)
         # Inside the backward pass the ranks are not at one place: each has its own samples.
         ranks = Ranks() if early else self.company.ranks

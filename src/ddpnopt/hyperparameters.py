@@ -43,8 +43,14 @@ def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
 
 
 def _object(options: Mapping[str, Any]) -> Curvature:
-    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return _curvature(tuple(sorted(hashable.items())))
+    found: Curvature = _curvature(_hashable(options))
+    return found
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def needs_squares(options: Mapping[str, Any]) -> bool:
@@ -59,12 +65,17 @@ def own_momentum(options: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Hyper:
-    """One parameter's hyperparameters in this step."""
+    """One parameter's hyperparameters in this step.
+
+    Attributes:
+        layers: How many weights with two dimensions or more are trained, in all groups.
+    """
 
     lr: float
     momentum: float
     weight_decay: float
     curvature: Curvature
+    layers: int = 1
 
     @property
     def gradient_step(self) -> bool:
@@ -77,15 +88,24 @@ class Hyper:
         """eta / (1 - momentum): the step's total effect over the momentum's life."""
         return self.lr / (1 - self.momentum)
 
+    def seen(self, p: Tensor, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A parameter's state as its curvature reads it."""
+        if not self.curvature.relative:
+            return state
+        return {**state, "weights": p, "rate": self.life, "layers": self.layers}
+
 
 def hyperparameters(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Hyper]:
     """By parameter, from the parameter groups as they are now."""
+    groups = list(groups)
+    layers = sum(p.dim() > 1 and p.requires_grad for group in groups for p in group["params"])
     return {
         p: Hyper(
             float(group["lr"]),
             float(group["momentum"]),
             float(group["weight_decay"]),
             _object(group["curvature"]),
+            layers,
         )
         for group in groups
         for p in group["params"]

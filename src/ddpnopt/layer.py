@@ -98,21 +98,21 @@ class Layer:
 
     def _lengths(self, stage: Stage, samples: int) -> Tensor:
         x, G, P = self.x(stage), self.G(stage), self.gain.get("weight")
+        if self.sketch is None or isinstance(P, Kronecker):
+            kept = self.rule.kept_gram(self.module, x, G[None], self.gain, samples)
+            if kept is not None:
+                self.kept[stage] = kept[1]
+                return kept[0][:, 0, 0]
         if isinstance(P, Kronecker) and isinstance(self.rule, MatrixRule):
-            U = self.rule.inputs(self.module, x, samples)
             V = self.rule.outputs(self.module, G[None], samples)[0]
-            if Coordinates.pays(U, V):
+            if Coordinates.pays(V, self.rule.width(self.module)):
+                U = self.rule.inputs(self.module, x, samples)
                 found = self.coordinates[stage] = Coordinates.of(U, V, P)
                 part = weight_gram(found.inputs, found.outputs[None], P.scale)[:, 0, 0]
                 rest = {name: one for name, one in self.gain.items() if name != "weight"}
                 if not rest:
                     return part
                 return part + self.rule.lengths(self.module, x, G, rest, samples)
-        if self.sketch is None:
-            kept = self.rule.kept_gram(self.module, x, G[None], self.gain, samples)
-            if kept is not None:
-                self.kept[stage] = kept[1]
-                return kept[0][:, 0, 0]
         return self.rule.lengths(self.module, x, G, self.gain, samples, self.sketch)
 
     def h_gram(self) -> Tensor:

@@ -30,6 +30,18 @@ class Outputs:
         self.terminal, self.notices = terminal, notices
         self.main = Recogniser(terminal)
         self.others: dict[str, Recogniser] = {}
+        #: The memories before the backward pass that runs, or has never ended.
+        self._before: dict[str, Any] | None = None
+
+    def begin(self) -> None:
+        """A backward pass begins: what one that never ended has shown is forgotten."""
+        if self._before is not None:
+            self._remember(self._before)
+        self._before = self._memories()
+
+    def settle(self) -> None:
+        """It has ended."""
+        self._before = None
 
     def cost(
         self, trajectory: Trajectory, stage: Stage, G: Tensor
@@ -66,11 +78,18 @@ class Outputs:
 
     def state_dict(self) -> dict[str, Any]:
         """The recognisers' memories."""
+        return self._memories() if self._before is None else self._before
+
+    def _memories(self) -> dict[str, Any]:
         others = {name: one.state_dict() for name, one in self.others.items()}
         return {**self.main.state_dict(), "others": others}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
+        self._before = None
+        self._remember(state)
+
+    def _remember(self, state: dict[str, Any]) -> None:
         self.main.load_state_dict(state)
         for name, memory in state.get("others", {}).items():
             self.others.setdefault(name, Recogniser(self.terminal)).load_state_dict(memory)

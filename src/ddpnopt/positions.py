@@ -26,6 +26,13 @@ def transformed(U: Tensor, T: Tensor) -> Tensor:
     return torch.einsum("...gti,gji->...gtj", U, T)
 
 
+def both(
+    D: Float[Tensor, "... g o i"], T_A: Float[Tensor, "g j i"], T_G: Float[Tensor, "g p o"]
+) -> Float[Tensor, "... g p j"]:
+    """T_G D T_A^T of many matrices, in one product for each side."""
+    return transformed(transformed(D, T_A).mT, T_G).mT
+
+
 @dataclass(frozen=True, eq=False)
 class Kronecker:
     """A gain P = T^T diag(scale) T with T = T_G (x) T_A on a layer's matrix.
@@ -52,6 +59,10 @@ class Kronecker:
         if self.bias:
             U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
         return transformed(U, self.T_A), transformed(V, self.T_G)
+
+    def samples(self, D: Float[Tensor, "... g o i"]) -> Float[Tensor, "... g o i"]:
+        """Many samples' weight gradients in those coordinates, in their own dtype."""
+        return both(D, self.T_A, self.T_G)
 
     def coordinates(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
         """A weight gradient in those coordinates."""
@@ -93,7 +104,8 @@ def weight_gram(
 
     Three exact ways, the cheapest is taken: with one position the per-sample gradient is an
     outer product and never formed; with few positions and a scalar gain, (U U^T) . (V V^T) over
-    pairs of positions; else the per-sample gradients themselves.
+    pairs of positions; else the per-sample gradients themselves. A Kronecker product transforms
+    the inputs and columns of all positions, or the per-sample gradients where that is cheaper.
 
     Args:
         U: Inputs at each position.
@@ -101,9 +113,13 @@ def weight_gram(
         gain: P, a number, a tensor of shape (g, o, i), or a Kronecker product.
     """
     if isinstance(gain, Kronecker):
+        scalar = not isinstance(gain.scale, Tensor)
+        if transforms_samples(V.shape[0], U.shape[2], V.shape[-1], U.shape[-1], scalar):
+            U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1) if gain.bias else U
+            return _samples_gram(U, V, gain)
         U, V = gain.transform(U, V)
         gain = gain.scale
-    _, groups, positions, inputs = U.shape
+    _, _, positions, inputs = U.shape
     columns, outputs = V.shape[0], V.shape[-1]
     if isinstance(gain, Tensor) and positions == 1:
         D = torch.einsum("bgi,goi->bgo", U[:, :, 0].square(), gain)
@@ -113,14 +129,43 @@ def weight_gram(
     if not isinstance(gain, Tensor) and pairs <= columns * inputs * outputs:
         K = U @ U.transpose(-1, -2)
         return torch.einsum("rbgto,sbgto->brs", K @ V, V) * gain
-    step = max(1, AT_ONCE // max(1, columns * groups * outputs * inputs))
+    return _samples_gram(U, V, gain)
+
+
+def transforms_samples(
+    columns: int, positions: int, outputs: int, inputs: int, scalar: bool
+) -> bool:
+    """Whether per-sample gradients are cheaper to transform than all that they are made of.
+
+    Multiply-adds of one sample. The columns' gradients, and T_G D T_A^T of each; or T_A u and T_G v
+    at all positions, and then the gradients or, with a scalar gain, products of pairs.
+    """
+    form = columns * positions * outputs * inputs
+    matrices = form + columns * outputs * inputs * (outputs + inputs)
+    pairs = positions**2 * (inputs + columns * outputs)
+    vectors = positions * (inputs**2 + columns * outputs**2)
+    return matrices < vectors + (min(form, pairs) if scalar else form)
+
+
+def _samples_gram(
+    U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"], gain: Gain
+) -> Float[Tensor, "b r r"]:
+    """`weight_gram` by the per-sample gradients, some at a time: each is as large as the weight."""
+    elements = V.shape[0] * V.shape[2] * V.shape[-1] * U.shape[-1]
+    step = max(1, AT_ONCE // max(1, elements))
     parts = []
-    for u, v in zip(
-        torch.split(U, step), torch.split(V, step, 1), strict=True
-    ):  # as large as the weight each
-        G = sample_gradients(u, v)
-        parts.append(torch.einsum("rbgoi,sbgoi->brs", G * gain, G))
+    for u, v in zip(torch.split(U, step), torch.split(V, step, 1), strict=True):
+        parts.append(matrices_gram(sample_gradients(u, v), gain))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def matrices_gram(G: Float[Tensor, "r b g o i"], gain: Gain) -> Float[Tensor, "b r r"]:
+    """Gram matrices of per-sample weight gradients, the constant's among them if it joins."""
+    if isinstance(gain, Kronecker):
+        G, gain = gain.samples(G), gain.scale
+    if len(G) == 1:
+        return (G[0].square() * gain).flatten(1).sum(1)[:, None, None]
+    return torch.einsum("rbgoi,sbgoi->brs", G * gain, G)
 
 
 def bias_gram(V: Float[Tensor, "r b g t o"], gain: float | Tensor) -> Float[Tensor, "b r r"]:
@@ -130,9 +175,15 @@ def bias_gram(V: Float[Tensor, "r b g t o"], gain: float | Tensor) -> Float[Tens
 
 
 def weight_squares(
-    U: Float[Tensor, "b g t i"], V: Float[Tensor, "b g t o"]
+    U: Float[Tensor, "b g t i"],
+    V: Float[Tensor, "b g t o"],
+    basis: tuple[Float[Tensor, "g j i"], Float[Tensor, "g p o"]] | None = None,
 ) -> Float[Tensor, "g o i"]:
-    """Sum over samples of the squared weight gradient."""
+    """Sum over samples of the squared weight gradient, maybe in the basis (T_A, T_G)."""
+    if basis is not None:
+        if transforms_samples(1, U.shape[2], V.shape[-1], U.shape[-1], scalar=False):
+            return both(sample_gradients(U, V[None])[0], *basis).square().sum(0)
+        U, V = (transformed(one, T) for one, T in zip((U, V), basis, strict=True))
     if U.shape[2] == 1:
         return torch.einsum("bgti,bgto->goi", U.square(), V.square())
     return sample_gradients(U, V[None])[0].square().sum(0)

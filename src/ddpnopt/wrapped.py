@@ -140,11 +140,13 @@ class Wrapped(Borrowed):
         with self._stepping_on({p: torch.zeros_like(p) for p in new}):
             inner.step(new)
         for p in new:
-            p.copy_(self._saved[p])
+            before, after = self._saved[p], p.detach().clone()
+            p.copy_(before)
             for name, value in state[p].items():
                 start = reader.blank.get(name, 0.0)
                 if isinstance(value, Tensor):
-                    value.fill_(start)
+                    weights = any(_same(value, w) for w in (before, after))
+                    value.copy_(before) if weights else value.fill_(start)
                 elif isinstance(value, int | float):
                     state[p][name] = type(value)(start)
 
@@ -257,6 +259,11 @@ class _Saved:
                 state[name] = value.copy_(self.copies[name])
             else:
                 state[name] = self.copies[name]
+
+
+def _same(value: Tensor, weights: Tensor) -> bool:
+    """Whether a state is a copy of the weights, as of optimizers that average them."""
+    return value.shape == weights.shape and bool((value == weights).all() & weights.any())
 
 
 def shortening(update: Update) -> Tensor | None:

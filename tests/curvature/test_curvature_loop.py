@@ -19,7 +19,7 @@ from oracles.common import assert_same
 from oracles.kronecker import data, net, train
 
 pytestmark = pytest.mark.filterwarnings("error::ddpnopt.errors.DDPNOptWarning")
-NAMES = ("adamw", "kfac", "ekfac")
+NAMES = ("adamw", "kfac", "ekfac", "trust")
 
 
 def images(steps: int) -> list[tuple[Tensor, Tensor]]:

@@ -350,7 +350,15 @@ def test_factors_out_of_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"damping": 0.0}, {"damping": -1.0}, {"decay": 1.0}, {"update_every": 0}]
+    "options",
+    [
+        {"damping": 0.0},
+        {"damping": -1.0},
+        {"decay": 1.0},
+        {"update_every": 0},
+        {"statistics_every": 0},
+        {"statistics_every": 1.5},
+    ],
 )
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

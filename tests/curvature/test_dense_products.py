@@ -79,14 +79,19 @@ def seen(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor
 class Blocks:
     """One explicit matrix M for each group of each layer, inverted by `solve`."""
 
-    def __init__(self, model: nn.Module, eigen: bool, lr: float, every: int = 10) -> None:
-        self.model, self.eigen, self.lr, self.every = model, eigen, lr, every
+    def __init__(
+        self, model: nn.Module, eigen: bool, lr: float, every: int = 10, statistics: int = 1
+    ) -> None:
+        self.model, self.eigen, self.lr = model, eigen, lr
+        self.every, self.statistics, self.measured = every, statistics, 0
         self.layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         self.state: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.k = 0
 
     def step(self, x: Tensor, y: Tensor) -> None:
         self.k += 1
+        self.fresh = self.k <= self.statistics or self.k % self.statistics == 0
+        self.measured += self.fresh
         calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -125,7 +130,7 @@ class Blocks:
     def _matrix(self, key: tuple[int, int], U: Tensor, V: Tensor) -> Tensor:
         s = self.state.setdefault(key, {})
         B, T, k, root = *U.shape[:2], self.k, 0.1**0.5
-        keep = min(0.95, 1 - 1 / k)
+        keep = min(0.95, 1 - 1 / self.measured) if self.fresh else 1.0
         for name, now in (
             ("A", torch.einsum("bti,btj->ij", U, U) / B),
             ("G", torch.einsum("bto,btp->op", V, V) / (B * T)),
@@ -147,7 +152,7 @@ class Blocks:
         return s["U"] @ torch.diag(s["s"] + 0.1) @ s["U"].T if self.eigen else s["M"]
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize(("every", "statistics"), [(1, 1), (4, 1), (2, 3), (4, 2), (3, 3)])
 @pytest.mark.parametrize("eigen", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -158,10 +163,13 @@ class Blocks:
         {"bias": False, "groups": 2},
     ],
 )
-def test_convolutions_by_dense_products(eigen: bool, every: int, options: dict[str, Any]) -> None:
+def test_convolutions_by_dense_products(
+    eigen: bool, every: int, statistics: int, options: dict[str, Any]
+) -> None:
     model, twin = Image(**options), Image(**options)
-    opt = (EKFAC if eigen else KFAC)(model, lr=0.05, update_every=every)
-    reference = Blocks(twin, eigen, 0.05, every)
+    own = EKFAC if eigen else KFAC
+    opt = own(model, lr=0.05, update_every=every, statistics_every=statistics)
+    reference = Blocks(twin, eigen, 0.05, every, statistics)
     for x, y in images(9):
         train(model, opt, [(x, y)])
         reference.step(x, y)

@@ -30,6 +30,7 @@ class KFAC(DDPNOpt):
         params: Parameter groups, as in `ddpnopt.DDPNOpt`.
         process_group: The ranks that take each step together, as in `ddpnopt.DDPNOpt`.
         distributed: False: this process trains by itself.
+        statistics_every: Steps between two updates of the factors.
 
     Raises:
         ValueError: An option is out of range.
@@ -51,11 +52,12 @@ class KFAC(DDPNOpt):
         params: Iterable[Any] | None = None,
         process_group: Any = None,
         distributed: bool = True,
+        statistics_every: int = 1,
     ) -> None:
         super().__init__(
             model,
             lr,
-            curvature=self._curvature(damping, decay, update_every),
+            curvature=self._curvature(damping, decay, update_every, statistics_every),
             feedback=False,
             momentum=momentum,
             weight_decay=weight_decay,

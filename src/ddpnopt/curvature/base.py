@@ -34,6 +34,9 @@ class Curvature(ABC):
     heavy_ball: ClassVar[bool] = True
     #: The factor on the Moreau envelope's S that suits it, where the user names none (measured).
     strength: ClassVar[float] = 1.0
+    #: M depends on the weights, too: the state that is read has them as "weights", eta / (1 - mu)
+    #: as "rate", and as "layers" how many weights with two dimensions or more are trained.
+    relative: ClassVar[bool] = False
 
     @property
     def statistics(self) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from ddpnopt.curvature.base import Curvature, State, momentum_step
 from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
-from ddpnopt.positions import Kronecker, transformed, weight_squares
+from ddpnopt.positions import Kronecker, weight_squares
 from ddpnopt.ranges import check_number, count, positive, share
 from ddpnopt.typing import Tensor
 
@@ -47,6 +47,9 @@ class Joint(Curvature):
         decay: Of the running means; the first k steps take plain means, min(decay, 1 - 1/k).
         update_every: Steps between two inversions (or eigendecompositions); the first so many
             steps have one each.
+        statistics_every: Steps between two updates of A, G and EKFAC's s, likewise; the steps in
+            between use them as they are. The diagonals of parameters by themselves are updated in
+            every step.
 
     Raises:
         ValueError: An option is out of range.
@@ -55,13 +58,18 @@ class Joint(Curvature):
     damping: float | int = 0.1
     decay: float | int = 0.95
     update_every: int = 10
+    statistics_every: int = 1
+
+    #: What of a layer's state a step without statistics leaves as it is.
+    _kept: ClassVar[tuple[str, ...]] = ("A", "G", "T_A", "T_G")
 
     def __post_init__(self) -> None:
         """Check the options."""
         owner = type(self).__name__
         check_number(owner, "damping", self.damping, positive, "must be positive and finite")
         check_number(owner, "decay", self.decay, share, "must lie in [0, 1)")
-        check_number(owner, "update_every", self.update_every, count, "a number of steps")
+        for name in ("update_every", "statistics_every"):
+            check_number(owner, name, getattr(self, name), count, "a number of steps")
 
     # One parameter by itself: the diagonal of the Fisher matrix ------------------------------
 
@@ -92,6 +100,17 @@ class Joint(Curvature):
 
     # A layer's matrix ------------------------------------------------------------------------
 
+    def measures(self, state: State, inputs: int) -> bool:
+        """Whether the coming step updates the layer's statistics.
+
+        Args:
+            state: The layer's state, read only.
+            inputs: Width of A.
+        """
+        k = state.get("step", 0) + 1
+        known = "A" in state and state["A"].shape[-1] == inputs
+        return not known or _latest(k, self.statistics_every) == k
+
     def joint(
         self,
         state: State,
@@ -103,7 +122,8 @@ class Joint(Curvature):
 
         Args:
             state: The layer's state, read only.
-            factors: Inputs and unscaled gradients at each position, for each pass.
+            factors: Inputs and unscaled gradients at each position, for each pass; none in a step
+                that does not update the statistics (see `measures`).
             samples: Number of samples B, on all ranks.
             counted: Sums tensors and whole numbers over the ranks.
 
@@ -113,24 +133,23 @@ class Joint(Curvature):
         Raises:
             NonFiniteError: A factor that is to be inverted is not finite.
         """
-        if "A" in state and state["A"].shape[-1] != factors[0][0].shape[-1]:
+        if factors and "A" in state and state["A"].shape[-1] != factors[0][0].shape[-1]:
             state = {}  # a bias has joined or left the matrix: other statistics
         k = state.get("step", 0) + 1
-        rows = sum(U.shape[0] * U.shape[2] for U, _ in factors)
-        outer = [_sum([_outer(one) for one in side]) for side in zip(*factors, strict=True)]
-        (A, G), (rows,) = counted(outer, [rows])
-        A, G = A / max(samples, 1), G / max(rows, 1)
-        new = {
-            "A": self._mean(state.get("A"), A, k),
-            "G": self._mean(state.get("G"), G, k),
-            "step": k,
-            "fallbacks": state.get("fallbacks", 0),
-            "T_A": state.get("T_A"),
-            "T_G": state.get("T_G"),
-        }
-        if k <= self.update_every or k % self.update_every == 0:
+        new = {name: state.get(name) for name in self._kept}
+        new |= {"step": k, "fallbacks": state.get("fallbacks", 0)}
+        if factors:
+            rows = sum(U.shape[0] * U.shape[2] for U, _ in factors)
+            outer = [_sum([_outer(one) for one in side]) for side in zip(*factors, strict=True)]
+            (A, G), (rows,) = counted(outer, [rows])
+            updates = _updates(k, self.statistics_every)
+            new["A"] = self._mean(new["A"], A / max(samples, 1), updates)
+            new["G"] = self._mean(new["G"], G / max(rows, 1), updates)
+        due = _latest(k, self.update_every)
+        if due == k and _latest(k, self.statistics_every) > _latest(k - 1, self.update_every):
             self._decompose(state, new)
-        self._measure(state, new, factors, samples, counted)
+        if factors:
+            self._measure(new, factors, samples, counted)
         return new
 
     @abstractmethod
@@ -139,13 +158,12 @@ class Joint(Curvature):
 
     def _measure(
         self,
-        state: State,
         new: dict[str, Any],
         factors: Sequence[Factors],
         samples: int,
         counted: Counted,
     ) -> None:
-        """What is measured in the coordinates of T_A and T_G at every step: nothing here."""
+        """What is measured in the coordinates of T_A and T_G besides: nothing here."""
         return None
 
     @abstractmethod
@@ -193,6 +211,7 @@ class EKFAC(Joint):
     """
 
     name: ClassVar[str] = "ekfac"
+    _kept: ClassVar[tuple[str, ...]] = (*Joint._kept, "scale")
 
     def _decompose(self, state: State, new: dict[str, Any]) -> None:
         """T_A and T_G have the eigenvectors as rows; s follows into the new basis."""
@@ -200,30 +219,39 @@ class EKFAC(Joint):
             Q, failed = eigenvectors(F)
             new[name] = Q.mT.contiguous()
             new["fallbacks"] += failed
-        if "scale" in state:
+        if new["scale"] is not None:
             R_A = (new["T_A"] @ state["T_A"].mT).square()
             R_G = (new["T_G"] @ state["T_G"].mT).square()
-            new["scale"] = R_G @ state["scale"] @ R_A.mT
+            new["scale"] = R_G @ new["scale"] @ R_A.mT
 
     def _measure(
         self,
-        state: State,
         new: dict[str, Any],
         factors: Sequence[Factors],
         samples: int,
         counted: Counted,
     ) -> None:
         """s, the samples' squared gradients in the eigenbasis."""
-        T_A, T_G = new["T_A"], new["T_G"]
-        own = [weight_squares(transformed(U, T_A), transformed(V, T_G)) for U, V in factors]
+        basis = new["T_A"], new["T_G"]
+        own = [weight_squares(U, V, basis) for U, V in factors]
         (total,), _ = counted([_sum(own)], [])
-        now = total / max(samples, 1)
-        new["scale"] = self._mean(new.get("scale", state.get("scale")), now, new["step"])
+        updates = _updates(new["step"], self.statistics_every)
+        new["scale"] = self._mean(new["scale"], total / max(samples, 1), updates)
 
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
         """A diagonal in the eigenbasis."""
         scale = eta / (joint["scale"] + self.damping)
         return Kronecker(joint["T_A"], joint["T_G"], scale, bias)
+
+
+def _latest(k: int, every: int) -> int:
+    """The latest step, k or before it, of those that are due: all up to `every`, its multiples."""
+    return k if k <= every else k - k % every
+
+
+def _updates(k: int, every: int) -> int:
+    """How many steps up to k were due."""
+    return min(k, every) + max(k // every - 1, 0)
 
 
 def _outer(U: Tensor) -> Tensor:

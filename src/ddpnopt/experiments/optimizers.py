@@ -20,6 +20,7 @@ from torch import nn
 
 import ddpnopt
 from ddpnopt.curvature import CURVATURES
+from ddpnopt.experiments.better_rule import clipped, lines
 from ddpnopt.experiments.names import call, lookup, split
 from ddpnopt.experiments.wrapped_optimizers import INNERS, feedback
 from ddpnopt.value import VALUES
@@ -69,6 +70,30 @@ def _schedule_free(name: str) -> Factory:
         built: Any = call(getattr(package, name), model.parameters(), lr, options=arguments)
         built.train()
         assert isinstance(built, torch.optim.Optimizer)
+        return built
+
+    return build
+
+
+def _prodigy(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+    """Of the package prodigyopt, of the extra "frameworks"; its rate is a factor on its own."""
+    try:
+        kind = importlib.import_module("prodigyopt").Prodigy
+    except ImportError as error:
+        raise ValueError("Prodigy needs `pip install prodigyopt`") from error
+    built: torch.optim.Optimizer = call(kind, model.parameters(), lr, options=options)
+    return built
+
+
+def _averaged(kind: str) -> Factory:
+    """Feedback around a schedule-free optimizer, its gain read and not watched."""
+
+    def build(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+        try:
+            module = importlib.import_module("ddpnopt.experiments.better_rule.averaged")
+        except ImportError as error:
+            raise ValueError(f"{kind} needs `pip install schedulefree`") from error
+        built: torch.optim.Optimizer = module.averaged(kind)(model, lr, options)
         return built
 
     return build
@@ -184,6 +209,15 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     ),
     **_twins(),
     **_wrapped(),
+    "prodigy": OptimizerChoice(_prodigy, "Prodigy", {"weight_decay": 0.0}),
+    "ddpnopt-clipped": _ddp("DDPNOpt + adaptive clip", curvature=clipped.Clipped.name),
+    "ddpnopt-quadratic-flow": _ddp("DDPNOpt quadratic flow", value=lines.QuadraticFlow.name),
+    "feedback-sgd-schedule-free": OptimizerChoice(
+        _averaged("SGDScheduleFree"), "Feedback(schedule-free SGD)"
+    ),
+    "feedback-adamw-schedule-free": OptimizerChoice(
+        _averaged("AdamWScheduleFree"), "Feedback(schedule-free AdamW)", {"weight_decay": 0.0}
+    ),
     "ddpnopt-gauss-newton": _ddp("DDPNOpt Gauss-Newton", value="gauss_newton"),
     "ddpnopt-low-rank": _ddp("DDPNOpt low rank", value="low_rank"),
     "ddpnopt-dense": _ddp("DDPNOpt dense", value="dense"),

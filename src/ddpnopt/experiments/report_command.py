@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ddpnopt.experiments.page import Section, environment, failed_section, render, section
 from ddpnopt.experiments.page.sections import measured_cells
+from ddpnopt.experiments.page.study import study_section
 from ddpnopt.experiments.reproduce.outcome import Outcome, Request
 from ddpnopt.experiments.reproduce.registry import RESULTS, Reproduction
 from ddpnopt.experiments.selection import STORE, store_file
@@ -55,6 +56,10 @@ _Quick = Annotated[
         "--quick", help="Show quick runs; without it, only where nothing else has been run."
     ),
 ]
+_Study = Annotated[
+    Path | None,
+    typer.Option("--study", help="Store of the study when_it_helps, to be shown, too."),
+]
 
 
 def report_command(
@@ -64,6 +69,7 @@ def report_command(
     seeds: _Seeds = None,
     epochs: _Epochs = None,
     quick: _Quick = False,
+    study: _Study = None,
 ) -> None:
     """Build one HTML page, for reading offline, of every table and figure in the store."""
     console = Console()
@@ -81,6 +87,8 @@ def report_command(
             console=console,
         )
         sections = list(collect(request))
+        if study is not None:
+            sections.append(study_section(study))
         remarks = _remarks(kept)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -9,15 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ddpnopt.curvature.trust import lengths
+
 #: Weights shorter than this are clipped as if they were so long: fresh biases are zero.
 SHORTEST = 1e-3
-
-
-def _unit_norms(t: Tensor) -> Tensor:
-    """Norms over all dimensions but the first, which counts a layer's units; of a vector: all."""
-    axes = tuple(range(1, t.dim())) or None
-    norms: Tensor = torch.linalg.vector_norm(t, dim=axes, keepdim=axes is not None)
-    return norms
 
 
 @torch.no_grad()
@@ -31,8 +26,8 @@ def clip_by_unit(parameters: Sequence[Tensor], threshold: float) -> None:
     for p in parameters:
         if p.grad is None:
             continue
-        longest = _unit_norms(p).clamp_(min=SHORTEST).mul_(threshold)
-        p.grad.mul_((longest / _unit_norms(p.grad).clamp_(min=1e-12)).clamp_(max=1.0))
+        longest = lengths(p).clamp_(min=SHORTEST).mul_(threshold)
+        p.grad.mul_((longest / lengths(p.grad).clamp_(min=1e-12)).clamp_(max=1.0))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class Reader(ABC):
     Attributes:
         rescales: The update of a re-weighted gradient has to be shortened from outside, since
             nothing is known about what the optimizer divides by.
-        blank: What a state starts with where that is not 0.
+        blank: What a state starts with where that is neither 0 nor the weights.
         moment: The state that `feed` changes; empty if it changes none.
     """
 

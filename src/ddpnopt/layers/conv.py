@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import grad as weight_gradients
 
-from ddpnopt.layers.correlation import Kept, tap_gram
+from ddpnopt.layers.correlation import Kept, tap_gram, tap_matrices
 from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.layers.registry import register
-from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.positions import AT_ONCE, Gain, Kronecker, matrices_gram, transforms_samples
 from ddpnopt.typing import Tensor
 
 #: Random filters of a sketched Gram matrix; the relative standard error is sqrt(2 / this).
@@ -133,9 +133,12 @@ class ConvRule(ConvolutionRule):
             columns = self.outputs(module, V, samples)
             estimate = _sketched(cast(_Conv, module), x, columns, samples, sketch) * P
             return estimate + super().gram(module, x, V, biases, samples)
-        if P is None or isinstance(P, Kronecker) or not self._by_taps(module, x, V, P, samples):
+        if P is None or not self._by_taps(module, x, V, P, samples):
             return super().gram(module, x, V, gain, samples)
-        exact = tap_gram(cast(_Conv, module), x, V, P, keep=False)[0]
+        if isinstance(P, Kronecker):
+            exact = _kronecker_gram(cast(_Conv, module), x, V, P)
+        else:
+            exact = tap_gram(cast(_Conv, module), x, V, P, keep=False)[0]
         return exact + super().gram(module, x, V, biases, samples) if biases else exact
 
     def kept_gram(
@@ -143,13 +146,19 @@ class ConvRule(ConvolutionRule):
     ) -> tuple[Tensor, Kept] | None:
         """With the samples' gradients, unless they take more memory than the activations."""
         conv, P = cast(_Conv, module), gain.get("weight")
-        if P is None or isinstance(P, Kronecker) or not self._by_taps(module, x, V, P, samples):
+        if P is None or not self._by_taps(module, x, V, P, samples):
             return None
         if samples * conv.weight.numel() > x.numel() + V.numel():
             return None
-        total, weight = tap_gram(conv, x, V, P, keep=True)
-        assert weight is not None
         bias = None
+        if isinstance(P, Kronecker):
+            taps, sums, matrices = tap_matrices(conv, x, V, P.bias)
+            total, weight = matrices_gram(matrices, P), taps[:, :, :, 0]
+            bias = None if sums is None else sums[0]
+        else:
+            total, kept = tap_gram(conv, x, V, P, keep=True)
+            assert kept is not None
+            weight = kept
         if "bias" in gain:
             bias = V[0].flatten(2).sum(2)
             P_b = gain["bias"]
@@ -158,14 +167,17 @@ class ConvRule(ConvolutionRule):
         return total, Kept(weight, bias, conv.weight.shape)
 
     @staticmethod
-    def _by_taps(module: nn.Module, x: Tensor, V: Tensor, P: float | Tensor, samples: int) -> bool:
-        """Whether the samples' gradients cost less than products over pairs of positions."""
+    def _by_taps(module: nn.Module, x: Tensor, V: Tensor, P: Gain, samples: int) -> bool:
+        """Whether the samples' gradients cost less than products over positions, or their pairs."""
         conv = cast(_Conv, module)
         if x.shape[0] != samples:
             return False
         positions = V.shape[3:].numel()
         outputs, inputs = V.shape[2] // conv.groups, conv.weight[0].numel()
         columns = V.shape[0]
+        if isinstance(P, Kronecker):
+            scalar = not isinstance(P.scale, Tensor)
+            return transforms_samples(columns, positions, outputs, inputs, scalar)
         few = positions * (inputs + columns * outputs) <= columns * inputs * outputs
         return isinstance(P, Tensor) or not few
 
@@ -255,6 +267,16 @@ def _convolve(conv: _Conv, x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of a padded input."""
     convolution = CONVOLUTIONS[len(conv.kernel_size)]
     return convolution(x, weight.to(x.dtype), None, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def _kronecker_gram(conv: _Conv, x: Tensor, V: Tensor, P: Kronecker) -> Tensor:
+    """(n, r, r), some samples at a time: their gradients are as large as the weight each."""
+    step = max(1, AT_ONCE // (V.shape[0] * conv.weight.numel()))
+    parts = [
+        matrices_gram(tap_matrices(conv, one, columns, P.bias)[2], P)
+        for one, columns in zip(torch.split(x, step), torch.split(V, step, 1), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_position(V: Tensor, samples: int, groups: int) -> Tensor:

@@ -45,10 +45,10 @@ class Coordinates:
         return Coordinates(U, V, inputs, outputs[0], gain.bias)
 
     @staticmethod
-    def pays(U: Float[Tensor, "b g t i"], V: Float[Tensor, "b g t o"]) -> bool:
+    def pays(V: Float[Tensor, "b g t o"], inputs: int) -> bool:
         """Whether vectors are fewer than the rows and columns of the matrix."""
-        rows = U.shape[0] * U.shape[2]
-        return 2 * rows <= min(U.shape[-1], V.shape[-1]) * 3
+        rows = V.shape[0] * V.shape[2]
+        return 2 * rows <= min(inputs, V.shape[-1]) * 3
 
     def plain(self) -> Float[Tensor, "g o i"]:
         """The batch's plain gradient."""

@@ -123,6 +123,29 @@ def tap_gradients(conv: _Conv, x: Tensor, V: Tensor) -> Iterator[Tensor]:
         yield found.reshape(rows, groups, columns, outputs, -1)
 
 
+def tap_matrices(
+    conv: _Conv, x: Tensor, V: Tensor, bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Every sample's and column's whole weight gradients.
+
+    Args:
+        conv: The layer.
+        x: (n, channels, ...).
+        V: Columns (r, n, outputs, ...).
+        bias: The bias's gradients, too.
+
+    Returns:
+        By tap (taps, n, groups, r, outputs, inputs); the bias's (r, n, outputs) or None; and both
+        together as matrices of the layer (r, n, groups, outputs, inputs taps [+ 1]).
+    """
+    taps = torch.stack(list(tap_gradients(conv, x, V)))
+    D = taps.permute(3, 1, 2, 4, 5, 0).flatten(4)
+    if not bias:
+        return taps, None, D
+    sums = V.flatten(3).sum(3)
+    return taps, sums, torch.cat([D, sums.reshape(*D.shape[:4], 1)], -1)
+
+
 def tap_gram(
     conv: _Conv, x: Tensor, V: Tensor, P: float | Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -45,6 +46,10 @@ class MatrixRule(LayerRule, ABC):
     @abstractmethod
     def from_matrix(self, module: nn.Module, W: Tensor) -> Tensor:
         """And back."""
+
+    def width(self, module: nn.Module) -> int:
+        """Number of inputs i, without the constant."""
+        return self.to_matrix(module, cast(Tensor, module.weight)).shape[-1]
 
     def bias_columns(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
         """Columns (r, b, g, t, o) whose sum over positions is the bias's gradient."""

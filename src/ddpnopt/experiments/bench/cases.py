@@ -222,6 +222,12 @@ VARIANTS: Mapping[str, Variant] = {
     "Feedback(AdamW), open loop": Variant(_Wrapped(_Torch(torch.optim.AdamW), _OPEN)),
     "DDPNOpt KFAC closed, every 10": _ddp(period=10, curvature=KFAC(update_every=10)),
     "DDPNOpt EKFAC closed, every 10": _ddp(period=10, curvature=EKFAC(update_every=10)),
+    "DDPNOpt KFAC closed, statistics every 10": _ddp(
+        period=10, curvature=KFAC(update_every=10, statistics_every=10)
+    ),
+    "DDPNOpt EKFAC closed, statistics every 10": _ddp(
+        period=10, curvature=EKFAC(update_every=10, statistics_every=10)
+    ),
     "DDPNOpt low_rank": _ddp(value="low_rank"),
     "DDPNOpt gauss_newton": _ddp(value="gauss_newton"),
     "DDPNOpt PAPER": _ddp(value=ddpnopt.PAPER),
@@ -229,6 +235,8 @@ VARIANTS: Mapping[str, Variant] = {
     "DDPNOpt second order": _ddp((1,), value={"name": "dense", "dynamics": "second_order"}),
     "KFAC, every 10": Variant(_Own(ddpnopt.KFAC), period=10),
     "EKFAC, every 10": Variant(_Own(ddpnopt.EKFAC), period=10),
+    "KFAC, statistics every 10": Variant(_Own(ddpnopt.KFAC, {"statistics_every": 10}), period=10),
+    "EKFAC, statistics every 10": Variant(_Own(ddpnopt.EKFAC, {"statistics_every": 10}), period=10),
     "SGD-VGR": Variant(_Own(ddpnopt.SGDVGR)),
     "E-MSA": Variant(_Own(ddpnopt.EMSA), nets=(1,)),
     "vanilla DDP": Variant(_Own(ddpnopt.VanillaDDP), nets=(1,)),

@@ -13,6 +13,7 @@ from ddpnopt.experiments.markdown import update_page
 from ddpnopt.experiments.names import lookup
 from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import sweep
+from ddpnopt.experiments.when_it_helps import times
 from ddpnopt.experiments.when_it_helps.figure import draw
 from ddpnopt.experiments.when_it_helps.problems import PROBLEMS, quick
 from ddpnopt.experiments.when_it_helps.tables import (
@@ -82,7 +83,8 @@ def main(
     if found:
         console.print(f"written: {draw(found, figure)}", soft_wrap=True, highlight=False)
     if published:
-        for name, part in (("defaults.md", text), ("when_it_helps.md", render_details(found))):
+        details = f"{times.render(found)}\n\n{render_details(found)}"
+        for name, part in (("defaults.md", text), ("when_it_helps.md", details)):
             page = docs / name
             page.write_text(update_page(page.read_text(), part, MARK))
             console.print(f"written: {page}", soft_wrap=True, highlight=False)

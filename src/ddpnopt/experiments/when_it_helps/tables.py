@@ -179,6 +179,14 @@ class Verdict:
         """Of the same, the one with the widest stretch of good rates."""
         return max([self.depths[0], *self.rivals], key=self.factor)
 
+    def in_time_of_off(self, one: Measured) -> tuple[float, float]:
+        """An epoch's time over off's, and the best score in the time that off took for all."""
+        ratio = one.cost / self.depths[0].cost
+        if not math.isfinite(ratio):
+            return ratio, math.nan
+        # The denominator's own noise must not give the borrowed optimizer more time than it took.
+        return ratio, one.in_time(self.problem.base.epochs / max(ratio, 1.0))
+
     def factor(self, one: Measured) -> float:
         """Highest over lowest good rate; 0 where none is good."""
         good = one.good(self.reference)
@@ -233,14 +241,10 @@ def summary(found: Sequence[Verdict]) -> str:
 
 def details(v: Verdict) -> str:
     """All optimizers of a family on a problem."""
-    seconds = v.depths[0].cost
     rows = []
     for m in (*v.depths, *v.rivals):
         good = m.good(v.reference)
-        ratio = m.cost / seconds
-        epochs = v.problem.base.epochs
-        # The denominator's own noise must not give the borrowed optimizer more time than it took.
-        timed = m.in_time(epochs / max(ratio, 1.0)) if math.isfinite(ratio) else math.nan
+        ratio, timed = v.in_time_of_off(m)
         lrs = sorted(m.means)
         spread = float(np.std(m.scores, ddof=1)) if len(m.scores) > 1 else 0.0
         rows.append(
