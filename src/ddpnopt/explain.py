@@ -203,7 +203,7 @@ def _count(model: nn.Module, inputs: Any, kwargs: Any) -> tuple[int, int]:
         with Operations() as counter:
             seeds = [torch.ones_like(t) for t in ends]
             torch.autograd.grad(ends, trained, seeds, allow_unused=True)
-    return forward, counter.total
+    return forward, int(counter.total)
 
 
 def _refusal(trajectory: Trajectory) -> str:
@@ -288,7 +288,7 @@ def _output(stage: Stage) -> Tensor | None:
 def _forward_flops(stage: Stage) -> int:
     with Operations() as counter:
         _output(stage)
-    return counter.total
+    return int(counter.total)
 
 
 def _policy_flops(stage: Stage, samples: int) -> int:
@@ -300,7 +300,7 @@ def _policy_flops(stage: Stage, samples: int) -> int:
     with Operations() as counter, torch.no_grad():
         stage.rule.gram(stage.module, x, h[None], dict.fromkeys(named, 1.0), samples)
         stage.rule.gradient(stage.module, x, h)
-    return counter.total
+    return int(counter.total)
 
 
 def _bytes(stage: Stage, has_state: bool) -> int:

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.layout import ROWS, SECOND
 from ddpnopt.parameters import leaf, parameters
+from ddpnopt.returned import remade
 from ddpnopt.routing import ROUTING
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
@@ -187,17 +188,25 @@ class Ledger:
         """The layers that a recorded tensor is made from, at first hand."""
         return self._sources(edge.node)
 
-    def joined(self, outputs: Sequence[Tensor]) -> Tensor | None:
-        """An output that is made from the last layer's and others' together."""
+    def returned(self, outputs: Sequence[Tensor], graphs: bool, logits: bool) -> Tensor | None:
+        """An output that the loss sees, and that no layer has made; None for the last layer's.
+
+        Args:
+            outputs: What the model returns.
+            graphs: It may be made from the last layer's and others' together.
+            logits: The loss is of logits, or is still to be recognised.
+        """
+        edge = self.edges[-1] if self.edges else None
+        made = {edge.node} if edge is not None else set()
         nodes = [t.grad_fn for t in outputs]
-        if any(node in self._latest for node in nodes):
+        if any(node in self._latest or node in made for node in nodes):
             return None
-        for output in outputs:
+        last = {self._outputs[node] for node in self._latest}
+        for output in outputs if graphs else ():
             sources = self._sources(output.grad_fn)
-            last = {self._outputs[node] for node in self._latest}
-            if last & sources and sources - last:
-                return output
-        return None
+            if output.dim() and last & sources and sources - last:
+                return output if output.is_floating_point() else None
+        return remade(outputs, made, logits)
 
     def _sources(self, node: Node | None) -> set[int]:
         stack = [node]
