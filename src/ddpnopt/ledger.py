@@ -179,10 +179,8 @@ class Ledger:
 
     def heads(self) -> dict[int, Tensor]:
         """Layers before the last whose output no later one uses, and that output."""
-        last = len(self.edges) - 1
-        return {
-            i: z.detach() for i, z in self._ends.items() if i != last and self.edges[i] is not None
-        }
+        kept = [i for i in self._ends if i + 1 != len(self.edges) and self.edges[i] is not None]
+        return {i: self._ends[i].detach() for i in kept}
 
     def behind(self, edge: GradientEdge) -> set[int]:
         """The layers that a recorded tensor is made from, at first hand."""
@@ -196,16 +194,14 @@ class Ledger:
             graphs: It may be made from the last layer's and others' together.
             logits: The loss is of logits, or is still to be recognised.
         """
-        edge = self.edges[-1] if self.edges else None
-        made = {edge.node} if edge is not None else set()
-        nodes = [t.grad_fn for t in outputs]
-        if any(node in self._latest or node in made for node in nodes):
+        made = self._latest | {edge.node for edge in self.edges[-1:] if edge is not None}
+        if any(t.grad_fn in made for t in outputs):
             return None
         last = {self._outputs[node] for node in self._latest}
-        for output in outputs if graphs else ():
-            sources = self._sources(output.grad_fn)
-            if output.dim() and last & sources and sources - last:
-                return output if output.is_floating_point() else None
+        for t in outputs if graphs else ():
+            sources = self._sources(t.grad_fn)
+            if t.dim() and t.is_floating_point() and last & sources and sources - last:
+                return t
         return remade(outputs, made, logits)
 
     def _sources(self, node: Node | None) -> set[int]:
