@@ -179,3 +179,12 @@ def test_the_command() -> None:
     done = run(app, ["explain", "torch.nn:Flatten"])
     assert done.exit_code == 2 and "no parameters" in done.output
     assert "Example" in run(app, ["explain", "--help"]).output
+
+
+@pytest.mark.parametrize("parametrize", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_layers_that_compute_their_weights_are_counted(parametrize: str) -> None:
+    layer = getattr(nn.utils.parametrizations, parametrize)(nn.Linear(8, 8))
+    found = explain(nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 5)), torch.randn(12, 6))
+    row = found.rows[1]
+    assert (row.name, row.rule, row.treatment) == ("1", "autograd", "feedback")
+    assert row.flops > 0

@@ -78,10 +78,9 @@ class Engine:
         self.model, self.options, self.host = model, options, host
         self.company = company or Company()
         self.method: Method = policies
-        self.needs_cost, self.diagnose = True, False
+        self.needs_cost, self.diagnose, self.skipped, self.rescale = True, False, 0, 1.0
         early = self.writes and options.weight_gradients
         self.in_backward = early and options.feedback == "open_loop"
-        self.skipped, self.rescale = 0, 1.0
         self.copies: dict[int, Tensor] = {}
         self.running: dict[str, float] = {}
         self.sketch = torch.Generator().manual_seed(0)
@@ -135,6 +134,7 @@ class Engine:
             links=feedback and not gradient,
             weight_gradients=self.options.weight_gradients or not feedback,
             graphs=self.graphs and self.options.value.graphs,
+            logits=self.options.logits,
             arrivals=arrivals,
         )
 

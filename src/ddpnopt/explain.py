@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddpnopt.arguments import tensors_of
 from ddpnopt.checks import check_model
@@ -20,6 +19,7 @@ from ddpnopt.linearise import cast_state
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.replay import preserved
 from ddpnopt.stages import Stage, Trajectory
+from ddpnopt.testing import Operations
 from ddpnopt.typing import Tensor
 
 HEADINGS = (
@@ -196,14 +196,14 @@ def _count(model: nn.Module, inputs: Any, kwargs: Any) -> tuple[int, int]:
     """Operations of a forward and of a backward pass, as autograd makes them."""
     trained = [p for p in model.parameters() if p.requires_grad]
     with probing(), preserved(model), torch.enable_grad():
-        with FlopCounterMode(display=False) as counter:
+        with Operations() as counter:
             output = model(*inputs, **kwargs)
-        forward = int(counter.get_total_flops())
+        forward = counter.total
         ends = [t for t in tensors_of(output) if t.requires_grad]
-        with FlopCounterMode(display=False) as counter:
+        with Operations() as counter:
             seeds = [torch.ones_like(t) for t in ends]
             torch.autograd.grad(ends, trained, seeds, allow_unused=True)
-    return forward, int(counter.get_total_flops())
+    return forward, int(counter.total)
 
 
 def _refusal(trajectory: Trajectory) -> str:
@@ -286,9 +286,9 @@ def _output(stage: Stage) -> Tensor | None:
 
 
 def _forward_flops(stage: Stage) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as counter:
         _output(stage)
-    return int(counter.get_total_flops())
+    return int(counter.total)
 
 
 def _policy_flops(stage: Stage, samples: int) -> int:
@@ -297,10 +297,10 @@ def _policy_flops(stage: Stage, samples: int) -> int:
     assert h is not None and stage.rule is not None
     x = cast_state(stage.x, h.dtype)
     named = [name for name, _ in stage.module.named_parameters()]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stage.rule.gram(stage.module, x, h[None], dict.fromkeys(named, 1.0), samples)
+    with Operations() as counter, torch.no_grad():
+        stage.rule.lengths(stage.module, x, h, dict.fromkeys(named, 1.0), samples)
         stage.rule.gradient(stage.module, x, h)
-    return int(counter.get_total_flops())
+    return int(counter.total)
 
 
 def _bytes(stage: Stage, has_state: bool) -> int:

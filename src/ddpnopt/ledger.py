@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ddpnopt.layout import ROWS, SECOND
 from ddpnopt.parameters import leaf, parameters
+from ddpnopt.returned import remade
 from ddpnopt.routing import ROUTING
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
@@ -178,26 +179,30 @@ class Ledger:
 
     def heads(self) -> dict[int, Tensor]:
         """Layers before the last whose output no later one uses, and that output."""
-        last = len(self.edges) - 1
-        return {
-            i: z.detach() for i, z in self._ends.items() if i != last and self.edges[i] is not None
-        }
+        kept = [i for i in self._ends if i + 1 != len(self.edges) and self.edges[i] is not None]
+        return {i: self._ends[i].detach() for i in kept}
 
     def behind(self, edge: GradientEdge) -> set[int]:
         """The layers that a recorded tensor is made from, at first hand."""
         return self._sources(edge.node)
 
-    def joined(self, outputs: Sequence[Tensor]) -> Tensor | None:
-        """An output that is made from the last layer's and others' together."""
-        nodes = [t.grad_fn for t in outputs]
-        if any(node in self._latest for node in nodes):
+    def returned(self, outputs: Sequence[Tensor], graphs: bool, logits: bool) -> Tensor | None:
+        """An output that the loss sees, and that no layer has made; None for the last layer's.
+
+        Args:
+            outputs: What the model returns.
+            graphs: It may be made from the last layer's and others' together.
+            logits: The loss is of logits, or is still to be recognised.
+        """
+        made = self._latest | {edge.node for edge in self.edges[-1:] if edge is not None}
+        if any(t.grad_fn in made for t in outputs):
             return None
-        for output in outputs:
-            sources = self._sources(output.grad_fn)
-            last = {self._outputs[node] for node in self._latest}
-            if last & sources and sources - last:
-                return output
-        return None
+        last = {self._outputs[node] for node in self._latest}
+        for t in outputs if graphs else ():
+            sources = self._sources(t.grad_fn)
+            if t.dim() and t.is_floating_point() and last & sources and sources - last:
+                return t
+        return remade(outputs, made, logits)
 
     def _sources(self, node: Node | None) -> set[int]:
         stack = [node]

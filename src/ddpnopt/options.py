@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ddpnopt.ranges import check_choice, check_switch
-from ddpnopt.recognition import TERMINALS, Terminal
+from ddpnopt.recognition import SQUARED, TERMINALS, Terminal
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.value import VALUES, ValueFunction
 
@@ -60,6 +60,11 @@ class Options:
     def depth(self) -> str:
         """The name of the depth."""
         return {True: "closed_loop", "open_loop": "open_loop", False: "off"}[self.feedback]
+
+    @property
+    def logits(self) -> bool:
+        """The loss is of logits, or of what is to be recognised as logits."""
+        return isinstance(self.terminal, str) and self.terminal not in SQUARED
 
     def plain_values(self) -> dict[str, Any]:
         """For ``state_dict``: names and numbers only."""

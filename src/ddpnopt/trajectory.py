@@ -48,6 +48,7 @@ class Recorder:
         links: Edges of the graph are needed when the output's gradient arrives.
         weight_gradients: False: the layers' weights get no gradient.
         graphs: The value function allows branches and layers that are used more than once.
+        logits: The loss is of logits, or is to be recognised.
         arrivals: Where the gradients go.
     """
 
@@ -61,11 +62,12 @@ class Recorder:
         links: bool,
         weight_gradients: bool,
         graphs: bool,
+        logits: bool,
         arrivals: Arrivals,
     ) -> None:
         self.model, self.trainable, self.refresh = model, trainable, refresh
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
-        self.weight_gradients, self.arrivals = weight_gradients, arrivals
+        self.weight_gradients, self.arrivals, self.logits = weight_gradients, arrivals, logits
         self.classifier = Classifier(arrivals, trainable, graphs, closed_loop)
         self.paused, self._joined_late = False, False
         #: What puts back what the step now does to the model.
@@ -219,12 +221,10 @@ class Recorder:
 
     def _find_output(self, output: Any) -> None:
         """The loss sees what the model returns, where that is not the last layer's output."""
-        trajectory = self._open
-        assert trajectory is not None
-        outputs = [t for t in tensors_of(output) if t.grad_fn is not None and t.dim()]
+        outputs = [t for t in tensors_of(output) if t.grad_fn is not None]
         with quiet(self.watching.watch):
-            late = self._ledger.joined(outputs) if self.classifier.graphs else None
-            if late is not None and late.is_floating_point():
+            late = self._ledger.returned(outputs, self.classifier.graphs, self.logits)
+            if late is not None:
                 self._add("", Executed(nn.Identity(), (late,), (late,), None, ""), late)
 
     def begin(self, name: str, module: nn.Module, x: Tensor) -> None:

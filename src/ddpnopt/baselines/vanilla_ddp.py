@@ -43,8 +43,8 @@ FORMS = ("auto", "dense", "low_rank")
 #: "exact": Q_uu = M / eta + f_u^T V_xx f_u; "curvature": Q_uu = M / eta.
 HESSIANS = ("exact", "curvature")
 NO_SEARCH = (
-    "VanillaDDP: the loss is known neither from the output's gradient nor by a closure, so steps "
-    "are taken without a line search; give step(closure), or set line_search=False"
+    "VanillaDDP: the loss is known neither from the last layer's output and its gradient nor by a "
+    "closure, so steps are taken without a line search; give step(closure), or line_search=False"
 )
 
 
@@ -141,12 +141,10 @@ class Search:
         with hooked_outputs(last, outputs.append):
             rollout(recorder, trajectories, step.layers, apply)
         calls = len(outputs) // len(trajectories)  # of a module that is used more than once
-        found = outputs[calls - 1 :: calls]
-        return [
-            z.reshape(t.z.shape)
-            for z, t in zip(found, trajectories, strict=True)
-            if t.z is not None
-        ]
+        if calls == 0:  # the output is made behind the last layer: the closure tells the loss
+            return []
+        pairs = zip(outputs[calls - 1 :: calls], trajectories, strict=True)
+        return [z.reshape(t.z.shape) for z, t in pairs if t.z is not None]
 
     def _objective(
         self, recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]
@@ -154,7 +152,8 @@ class Search:
         """The loss as it is, and as a function of new outputs; None for no search."""
         if not self.search:
             return None
-        values = [t.cost.value if t.cost is not None else None for t in trajectories]
+        costs = [t.cost if t.stages[-1].rule is not None else None for t in trajectories]
+        values = [cost.value if cost is not None else None for cost in costs]
         if all(v is not None for v in values):
 
             def total(outputs: Sequence[Tensor]) -> float:
