@@ -256,8 +256,8 @@ class Engine:
             elif self.in_backward:
                 reweigh(self, trajectories)
         self.base = {}
-        self.outputs.settle()
         self.fingerprint.take(self.parameters())
+        self.outputs.settle()
 
     # Step -----------------------------------------------------------------------------------
 
