@@ -146,12 +146,14 @@ def test_the_first_steps_checks_are_in_the_peak_and_not_in_the_operations() -> N
     assert measure.operations(job, 1) > 1e9 * cost.gflop
     for _ in range(measure.SETTLE):
         job.step()
-    # Both counters see the same operators.
-    with FlopCounterMode(display=False) as standard:
-        job.step()
     with Operations() as own:
         job.step()
-    assert standard.get_total_flops() == own.total == pytest.approx(1e9 * cost.gflop)
+    assert own.total == pytest.approx(1e9 * cost.gflop)
+    # Both counters see the same operators. (The standard one's module hooks ask for nodes of the
+    # graph, so that the pass counts as one with branches, and is probed anew.)
+    with FlopCounterMode(display=False) as standard, Operations() as both:
+        job.step()
+    assert standard.get_total_flops() == both.total > 0
 
 
 @pytest.mark.parametrize("net", [1, 2])

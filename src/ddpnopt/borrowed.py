@@ -182,7 +182,7 @@ class Borrowed:
         if not new:
             return
         copies = [self._room(p) for p in new]
-        torch._foreach_copy_(copies, new)
+        torch._foreach_copy_([local(t) for t in copies], [local(p) for p in new])
         self._saved.update(zip(new, copies, strict=True))
 
     def _room(self, p: Tensor) -> Tensor:

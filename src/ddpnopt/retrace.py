@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils.hooks import RemovableHandle
 
 from ddpnopt.crossing import Moved, Path, other_path
 from ddpnopt.modes import DIFFERENTIATING, Quiet, overwritten, results
+from ddpnopt.typing import Tensor
 
 
 class Retrace(Quiet):
@@ -59,6 +61,10 @@ class Retrace(Quiet):
         Raises:
             UnsupportedModelError: It is not the call that the nominal pass made here.
         """
+        if func is Tensor.view_as and args[0] is args[-1] and torch.is_grad_enabled():
+            if not self.grad:  # torch looks for a node of the graph, which this pass has not got
+                leaf = args[0].detach().requires_grad_()
+                return func(leaf, leaf)
         step, first = self.path.step(func, args, kwargs), overwritten(func, args, kwargs)
         made = func(*args, **kwargs)
         found = results(made, first)

@@ -59,23 +59,43 @@ def test_state_overwritten_after_its_layer_is_refused(frozen: bool) -> None:
 
 
 class Doubling(nn.Module):
-    """Overwrites its own output after the last layer."""
+    """Makes its output of the last layer's, in place or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_place: bool) -> None:
         super().__init__()
-        self.net = mlp()
+        self.net, self.in_place = mlp(), in_place
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).mul_(2)
+        return self.net(x).mul_(2) if self.in_place else 2 * self.net(x)
+
+
+def half(model: nn.Module, terminal: str) -> Tensor:
+    """A loss of twice the output."""
+    x, y = data(0)
+    z = model(x).mul_(2)
+    return F.mse_loss(z, torch.zeros_like(z)) if terminal == "mse" else F.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("options", DEPTHS[:3])
+def test_output_overwritten_in_the_model_is_what_it_returns(options: dict[str, Any]) -> None:
+    model, twin = Doubling(True), Doubling(False)
+    opt = DDPNOpt(model, lr=LR, **options)
+    iterate(model, opt, [0, 1])
+    iterate(twin, DDPNOpt(twin, lr=LR, **options), [0, 1])
+    assert_same(model, twin)
+    assert opt.last_step is not None and opt.last_step.terminal == "cross_entropy"
 
 
 @pytest.mark.parametrize("feedback", [True, "open_loop"])
-def test_output_overwritten_is_not_recognised(feedback: object) -> None:
-    model, twin = Doubling(), Doubling()
+def test_output_overwritten_behind_the_model_is_not_recognised(feedback: object) -> None:
+    model, twin = mlp(), mlp()
     opt = DDPNOpt(model, lr=LR, feedback=feedback)  # type: ignore[arg-type]
+    other = torch.optim.SGD(twin.parameters(), lr=LR)
     with pytest.warns(DDPNOptWarning, match="in place|not recognised"):
-        iterate(model, opt, [0, 1])
-    iterate(twin, torch.optim.SGD(twin.parameters(), lr=LR), [0, 1])
+        half(model, "auto").backward()
+        opt.step()
+    half(twin, "auto").backward()
+    other.step()
     assert_same(model, twin)
     assert opt.last_step is not None and opt.last_step.terminal == "unrecognised"
 
@@ -83,12 +103,10 @@ def test_output_overwritten_is_not_recognised(feedback: object) -> None:
 @pytest.mark.parametrize("feedback", [True, "open_loop"])
 @pytest.mark.parametrize("terminal", ["cross_entropy", "mse"])
 def test_output_overwritten_contradicts_a_named_terminal(feedback: object, terminal: str) -> None:
-    model = Doubling()
+    model = mlp()
     opt = DDPNOpt(model, lr=LR, feedback=feedback, terminal=terminal)  # type: ignore[arg-type]
     before = snapshot(model)
-    x, y = data(0)
-    loss = F.cross_entropy if terminal == "cross_entropy" else F.mse_loss
-    loss(model(x), y if terminal == "cross_entropy" else torch.zeros(6, 3).double()).backward()
+    half(model, terminal).backward()
     with pytest.raises(TerminalError, match="in place"):
         opt.step()
     assert_unchanged(model, before)
