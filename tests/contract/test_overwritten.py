@@ -69,7 +69,7 @@ class Doubling(nn.Module):
         return self.net(x).mul_(2) if self.in_place else 2 * self.net(x)
 
 
-def half(model: nn.Module, terminal: str) -> Tensor:
+def doubled_loss(model: nn.Module, terminal: str) -> Tensor:
     """A loss of twice the output."""
     x, y = data(0)
     z = model(x).mul_(2)
@@ -92,9 +92,9 @@ def test_output_overwritten_behind_the_model_is_not_recognised(feedback: object)
     opt = DDPNOpt(model, lr=LR, feedback=feedback)  # type: ignore[arg-type]
     other = torch.optim.SGD(twin.parameters(), lr=LR)
     with pytest.warns(DDPNOptWarning, match="in place|not recognised"):
-        half(model, "auto").backward()
+        doubled_loss(model, "auto").backward()
         opt.step()
-    half(twin, "auto").backward()
+    doubled_loss(twin, "auto").backward()
     other.step()
     assert_same(model, twin)
     assert opt.last_step is not None and opt.last_step.terminal == "unrecognised"
@@ -106,7 +106,7 @@ def test_output_overwritten_contradicts_a_named_terminal(feedback: object, termi
     model = mlp()
     opt = DDPNOpt(model, lr=LR, feedback=feedback, terminal=terminal)  # type: ignore[arg-type]
     before = snapshot(model)
-    half(model, terminal).backward()
+    doubled_loss(model, terminal).backward()
     with pytest.raises(TerminalError, match="in place"):
         opt.step()
     assert_unchanged(model, before)

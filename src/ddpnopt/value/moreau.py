@@ -70,10 +70,10 @@ class Moreau(ValueFunction):
     def start(self, terminal: TerminalCost) -> Recursion:
         """S = 0 at the output."""
         excess = terminal.excess if self.line == "auto" else None
-        return _Envelope(self, Line(terminal.kappa, excess), terminal.w)
+        return MoreauRecursion(self, Line(terminal.kappa, excess), terminal.w)
 
 
-class _Envelope(Recursion):
+class MoreauRecursion(Recursion):
     """S_t grows by every layer's own step; envelopes add.
 
     With ``statistics="plain"`` no gain depends on S: the layers' steps are collected, and all S

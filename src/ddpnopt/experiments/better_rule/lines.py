@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,13 +13,25 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value import VALUES, Moreau
 from ddpnopt.value.base import Recursion, TerminalCost
 from ddpnopt.value.line import SHORTEST, Line
+from ddpnopt.value.moreau import MoreauRecursion
 
 
-def quadratic_flow(line: Line, S: Tensor, q: Tensor | None) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class QuadraticSlope:
     """Mean slope (1 + kappa q) (1 - exp(-kappa S)) / (kappa S) of the flow of length S."""
-    length = (line.kappa * S).clamp(min=SHORTEST)
-    mean = -torch.expm1(-length) / length
-    return mean if q is None else mean * (1 + line.kappa * q)
+
+    line: Line
+    S: Tensor
+
+    def __call__(self, q: Tensor | None) -> Tensor:
+        """The coefficient."""
+        length = (self.line.kappa * self.S).clamp(min=SHORTEST)
+        mean = -torch.expm1(-length) / length
+        return mean if q is None else mean * (1 + self.line.kappa * q)
+
+    def rows(self) -> Sequence[QuadraticSlope]:
+        """One for each row of S."""
+        return [QuadraticSlope(self.line, S) for S in self.S.unbind()]
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,8 @@ class QuadraticFlow(Moreau):
     def start(self, terminal: TerminalCost) -> Recursion:
         """With the other rule."""
         recursion = super().start(terminal)
-        recursion.coefficient = quadratic_flow  # type: ignore[attr-defined]
+        assert isinstance(recursion, MoreauRecursion)
+        recursion.slope = QuadraticSlope
         return recursion
 
 
