@@ -193,18 +193,19 @@ class Layer:
         """g_x^T V for (B, H, k)."""
         parts, at = [], 0
         for stage, samples in self.pairs():
-            columns = V[at : at + samples].permute(2, 0, 1)
+            columns = (V if samples == len(V) else V[at : at + samples]).permute(2, 0, 1)
             columns = columns.reshape(-1, *self.G(stage).shape)
-            x, columns = cast_state(stage.x, self.own_dtype), columns.to(self.own_dtype)
-            pulled = self.rule.pull(self.module, x, columns).to(self.dtype)
+            x, columns = (cast_state(one, self.own_dtype) for one in (stage.x, columns))
+            pulled = cast_state(self.rule.pull(self.module, x, columns), self.dtype)
             parts.append(per_sample(pulled, samples).transpose(1, 2))
             at += samples
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def through(self, V: Tensor) -> Tensor:
         """J^T V for (B, X', k)."""
-        J = torch.cat([s.J.to(self.dtype) for s in self.blocks if s.J is not None])
-        return J.transpose(1, 2) @ V.to(self.dtype)
+        parts = [cast_state(s.J, self.dtype) for s in self.blocks if s.J is not None]
+        J = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.bmm(J.mT, cast_state(V, self.dtype))
 
     def split(self, v: Tensor) -> Blocks:
         """(B, H) to one tensor for each pass."""

@@ -16,6 +16,8 @@ from ddpnopt.typing import Tensor
 SMALLEST = 1e-15
 #: A gradient must have this precision, and some entry this share of w, to confirm a loss quickly.
 HARD_EPS, INFORMATIVE = 1e-6, 1e-3
+#: How well w has to be seen where all rows are more confident than that.
+PROPORTION = 1e-3
 
 
 class Lines(NamedTuple):
@@ -92,17 +94,22 @@ def softmax_cost(
     excess = (omega * reach * share).sum(1) / (square * size)
 
     def factor(rank: int | None) -> Tensor:
-        scores = z.movedim(axis, -1)
-        rows = G.movedim(axis, -1).reshape(samples, -1, z.shape[axis])
-        p = torch.softmax(scores.reshape(rows.shape), -1, dtype=working(z))
-        S = softmax_factor(p, rows.to(p.dtype), rank) * w_rows.sqrt()[None, ..., None]
-        S = _spread_positions(S).reshape(-1, *scores.shape)
-        return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
+        return _softmax_columns(z, G, w_rows, axis, rank)
 
     def value(new: Tensor) -> Tensor:
         return softmax_objective(z, G, w, axis)(new)
 
     return Cost(name, w_sample, kappa, excess.clamp(min=0), factor, value)
+
+
+def _softmax_columns(z: Tensor, G: Tensor, w: Tensor, axis: int, rank: int | None) -> Tensor:
+    """(r, *z.shape) the factor's columns, w (B, positions)."""
+    scores = z.movedim(axis, -1)
+    rows = G.movedim(axis, -1).reshape(*w.shape, z.shape[axis])
+    p = torch.softmax(scores.reshape(rows.shape), -1, dtype=working(z))
+    S = softmax_factor(p, rows.to(p.dtype), rank) * w.sqrt()[None, ..., None]
+    S = _spread_positions(S).reshape(-1, *scores.shape)
+    return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
 
 
 def hard_label_cost(
@@ -134,7 +141,7 @@ def hard_label_cost(
     p = torch.softmax(rows, -1, dtype=working(z))
     gradient = gradient.to(p.dtype)
     size = gradient.abs().amax(-1, keepdim=True)
-    if not _hard(torch.sub(p, gradient, alpha=1 / w), size, w, 64 * eps):
+    if not _hard(torch.sub(p, gradient, alpha=1 / w), p, size, w, 64 * eps):
         return None
     g = gradient / size.clamp(min=torch.finfo(p.dtype).tiny)
     gbar = (p * g).sum(-1, keepdim=True)
@@ -152,25 +159,33 @@ def hard_label_cost(
     area = square.mul_((size / w).clamp_(min=SMALLEST))
     weight = torch.full_like(size, w)
 
-    def exact() -> Cost:
-        return softmax_cost(name, z, G, used(), axis, samples)
+    def factor(rank: int | None) -> Tensor:
+        return _softmax_columns(z, G, used().reshape(samples, -1), axis, rank)
 
     def value(new: Tensor) -> Tensor:
-        known = exact().value
-        assert known is not None
-        return known(new)
+        return softmax_objective(z, G, used(), axis)(new)
 
     kappa, excess = variance / area.square(), (reach / area).clamp_(min=0)
-    return Cost(name, weight, kappa, excess, lambda rank: exact().factor(rank), value)
+    return Cost(name, weight, kappa, excess, factor, value)
 
 
-def _hard(target: Tensor, size: Tensor, w: float, slack: float) -> bool:
-    """Whether every row of the targets is a label, and some row's gradient large enough to tell."""
-    wrong = (target.amax(-1) - 1).abs_().add_(target.abs_().sum(-1).sub_(1).abs_())
+def _hard(target: Tensor, p: Tensor, size: Tensor, w: float, slack: float) -> bool:
+    """Whether every row of the targets p - G / w is a label, and some row's gradient can tell.
+
+    Where all rows are too confident for that, their entries off the label have to be w p, each in
+    proportion to itself.
+    """
+    wrong = (target.amax(-1) - 1).abs_().add_(target.abs().sum(-1).sub_(1).abs_())
     worst, largest = torch.stack([wrong.amax(), size.amax()]).tolist()
     if worst > slack:  # a row without a gradient is not wrong
         worst = float((wrong * (size[:, 0] > 0)).amax())
-    return bool(worst <= slack and largest >= INFORMATIVE * w)
+    if worst > slack or largest == 0:
+        return False
+    if largest >= INFORMATIVE * w:
+        return True
+    off = (target < 0.5) & (size > 0)
+    tiny = torch.finfo(p.dtype).smallest_normal
+    return not bool((off & (target.abs() > PROPORTION * p + 64 * tiny / w)).any())
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:

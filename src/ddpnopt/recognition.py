@@ -79,8 +79,7 @@ class Recogniser:
             TerminalError: The cost that the user named contradicts z or G.
         """
         if self.terminal in (SOFTMAX, "nll"):
-            w, lines = _named_softmax(str(self.terminal), z, G, axis, samples)
-            return softmax_cost(str(self.terminal), z, G, w, axis, samples, lines)
+            return self._named_softmax(str(self.terminal), z, G, axis, samples)
         if self.terminal == "auto":
             return self._recognise(z, G, axis, samples)
         logits = z.to(working(z))
@@ -93,11 +92,9 @@ class Recogniser:
 
     def _recognise(self, z: Tensor, G: Tensor, axis: int, samples: int) -> Cost | None:
         softmax = z.dim() > 1 and z.shape[axis] > 1
-        quick = softmax and z.numel() <= chunk_size(z)
-        known = self._known(z, G, axis, samples) if quick and self.common else None
+        known = self._known(SOFTMAX, z, G, axis, samples) if softmax else None
         if known is not None:
             return known
-        self.common = 0.0
         fit = fit_softmax(z, G, axis, samples) if softmax else None
         if fit is None or not fit.fits:
             fit, softmax = fit_logistic(z, G), False
@@ -106,7 +103,29 @@ class Recogniser:
             return None
         if not softmax:
             return logistic_cost(z.to(working(z)), G, fit.w, samples)
-        if fit.uniform and fit.hard and quick:
+        return self._fitted_softmax(name, fit, z, G, axis, samples)
+
+    def _named_softmax(self, name: str, z: Tensor, G: Tensor, axis: int, samples: int) -> Cost:
+        """Of a cross-entropy that the user names: w fitted, or 1/N for soft targets."""
+        if z.dim() < 2 or z.shape[axis] < 2:
+            raise TerminalError(
+                f"terminal='{name}': the last layer's output has shape {tuple(z.shape)}, "
+                "not a row of class scores; use 'bce_with_logits' for one logit"
+            )
+        known = self._known(name, z, G, axis, samples)
+        if known is not None:
+            return known
+        fit = fit_softmax(z, G, axis, samples)
+        if fit.fits:
+            return self._fitted_softmax(name, fit, z, G, axis, samples)
+        w, lines = _soft_targets(name, z, G, axis)
+        return softmax_cost(name, z, G, w, axis, samples, lines)
+
+    def _fitted_softmax(
+        self, name: str, fit: Fit, z: Tensor, G: Tensor, axis: int, samples: int
+    ) -> Cost:
+        """Of a fit; one w for all rows is kept, for the passes to come."""
+        if fit.uniform and fit.hard and z.numel() <= chunk_size(z):
             rows, w = int((fit.w > 0).sum()), float(fit.w.max())
             exact = _simple(w, len(fit.w))
             w = _simple(w, rows) if exact == w else exact
@@ -116,16 +135,21 @@ class Recogniser:
                 return known
         return softmax_cost(name, z, G, fit.w, axis, samples, fit.lines)
 
-    def _known(self, z: Tensor, G: Tensor, axis: int, samples: int) -> Cost | None:
+    def _known(self, name: str, z: Tensor, G: Tensor, axis: int, samples: int) -> Cost | None:
         """The cost if the loss is what it was, as a mean over however many rows have a label."""
-        known = hard_label_cost(SOFTMAX, z, G, self.common, axis, samples)
+        if not self.common or z.numel() > chunk_size(z):
+            self.common = 0.0
+            return None
+        known = hard_label_cost(name, z, G, self.common, axis, samples)
         if known is None and self.rows:
             rows = int((G.movedim(axis, -1).abs().amax(-1) > 0).sum())
             if rows not in (0, self.rows):
                 w = self.common * self.rows / rows
-                known = hard_label_cost(SOFTMAX, z, G, w, axis, samples)
+                known = hard_label_cost(name, z, G, w, axis, samples)
                 if known is not None:
                     self.common, self.rows = w, rows
+        if known is None:
+            self.common = 0.0
         return known
 
     def _decide(self, fit: Fit, name: str) -> bool:
@@ -180,18 +204,8 @@ def _simple(w: float, rows: int) -> float:
     return whole / rows if abs(share - whole) <= 1e-4 * whole else w
 
 
-def _named_softmax(
-    name: str, z: Tensor, G: Tensor, axis: int, samples: int
-) -> tuple[Tensor, Lines | None]:
-    """w of a cross-entropy that the user names: fitted, or 1/N for soft targets."""
-    if z.dim() < 2 or z.shape[axis] < 2:
-        raise TerminalError(
-            f"terminal='{name}': the last layer's output has shape {tuple(z.shape)}, "
-            "not a row of class scores; use 'bce_with_logits' for one logit"
-        )
-    fit = fit_softmax(z, G, axis, samples)
-    if fit.fits:
-        return fit.w, fit.lines
+def _soft_targets(name: str, z: Tensor, G: Tensor, axis: int) -> tuple[Tensor, Lines]:
+    """w = 1/N of soft targets, N the rows that have a gradient."""
     lines = all_lines(z, G, axis)
     used = lines.size > 0
     w = 1 / max(1, int(used.sum()))

@@ -219,7 +219,7 @@ class EKFAC(Joint):
             Q, failed = eigenvectors(F)
             new[name] = Q.mT.contiguous()
             new["fallbacks"] += failed
-        if new["scale"] is not None:
+        if new["scale"] is not None and self.decay > 0:  # with 0 nothing of it stays
             R_A = (new["T_A"] @ state["T_A"].mT).square()
             R_G = (new["T_G"] @ state["T_G"].mT).square()
             new["scale"] = R_G @ new["scale"] @ R_A.mT

@@ -95,8 +95,11 @@ class LinearRule(MatrixRule):
             found = torch.diag_embed(x.square() @ P_W.mT)
         else:
             scale = x.square().sum(1).mul_(P_W)
+            if not isinstance(P_b, Tensor):
+                scale.add_(P_b)
+                P_b = 0.0
             found = torch.diag_embed(scale[:, None].expand(-1, V.shape[1]))
-        if "bias" in gain:
+        if isinstance(P_b, Tensor) or P_b != 0:
             found.diagonal(dim1=1, dim2=2).add_(P_b)
         return found
 

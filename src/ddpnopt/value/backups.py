@@ -60,9 +60,9 @@ def dense_backup(
     if kind == "proximal":
         both = solve(I + V_hh @ D, both)
         return both[..., 0], symmetric(both[..., 1:])
-    rate = I - V_hh @ D
+    rate = torch.baddbmm(I, V_hh, D, alpha=-1)
     if kind == "riccati":
-        both = rate @ both
+        both = torch.bmm(rate, both)
         return both[..., 0], symmetric(both[..., 1:])
     V_h = (rate @ rate @ V_h[..., None])[..., 0]
     return V_h, symmetric(rate @ V_hh @ rate.transpose(-1, -2))

@@ -78,8 +78,8 @@ class _Matrices(Explicit):
             return policy, None
         same = self.options.own_layer and self.options.backup == "proximal"
         V_h, V_hh = (k, K) if same else dense_backup(self.options.backup, V_h, V_hh, D)
-        V_x = maps.pull(V_h[..., None])[..., 0]
-        return policy, (V_x, symmetric(maps.pull(maps.pull(V_hh).mT)))
+        both = maps.pull(torch.cat([V_h[..., None], V_hh], -1))
+        return policy, (both[..., 0], symmetric(maps.pull(both[..., 1:].mT)))
 
 
 class _MatrixPolicy(Policy):
@@ -92,7 +92,7 @@ class _MatrixPolicy(Policy):
         """The h-space vectors V_h - g + V_hh g_x dx."""
         V_h = self.V_h
         if dx is not None:
-            feedback = (self.V_hh @ maps.push(dx)[..., None])[..., 0]
+            feedback = torch.bmm(self.V_hh, maps.push(dx)[..., None])[..., 0]
             if self.options.clip is not None:
                 norms = torch.linalg.vector_norm(torch.stack([feedback, V_h]), dim=-1)
                 feedback = feedback * clip_factor(self.options.clip, *norms)[:, None]

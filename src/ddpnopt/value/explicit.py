@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
+
 from ddpnopt.typing import Tensor
 from ddpnopt.value.backups import identity_like, symmetric
 from ddpnopt.value.base import Blocks, Maps, Policy, Recursion
@@ -33,8 +35,8 @@ class Explicit(Recursion):
             V_hh = V_hh @ V_hh.mT
         else:
             V_x, V_xx = self.V
-            V_h = maps.through(V_x[..., None])[..., 0]
-            V_hh = symmetric(maps.through(maps.through(V_xx).mT))
+            both = maps.through(torch.cat([V_x[..., None], V_xx], -1))
+            V_h, V_hh = both[..., 0], symmetric(maps.through(both[..., 1:].mT))
             if self.second_order:
                 V_hh = V_hh + maps.matrices.segment_curvature(V_x)
         self.at = (maps, V_h, V_hh)
