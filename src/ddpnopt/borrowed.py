@@ -12,13 +12,14 @@ import torch
 
 from ddpnopt.curvature import Joint
 from ddpnopt.curvature.base import momentum_step
-from ddpnopt.dtensors import joined, local
+from ddpnopt.dtensors import local
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.hyperparameters import Hyper
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.ranks import Ranks
+from ddpnopt.sizes import Sizes
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
@@ -77,6 +78,7 @@ class Borrowed:
         self.factorised_again = False
         self._saved: dict[Tensor, Tensor] = {}
         self._new: dict[Tensor, dict[str, Any]] = {}
+        self.sizes = Sizes()
 
     def state(self, p: Tensor) -> dict[str, Any]:
         """The parameter's state before the step."""
@@ -143,9 +145,11 @@ class Borrowed:
             if not any(update.d.is_sparse for update in updates):
                 torch._foreach_add_([u.p for u in updates], [u.d for u in updates], alpha=-lr)
                 self._new.update({update.p: {} for update in updates})
+                self.look([update.p for update in updates])
                 return
         for update in updates:
             self.step(update)
+        self.look([update.p for update in updates])
 
     def step(self, update: Update) -> None:
         """u <- u - eta M^-1 d."""
@@ -294,12 +298,18 @@ class Borrowed:
             self.save([p])
             new = momentum_step(p, step.to(p.dtype), self.state(p), hyper.lr, hyper.momentum)
             self._new[p] = {**joint, **new} if name == "weight" else new
+        self.look([layer.params[name] for name in names])
 
-    def statistics(self) -> dict[Tensor, list[Tensor]]:
-        """The new state's tensors by parameter, to be checked before they are kept."""
+    def look(self, some: Sequence[Tensor]) -> None:
+        """Take the norms of parameters that have just been updated, and of their states."""
+        states = self.statistics(some).values()
+        self.sizes.look([*some, *(t for tensors in states for t in tensors)])
+
+    def statistics(self, some: Sequence[Tensor] | None = None) -> dict[Tensor, list[Tensor]]:
+        """The new state's tensors of some parameters or all, to be checked before they are kept."""
         return {
-            p: [t for t in new.values() if isinstance(t, Tensor) and t.is_floating_point()]
-            for p, new in self._new.items()
+            p: [t for t in self._new[p].values() if isinstance(t, Tensor) and t.is_floating_point()]
+            for p in (self._new if some is None else some)
         }
 
     def restart(self) -> None:
@@ -337,12 +347,3 @@ class Borrowed:
         """Write the new state."""
         for p, new in self._new.items():
             state[p].update(new)
-
-
-def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
-    """Norms of many tensors, stacked, in one fused call."""
-    found: list[Tensor] = list(torch._foreach_norm([local(t) for t in tensors], order))
-    if len({n.device for n in found}) > 1:
-        found = [n.to(found[0].device) for n in found]
-    stacked = joined(torch.stack(found), tensors, order)
-    return stacked if stacked.dtype == torch.float64 else stacked.float()

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import Borrowed, norms
+from ddpnopt.borrowed import Borrowed
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import gradient_norms
 from ddpnopt.hyperparameters import own_momentum
 from ddpnopt.linearise import cast_state
 from ddpnopt.parameters import parameters
 from ddpnopt.ranges import check_number, finite, share
+from ddpnopt.sizes import norms
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -166,7 +167,7 @@ def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> 
         NonFiniteError: The parameter is named.
     """
     updated = borrowed.updated()
-    if updated and not all(map(math.isfinite, norms(updated).tolist())):
+    if updated and not borrowed.sizes.finite(updated):
         bad = next((p for p in updated if not bool(p.isfinite().all())), None)
         if bad is not None:  # a norm may overflow where no entry does
             raise NonFiniteError(
@@ -175,7 +176,7 @@ def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> 
             )
     statistics = borrowed.statistics()
     kept = [t for tensors in statistics.values() for t in tensors]
-    if not kept or all(map(math.isfinite, norms(kept).tolist())):
+    if not kept or borrowed.sizes.finite(kept):
         return
     for p, tensors in statistics.items():
         if not all(bool(t.isfinite().all()) for t in tensors):

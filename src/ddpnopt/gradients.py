@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ddpnopt.borrowed import norms
 from ddpnopt.dtensors import local, spread_out
+from ddpnopt.sizes import norms
 from ddpnopt.typing import Tensor
 
 #: Two ratios are the same rescaling within this (half-precision gradients are rounded).
@@ -36,8 +36,8 @@ def gradient_norms(parameters: Iterable[Tensor]) -> dict[Tensor, float]:
 
 
 def finite(t: Tensor) -> bool:
-    """Whether all entries are finite: one pass, one number read."""
-    return not t.numel() or math.isfinite(float(torch.linalg.vector_norm(t, math.inf)))
+    """Whether all entries are finite: one fast pass, and another where squares overflow."""
+    return math.isfinite(float(torch.linalg.vector_norm(t))) or bool(t.isfinite().all())
 
 
 class Fingerprint:

@@ -88,6 +88,7 @@ class Wrapped(Borrowed):
         with self._stepping_on({u.p: u.d for u in updates}):
             self._counted.add(inner.step([u.p for u in updates]))
         self.settle(inner, updates)
+        self.look([u.p for u in updates])
 
     def prepare(self, inner: Inner, updates: Sequence[Update]) -> None:
         """Before an optimizer's step on re-weighted gradients."""
@@ -204,7 +205,7 @@ class Wrapped(Borrowed):
         self.rollback()
         self._counted.clear()
 
-    def statistics(self) -> dict[Tensor, list[Tensor]]:
+    def statistics(self, some: Sequence[Tensor] | None = None) -> dict[Tensor, list[Tensor]]:
         """The states' tensors, shaped as their parameters, of those that have been stepped."""
         return {
             p: [
@@ -214,7 +215,7 @@ class Wrapped(Borrowed):
                 and value.is_floating_point()
                 and value.shape == p.shape
             ]
-            for p in self._before
+            for p in (self._before if some is None else some)
         }
 
     def commit(self, state: dict[Tensor, dict[str, Any]]) -> None:
