@@ -176,3 +176,9 @@ def held_weight(module: nn.Module) -> nn.Parameter | None:
     """The weight whose gradient the layer's rule makes unnecessary, if there is one."""
     rule = rule_for(module)
     return module._parameters.get("weight") if rule is not None and rule.holds_weight else None
+
+
+def apart_bias(module: nn.Module) -> nn.Parameter | None:
+    """The bias whose gradient is found apart from the weight's, if there is one."""
+    rule = rule_for(module)
+    return module._parameters.get("bias") if rule is not None and rule.bias_apart else None

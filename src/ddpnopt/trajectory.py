@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from ddpnopt.arguments import ordered, tensors_of
 from ddpnopt.arrivals import Arrivals, gradient_at_h, gradient_at_x
 from ddpnopt.classification import Classifier
-from ddpnopt.holding import Holding, anchored
+from ddpnopt.holding import Holding, seen
 from ddpnopt.inert import Hook, probes
 from ddpnopt.layers import reason_against, rule_for
 from ddpnopt.ledger import Ledger
@@ -30,7 +30,7 @@ from ddpnopt.parameters import parameters
 from ddpnopt.recording import Executed
 from ddpnopt.replay import Call
 from ddpnopt.stages import Link, Stage, Trajectory
-from ddpnopt.structure import Anatomy, held_weight
+from ddpnopt.structure import Anatomy, apart_bias, held_weight
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import Undoing
 from ddpnopt.watching import Watching
@@ -264,17 +264,18 @@ class Recorder:
 
     def _hold(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a layer: its weight asks for no gradient while the layer runs."""
-        weight = held_weight(module)
-        if (
-            torch.is_grad_enabled()
-            and not self.paused
-            and weight is not None
-            and weight.requires_grad
-            and id(weight) not in self.anatomy.shared
-            and self.trainable(weight)
-            and not reason_against(module, ordered(module, args, kwargs))
-        ):
-            self._holding.hold(name, weight)
+        if not torch.is_grad_enabled() or self.paused:
+            return
+        weight, bias = (
+            p if p is not None and p.requires_grad and self._only(p) else None
+            for p in (held_weight(module), apart_bias(module))
+        )
+        if weight is not None and not reason_against(module, ordered(module, args, kwargs)):
+            self._holding.hold(name, *((weight,) if bias is None else (weight, bias)))
+
+    def _only(self, p: Tensor) -> bool:
+        """Whether a parameter is one layer's, and the optimizer's."""
+        return id(p) not in self.anatomy.shared and self.trainable(p)
 
     def _record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """After a layer: note its state, and ask for its gradients."""
@@ -282,13 +283,11 @@ class Recorder:
             self.watching.watch.inside = False
         with quiet(self.watching.watch):
             replaced: Any = None
-            unseen = self._holding.let_go(name) and module._parameters.get("bias") is None
-            if unseen and isinstance(output, Tensor):  # no parameter here would get a gradient
-                replaced = anchored(output, self.arrivals.token, self.watching.watch)
-                output = replaced
-            if not self._recording() or output is None:
-                return replaced
-            if not any(t.requires_grad for t in tensors_of(output)):
+            held = self._holding.let_go(name)
+            if held and isinstance(output, Tensor):
+                replaced = seen(output, module, held, self.arrivals.token, self.watching.watch)
+                output = output if replaced is None else replaced
+            if not self._recording() or not any(t.requires_grad for t in tensors_of(output)):
                 return replaced
             orphan = self._open is None
             if orphan:

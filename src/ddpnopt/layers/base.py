@@ -43,6 +43,9 @@ class LayerRule:
     parameters: tuple[str, ...] = ("weight", "bias")
     #: `gradient` makes autograd's own gradient of ``weight`` unnecessary.
     holds_weight: bool = False
+    #: Where autograd is not asked for the weight's gradient, the bias's is found apart: torch finds
+    #: both at once, so that asking for one costs as much as asking for both.
+    bias_apart: bool = False
     #: The rule differentiates the module's own forward, whatever it is.
     general: bool = False
     #: All dimensions but the features' are alike: samples need not lie in the first.

@@ -56,6 +56,7 @@ class ConvolutionRule(MatrixRule):
     """What both kinds share: h is (n, channels, ...)."""
 
     feature_axis = 1
+    bias_apart = True
 
     def batched_dim(self, module: nn.Module) -> int:
         """(B, channels, ...)."""
