@@ -14,6 +14,7 @@ from ddpnopt.curvature import Joint
 from ddpnopt.curvature.base import momentum_step
 from ddpnopt.dtensors import local
 from ddpnopt.errors import NonFiniteError
+from ddpnopt.factors import Factors
 from ddpnopt.hyperparameters import Hyper
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
@@ -244,13 +245,12 @@ class Borrowed:
         weight, bias = layer.params["weight"], "bias" in self.joined(layer)
         curvature = self.hyper[weight].curvature
         assert isinstance(curvature, Joint) and isinstance(layer.rule, MatrixRule)
-        before, unscaled, samples = self.state(weight), [], 0
+        before, factors, samples = self.state(weight), None, 0
         if curvature.measures(before, layer.rule.width(layer.module) + bias):
             _, (samples,) = ranks.counted([], [sum(layer.counts)])
-            factors = layer.factors(vectors, bias)
-            unscaled = [(U, V * (samples * scale)) for U, V in factors]
+            factors = Factors(layer, vectors, samples * scale)
         try:
-            found = curvature.joint(before, unscaled, samples, ranks.counted)
+            found = curvature.joint(before, factors, bias, samples, ranks.counted)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"'{layer.name}': {error}; nothing was changed. Lower lr, or use nonfinite='skip'"

@@ -285,26 +285,6 @@ class Layer:
         """g itself."""
         return [self.G(s) for s in self.blocks]
 
-    def factors(self, vectors: Blocks, bias: bool) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and given h-space vectors at each position, for Kronecker statistics.
-
-        Args:
-            vectors: In h-space.
-            bias: Append the constant input, whose weights are the bias.
-
-        Returns:
-            U (b, g, t, i) and V (b, g, t, o) of each pass.
-        """
-        assert isinstance(self.rule, MatrixRule)
-        found = []
-        for (stage, n), v in zip(self.pairs(), vectors, strict=True):
-            U = self.rule.inputs(self.module, self.x(stage), n)
-            if bias:
-                U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
-            V = self.rule.outputs(self.module, v.to(self.dtype)[None], n)[0]
-            found.append((U, V))
-        return found
-
     def applied(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """P d by parameter."""
         found = {}

@@ -178,12 +178,25 @@ def weight_squares(
     U: Float[Tensor, "b g t i"],
     V: Float[Tensor, "b g t o"],
     basis: tuple[Float[Tensor, "g j i"], Float[Tensor, "g p o"]] | None = None,
+    bias: bool = False,
 ) -> Float[Tensor, "g o i"]:
-    """Sum over samples of the squared weight gradient, maybe in the basis (T_A, T_G)."""
+    """Sum over samples of the squared weight gradient, maybe in the basis (T_A, T_G).
+
+    Args:
+        U: Inputs at each position.
+        V: Gradients at each position.
+        basis: T_A, T_G.
+        bias: The inputs have a constant 1 besides; with a basis only.
+    """
     if basis is not None:
-        if transforms_samples(1, U.shape[2], V.shape[-1], U.shape[-1], scalar=False):
-            return both(sample_gradients(U, V[None])[0], *basis).square().sum(0)
-        U, V = (transformed(one, T) for one, T in zip((U, V), basis, strict=True))
+        T_A, T_G = (T.to(U.dtype) for T in basis)
+        if transforms_samples(1, U.shape[2], V.shape[-1], U.shape[-1] + bias, scalar=False):
+            D = sample_gradients(U, V[None])[0]
+            D = torch.cat([D, V.sum(2)[..., None]], -1) if bias else D
+            return both(D, T_A, T_G).square().sum(0)
+        constant = T_A[:, None, :, -1] if bias else 0.0
+        U = transformed(U, T_A[..., : U.shape[-1]]) + constant
+        V = transformed(V, T_G)
     if U.shape[2] == 1:
         return torch.einsum("bgti,bgto->goi", U.square(), V.square())
     return sample_gradients(U, V[None])[0].square().sum(0)

@@ -10,8 +10,9 @@ George et al. 2018).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from ddpnopt.positions import Kronecker, weight_squares
 from ddpnopt.ranges import check_number, count, positive, share
 from ddpnopt.typing import Tensor
 
-#: Inputs U (b, g, t, i) and gradients V (b, g, t, o) of one pass.
+#: Inputs U (b, g, t, i) and gradients V (b, g, t, o) of some samples.
 Factors = tuple[Tensor, Tensor]
 #: Sums of tensors and of whole numbers over the ranks that hold the batch together.
 Counted = Callable[[Sequence[Tensor], Sequence[int]], tuple[Sequence[Tensor], Sequence[int]]]
@@ -114,7 +115,8 @@ class Joint(Curvature):
     def joint(
         self,
         state: State,
-        factors: Sequence[Factors],
+        factors: Iterable[Factors] | None,
+        bias: bool,
         samples: int,
         counted: Counted = by_itself,
     ) -> dict[str, Any]:
@@ -122,8 +124,10 @@ class Joint(Curvature):
 
         Args:
             state: The layer's state, read only.
-            factors: Inputs and unscaled gradients at each position, for each pass; none in a step
-                that does not update the statistics (see `measures`).
+            factors: Inputs and unscaled gradients at each position, for some samples after the
+                others, as often as they are gone through; None in a step that does not update the
+                statistics (see `measures`).
+            bias: The inputs have a constant 1 besides, whose weights are the bias.
             samples: Number of samples B, on all ranks.
             counted: Sums tensors and whole numbers over the ranks.
 
@@ -133,14 +137,13 @@ class Joint(Curvature):
         Raises:
             NonFiniteError: A factor that is to be inverted is not finite.
         """
-        if factors and "A" in state and state["A"].shape[-1] != factors[0][0].shape[-1]:
+        outer, rows = _outer_products(factors, bias) if factors is not None else (None, 0)
+        if outer is not None and "A" in state and state["A"].shape != outer[0].shape:
             state = {}  # a bias has joined or left the matrix: other statistics
         k = state.get("step", 0) + 1
         new = {name: state.get(name) for name in self._kept}
         new |= {"step": k, "fallbacks": state.get("fallbacks", 0)}
-        if factors:
-            rows = sum(U.shape[0] * U.shape[2] for U, _ in factors)
-            outer = [_sum([_outer(one) for one in side]) for side in zip(*factors, strict=True)]
+        if outer is not None:
             (A, G), (rows,) = counted(outer, [rows])
             updates = _updates(k, self.statistics_every)
             new["A"] = self._mean(new["A"], A / max(samples, 1), updates)
@@ -148,8 +151,8 @@ class Joint(Curvature):
         due = _latest(k, self.update_every)
         if due == k and _latest(k, self.statistics_every) > _latest(k - 1, self.update_every):
             self._decompose(state, new)
-        if factors:
-            self._measure(new, factors, samples, counted)
+        if factors is not None:
+            self._measure(new, factors, bias, samples, counted)
         return new
 
     @abstractmethod
@@ -159,7 +162,8 @@ class Joint(Curvature):
     def _measure(
         self,
         new: dict[str, Any],
-        factors: Sequence[Factors],
+        factors: Iterable[Factors],
+        bias: bool,
         samples: int,
         counted: Counted,
     ) -> None:
@@ -227,14 +231,15 @@ class EKFAC(Joint):
     def _measure(
         self,
         new: dict[str, Any],
-        factors: Sequence[Factors],
+        factors: Iterable[Factors],
+        bias: bool,
         samples: int,
         counted: Counted,
     ) -> None:
         """s, the samples' squared gradients in the eigenbasis."""
         basis = new["T_A"], new["T_G"]
-        own = [weight_squares(U, V, basis) for U, V in factors]
-        (total,), _ = counted([_sum(own)], [])
+        own = reduce(torch.add, (weight_squares(U, V, basis, bias) for U, V in factors))
+        (total,), _ = counted([own], [])
         updates = _updates(new["step"], self.statistics_every)
         new["scale"] = self._mean(new["scale"], total / max(samples, 1), updates)
 
@@ -254,11 +259,27 @@ def _updates(k: int, every: int) -> int:
     return min(k, every) + max(k // every - 1, 0)
 
 
+def _outer_products(factors: Iterable[Factors], bias: bool) -> tuple[tuple[Tensor, Tensor], int]:
+    """Sums over samples and positions of u u^T and v v^T, by group, and how many there were."""
+    sums: tuple[Tensor, Tensor] | None = None
+    rows = 0
+    for U, V in factors:
+        A, G = (_with_constant(U) if bias else _outer(U)), _outer(V)
+        sums = (A, G) if sums is None else (sums[0].add_(A), sums[1].add_(G))
+        rows += U.shape[0] * U.shape[2]
+    assert sums is not None
+    return sums, rows
+
+
 def _outer(U: Tensor) -> Tensor:
     """Sum over samples and positions of u u^T, by group."""
+    if U.shape[2] > 1 and not U.is_contiguous():  # unfolded: positions are the last axis in memory
+        return (U.mT @ U).sum(0)
     rows = U.transpose(0, 1).flatten(1, 2)
     return rows.mT @ rows
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+def _with_constant(U: Tensor) -> Tensor:
+    """The same of (u, 1)."""
+    sums, count = U.sum((0, 2))[..., None], U.new_full((U.shape[1], 1, 1), U.shape[0] * U.shape[2])
+    return torch.cat([torch.cat([_outer(U), sums], 2), torch.cat([sums.mT, count], 2)], 1)
