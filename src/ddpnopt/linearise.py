@@ -160,21 +160,20 @@ def _fill(kept: dict[str, Tensor], name: str, columns: int, like: Tensor) -> Non
 def _segment_jacobians(link: Link, links: list[Link], columns: Tensor, samples: int) -> None:
     """Jacobians of each active stage's state by the h before it; the tail goes to the output."""
     upper = link
-    if upper.stage.plain:
-        columns = _through_layer(upper.stage, columns)
-    else:
-        columns = unit_columns(upper.stage.x, samples)
     for one in links:
         slope = _slope(upper, one)
         if slope is not None:
             one.stage.fresh_Z["J"] = torch.diag_embed(slope.reshape(samples, -1))
         else:
+            if upper is link and upper.stage.plain:
+                columns = _through_layer(upper.stage, columns)
+            else:
+                columns = unit_columns(upper.stage.x, samples)
             (J,) = _vjp(upper, columns, [one.h])
             one.stage.fresh_Z["J"] = per_sample(one.stage.arranged(J, 1), samples)
         upper = one
         if not any(upper.x):
             break
-        columns = unit_columns(upper.stage.x, samples)
 
 
 def _slope(upper: Link, lower: Link) -> Tensor | None:

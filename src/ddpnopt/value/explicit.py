@@ -8,7 +8,7 @@ from abc import abstractmethod
 import torch
 
 from ddpnopt.typing import Tensor
-from ddpnopt.value.backups import identity_like, symmetric
+from ddpnopt.value.backups import symmetric
 from ddpnopt.value.base import Blocks, Maps, Policy, Recursion
 
 
@@ -54,7 +54,10 @@ class Explicit(Recursion):
         self.at = None
         if backup is not None:
             V_x, V_xx = backup
-            self.V = V_x, V_xx + self.regularization * identity_like(V_xx)
+            if self.regularization:
+                V_xx = V_xx.clone()
+                V_xx.diagonal(dim1=-2, dim2=-1).add_(self.regularization)
+            self.V = V_x, V_xx
         return policy
 
     @abstractmethod
