@@ -90,12 +90,26 @@ def shifted(conv: _Conv, x: Tensor, places: tuple[int, ...]) -> Iterator[Tensor]
 
 
 def widened(conv: _Conv, V: Tensor) -> Tensor:
-    """Columns (n, k, *places) at the positions of `shifted`: rows as long as the padded input's."""
-    places = V.shape[2:]
+    """Columns (r, n, outputs, *places) at the positions of `shifted`, in one copy.
+
+    Rows are as long as the padded input's.
+
+    Returns:
+        (n groups, r outputs / groups, positions).
+    """
+    columns, rows, _, *places = V.shape
+    parts = V.reshape(columns, rows, conv.groups, -1, *places)
+    parts = parts.permute(1, 2, 0, 3, *range(4, parts.dim()))
     if len(places) > 1 and all(s == 1 for s in conv.stride):
         reach = [(k - 1) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-        V = F.pad(V, [side for size in reversed(reach[1:]) for side in (0, size)])
-    return V.flatten(2)
+        longer = [size + more for size, more in zip(places[1:], reach[1:], strict=True)]
+        inner = wide = parts.new_empty(*parts.shape[:5], *longer)
+        for axis, size in enumerate(places[1:], start=5):
+            wide.narrow(axis, size, wide.shape[axis] - size).zero_()
+            inner = inner.narrow(axis, 0, size)
+        inner.copy_(parts)
+        parts = wide
+    return parts.reshape(rows * conv.groups, columns * parts.shape[3], -1)
 
 
 def tap_gradients(conv: _Conv, x: Tensor, V: Tensor) -> Iterator[Tensor]:
@@ -110,17 +124,12 @@ def tap_gradients(conv: _Conv, x: Tensor, V: Tensor) -> Iterator[Tensor]:
         (n, groups, r, outputs / groups, channels / groups).
     """
     columns, rows = V.shape[:2]
-    groups = conv.groups
-    parts = V.reshape(columns, rows, groups, -1, *V.shape[3:])
-    parts = parts.permute(1, 2, 0, 3, *range(4, V.dim() + 1))
-    wide = widened(conv, parts.flatten(1, 3))
-    outputs = V.shape[2] // groups
-    wide = wide.reshape(rows * groups, columns * outputs, -1)
+    wide = widened(conv, V)
     for seen in shifted(conv, x, V.shape[3:]):
-        if groups > 1:
-            seen = seen.reshape(rows * groups, -1, seen.shape[2])
+        if conv.groups > 1:
+            seen = seen.reshape(rows * conv.groups, -1, seen.shape[2])
         found = torch.bmm(wide, seen.transpose(1, 2))
-        yield found.reshape(rows, groups, columns, outputs, -1)
+        yield found.reshape(rows, conv.groups, columns, V.shape[2] // conv.groups, -1)
 
 
 def tap_matrices(
