@@ -31,12 +31,10 @@ from ddpnopt.experiments.commands import app
 from ddpnopt.experiments.records import RunConfig
 from ddpnopt.experiments.training import train
 from experiments.train_program import SMALL, check_resume, differences, final, main
+from oracles.processes import FORKS
 
 pytestmark = pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
 FOLDER = Path(__file__).parents[1]
-# Processes of their own that share one start of the interpreter and its imports.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["experiments.train_program"])
 #: Kills of the test; more on demand.
 KILLS = int(os.environ.get("DDPNOPT_KILLS", "6"))
 #: Steps of an epoch on WINE's 142 training samples.

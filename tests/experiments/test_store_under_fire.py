@@ -24,11 +24,9 @@ from ddpnopt.experiments.store import SqliteStore, StoreError
 from ddpnopt.experiments.sweep import sweep
 from ddpnopt.experiments.training import train
 from experiments.sweep_program import configs, main
+from oracles.processes import FORKS
 
 FOLDER = Path(__file__).parents[1]
-# Processes of their own that share one start of the interpreter and its imports.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["experiments.sweep_program"])
 #: Kills of the test; more on demand.
 KILLS = int(os.environ.get("DDPNOPT_KILLS", "4"))
 #: Two runs for each.
@@ -147,6 +145,7 @@ from rich.console import Console
 from ddpnopt.experiments.store import SqliteStore, StoreError
 from ddpnopt.experiments.sweep import sweep
 from experiments.sweep_program import configs
+from oracles.processes import FORKS
 torch.set_num_threads(1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000))

@@ -26,11 +26,9 @@ from ddpnopt.experiments.store import SqliteStore
 from ddpnopt.experiments.sweep import SweepError, sweep
 from ddpnopt.experiments.training import train
 from experiments.sweep_program import BASE, configs, main
+from oracles.processes import FORKS
 
 FOLDER = Path(__file__).parents[1]
-# Processes of their own that share one start of the interpreter and its imports.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["experiments.sweep_program"])
 
 
 @pytest.fixture(autouse=True)

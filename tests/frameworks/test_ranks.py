@@ -22,7 +22,10 @@ from ddpnopt.curvature import KFAC, RMSprop
 from ddpnopt.value import Dense
 from oracles.processes import RANKS, join, run_ranks
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed"),
+    pytest.mark.xdist_group("ranks"),  # one pair of ranks for the file
+]
 #: 50: the whole proof, in two minutes. None: as many as a test may take.
 STEPS = int(os.environ.get("DDPNOPT_RANK_STEPS", "0"))
 Given = tuple[torch.Tensor, torch.Tensor]
