@@ -24,11 +24,12 @@ from ddpnopt.experiments.store import SqliteStore, StoreError
 from ddpnopt.experiments.sweep import sweep
 from ddpnopt.experiments.training import train
 from experiments.sweep_program import configs, main
+from oracles.effort import effort
 from oracles.processes import FORKS
 
 FOLDER = Path(__file__).parents[1]
 #: Kills of the test; more on demand.
-KILLS = int(os.environ.get("DDPNOPT_KILLS", "4"))
+KILLS = effort("DDPNOPT_KILLS", 4, 20)
 #: Two runs for each.
 SEEDS = 12 * KILLS
 
@@ -145,6 +146,7 @@ from rich.console import Console
 from ddpnopt.experiments.store import SqliteStore, StoreError
 from ddpnopt.experiments.sweep import sweep
 from experiments.sweep_program import configs
+from oracles.effort import effort
 from oracles.processes import FORKS
 torch.set_num_threads(1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

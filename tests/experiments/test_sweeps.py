@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,8 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path) -> None:
             time.sleep(0.001)
         time.sleep(0.05 * generator.random())
         assert process.pid is not None
-        os.kill(process.pid, generator.choice([signal.SIGKILL, signal.SIGINT]))
+        with suppress(ProcessLookupError):  # on a busy machine all may be done by now
+            os.kill(process.pid, generator.choice([signal.SIGKILL, signal.SIGINT]))
         process.join()
         now = rows(path)
         # Nothing lost, nothing done again.
