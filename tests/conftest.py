@@ -12,6 +12,8 @@ import hypothesis
 import pytest
 import torch
 
+from oracles.effort import FULL
+
 # Tests run in parallel processes: one thread each is fastest, and sums keep their order.
 torch.set_num_threads(1)
 
@@ -22,7 +24,9 @@ for _device in (torch.cuda, torch.mtia, torch.xpu):
         _device.manual_seed_all = lambda seed: None
 
 # The same examples on every machine, and no failure because a machine was slow.
-hypothesis.settings.register_profile("ddpnopt", derandomize=True, deadline=None, max_examples=15)
+hypothesis.settings.register_profile(
+    "ddpnopt", derandomize=True, deadline=None, max_examples=150 if FULL else 15
+)
 hypothesis.settings.load_profile("ddpnopt")
 
 
