@@ -42,7 +42,7 @@ types: env
 
 # One torch thread per worker: two workers share two cores.
 unit: env
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -q
 
 # Not --quiet: warnings that are not shown do not fail a strict build either.
 docs: env  ## Build the documentation into site/

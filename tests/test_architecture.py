@@ -7,6 +7,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def test_axes_do_not_import_each_other(axis: str) -> None:
         if any(within(name, other) for other in others)
     ]
     assert not wrong, wrong
+
+
+def test_modules_with_shapes_are_checked_under_pytest() -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    named = re.search(r"--jaxtyping-packages=(\S+)", options["addopts"])
+    assert named is not None
+    *checked, checker = named[1].split(",")
+    shaped = {name_of(file) for file in CORE if "Float[" in file.read_text()}
+    # To check a sequence, beartype takes one item of it by Python's generator: each pass of the
+    # crossing would change what a checkpoint holds.
+    shaped -= {"ddpnopt.typing", "ddpnopt.crossing"}
+    assert checker == "beartype.beartype" and shaped == set(checked)
 
 
 @pytest.mark.parametrize("file", CORE, ids=label)

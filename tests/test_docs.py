@@ -17,11 +17,14 @@ import pytest
 import torch
 from torch import nn
 
+from oracles.effort import FULL
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SNIPPET = "--8<--"
+PERMUTATION, FEW = torch.randperm, 64
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -55,9 +58,17 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
+def few(n: int, **options: Any) -> torch.Tensor:
+    """A permutation's beginning: two batches or more of every epoch of an example."""
+    return PERMUTATION(n, **options)[:FEW]
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
 def test_examples_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line of them; DDPNOPT_FULL=1: on all their samples."""
     monkeypatch.chdir(tmp_path)
+    if not FULL:
+        monkeypatch.setattr(torch, "randperm", few)
     runpy.run_path(str(example), run_name="__main__")
 
 

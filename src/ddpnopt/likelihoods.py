@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ddpnopt.objectives import logistic_objective, softmax_objective
 from ddpnopt.rows import chunks, working
-from ddpnopt.terminal import Cost
+from ddpnopt.terminal import Cost, diagonal_columns
 from ddpnopt.typing import Tensor
 
 #: Floor of |g| in kappa and the excess: their squares must stay inside float32.
@@ -93,23 +94,24 @@ def softmax_cost(
     kappa = (omega * variance * share.square()).sum(1) / (square.square() * size.square())
     excess = (omega * reach * share).sum(1) / (square * size)
 
-    def factor(rank: int | None) -> Tensor:
-        return _softmax_columns(z, G, w_rows, axis, rank)
-
-    def value(new: Tensor) -> Tensor:
-        return softmax_objective(z, G, w, axis)(new)
-
-    return Cost(name, w_sample, kappa, excess.clamp(min=0), factor, value)
+    return Cost(
+        name,
+        w_sample,
+        kappa,
+        excess.clamp(min=0),
+        partial(_softmax_columns, z, G, w_rows, axis),
+        lambda new: softmax_objective(z, G, w, axis)(new),
+    )
 
 
 def _softmax_columns(z: Tensor, G: Tensor, w: Tensor, axis: int, rank: int | None) -> Tensor:
-    """(r, *z.shape) the factor's columns, w (B, positions)."""
+    """The factor S of softmax_cost's Hessian, columns first, for w of shape (B, rows)."""
     scores = z.movedim(axis, -1)
-    rows = G.movedim(axis, -1).reshape(*w.shape, z.shape[axis])
+    rows = G.movedim(axis, -1).reshape(len(w), -1, z.shape[axis])
     p = torch.softmax(scores.reshape(rows.shape), -1, dtype=working(z))
     S = softmax_factor(p, rows.to(p.dtype), rank) * w.sqrt()[None, ..., None]
     S = _spread_positions(S).reshape(-1, *scores.shape)
-    return S.movedim(-1, axis if axis < 0 else axis + 1)  # the columns lead
+    return S.movedim(-1, axis if axis < 0 else axis + 1)
 
 
 def hard_label_cost(
@@ -149,24 +151,24 @@ def hard_label_cost(
     square = g.square().sum(-1).clamp_(min=1)  # one entry has size 1
     variance = (g - gbar).square_().mul_(p).sum(-1)
     size = size[:, 0]
-
-    def used() -> Tensor:
-        return (size > 0).to(p.dtype).mul_(w)
-
     if len(rows) > samples:
         lines = Lines(size, square, variance, reach)
-        return softmax_cost(name, z, G, used(), axis, samples, lines)
+        return softmax_cost(name, z, G, _used(size, w), axis, samples, lines)
     area = square.mul_((size / w).clamp_(min=SMALLEST))
-    weight = torch.full_like(size, w)
-
-    def factor(rank: int | None) -> Tensor:
-        return _softmax_columns(z, G, used().reshape(samples, -1), axis, rank)
-
-    def value(new: Tensor) -> Tensor:
-        return softmax_objective(z, G, used(), axis)(new)
-
     kappa, excess = variance / area.square(), (reach / area).clamp_(min=0)
-    return Cost(name, weight, kappa, excess, factor, value)
+    return Cost(
+        name,
+        torch.full_like(size, w),
+        kappa,
+        excess,
+        lambda rank: _softmax_columns(z, G, _used(size, w).reshape(samples, -1), axis, rank),
+        lambda new: softmax_objective(z, G, _used(size, w), axis)(new),
+    )
+
+
+def _used(size: Tensor, w: float) -> Tensor:
+    """Each row's factor: w where it has a gradient, by its size; 0 where it is ignored."""
+    return (size > 0).to(size.dtype).mul_(w)
 
 
 def _hard(target: Tensor, p: Tensor, size: Tensor, w: float, slack: float) -> bool:
@@ -250,13 +252,14 @@ def logistic_cost(z: Tensor, G: Tensor, w: Tensor, samples: int) -> Cost:
     square = g.square().sum(1)
     kappa = (omega * p * (1 - p) * g.square()).sum(1) / (square.square() * size.square())
     excess = (omega * g.abs() * to_go).sum(1) / (square * size)
-
-    def factor(rank: int | None) -> Tensor:
-        root = (w_element * p * (1 - p)).sqrt()
-        return torch.diag_embed(root).movedim(-1, 0).reshape(-1, *z.shape)
-
-    value = logistic_objective(z, G, w)
-    return Cost("bce_with_logits", w_sample, kappa, excess, factor, value)
+    return Cost(
+        "bce_with_logits",
+        w_sample,
+        kappa,
+        excess,
+        lambda rank: diagonal_columns((w_element * p * (1 - p)).sqrt(), z.shape),
+        logistic_objective(z, G, w),
+    )
 
 
 def _sample_weight(w: Tensor) -> Tensor:

@@ -58,16 +58,12 @@ def concatenated(costs: list[Cost]) -> Cost:
     if len(costs) == 1:
         return costs[0]
     excess = [c.excess for c in costs if c.excess is not None]
-
-    def factor(rank: int | None) -> Tensor:
-        return torch.cat([c.factor(rank) for c in costs], dim=1)
-
     return Cost(
         costs[0].name,
         torch.cat([c.w for c in costs]),
         torch.cat([c.kappa for c in costs]),
         torch.cat(excess) if len(excess) == len(costs) else None,
-        factor,
+        lambda rank: torch.cat([c.factor(rank) for c in costs], dim=1),
     )
 
 
@@ -206,14 +202,16 @@ def squared_cost(name: str, z: Tensor, G: Tensor, curvature: float, samples: int
     """A cost with phi_xx = curvature I, as the mean squared error has with 2 / elements."""
     columns = z[0].numel() * (z.shape[0] // samples)
     root = torch.full((samples, columns), curvature, dtype=z.dtype, device=z.device).sqrt()
-
-    def factor(rank: int | None) -> Tensor:
-        return torch.diag_embed(root).movedim(-1, 0).reshape(-1, *z.shape)
-
     square = G.reshape(samples, -1).to(z.dtype).square().sum(1)
     w = torch.full_like(square, 1 / samples)
     kappa = w * curvature / square.clamp(min=torch.finfo(z.dtype).tiny ** 0.5)
-    return Cost(name, w, kappa, None, factor, squared_objective(z, G, curvature))
+    value = squared_objective(z, G, curvature)
+    return Cost(name, w, kappa, None, lambda rank: diagonal_columns(root, z.shape), value)
+
+
+def diagonal_columns(root: Tensor, shape: torch.Size) -> Tensor:
+    """The factor, (Z, *shape), of a diagonal Hessian with the square roots (B, Z)."""
+    return torch.diag_embed(root).movedim(-1, 0).reshape(-1, *shape)
 
 
 def callable_cost(function: Callable[[Tensor], Tensor], z: Tensor, G: Tensor, samples: int) -> Cost:

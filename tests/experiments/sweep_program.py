@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from ddpnopt.experiments import sweep as sweeps
 from ddpnopt.experiments.records import RunConfig, RunResult
-from ddpnopt.experiments.store import SqliteStore
+from ddpnopt.experiments.store import SqliteStore, StoreError
 from ddpnopt.experiments.training import train
 
 BASE = RunConfig(dataset="wine", architecture="mlp-4x1-tanh", optimizer="sgd", epochs=1, batch=64)
@@ -34,3 +37,17 @@ def main(store: str, log: str, seeds: int) -> None:
     torch.set_num_threads(2)
     sweeps.train = logged  # type: ignore[assignment]
     sweeps.sweep(configs(seeds), SqliteStore(Path(store)), jobs=1)
+
+
+def limited(store: str, said: str, size: int) -> None:
+    """Sweep in this process, no file of which may grow beyond that; its error is written down."""
+    import resource  # not on Windows
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        screen = Console(file=io.StringIO())
+        sweeps.sweep(configs(40), SqliteStore(Path(store)), jobs=1, console=screen)
+    except StoreError as error:
+        Path(said).write_text(str(error))

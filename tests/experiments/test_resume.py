@@ -31,14 +31,13 @@ from ddpnopt.experiments.commands import app
 from ddpnopt.experiments.records import RunConfig
 from ddpnopt.experiments.training import train
 from experiments.train_program import SMALL, check_resume, differences, final, main
+from oracles.effort import effort
+from oracles.processes import FORKS
 
 pytestmark = pytest.mark.filterwarnings("ignore::ddpnopt.errors.DDPNOptWarning")
 FOLDER = Path(__file__).parents[1]
-# Processes of their own that share one start of the interpreter and its imports.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["experiments.train_program"])
 #: Kills of the test; more on demand.
-KILLS = int(os.environ.get("DDPNOPT_KILLS", "6"))
+KILLS = effort("DDPNOPT_KILLS", 6, 40)
 #: Steps of an epoch on WINE's 142 training samples.
 EPOCH = 4
 
@@ -158,7 +157,7 @@ def test_states_that_are_changed_anywhere(tmp_path: Path) -> None:
     few = [place for place in places if not (place[:1] == ("generators",) and len(place) > 3)]
     given = (None, -1, 2**70, "a", 1.5, math.nan, [], {}, (), torch.zeros(3), torch.zeros(0), True)
     refused = 0
-    for _ in range(int(os.environ.get("DDPNOPT_EXAMPLES", "50"))):
+    for _ in range(effort("DDPNOPT_EXAMPLES", 50, 500)):
         for other in checkpoints.files():
             other.unlink()
         place = chance.choice(few[1:])

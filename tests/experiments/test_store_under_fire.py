@@ -23,14 +23,13 @@ from rich.console import Console
 from ddpnopt.experiments.store import SqliteStore, StoreError
 from ddpnopt.experiments.sweep import sweep
 from ddpnopt.experiments.training import train
-from experiments.sweep_program import configs, main
+from experiments.sweep_program import configs, limited, main
+from oracles.effort import effort
+from oracles.processes import FORKS
 
 FOLDER = Path(__file__).parents[1]
-# Processes of their own that share one start of the interpreter and its imports.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["experiments.sweep_program"])
 #: Kills of the test; more on demand.
-KILLS = int(os.environ.get("DDPNOPT_KILLS", "4"))
+KILLS = effort("DDPNOPT_KILLS", 4, 20)
 #: Two runs for each.
 SEEDS = 12 * KILLS
 
@@ -140,29 +139,13 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert before.items() <= rows(path).items() and len(rows(path)) == 80
 
 
-LIMITED = """
-import io, resource, signal, sys, torch
-from pathlib import Path
-from rich.console import Console
-from ddpnopt.experiments.store import SqliteStore, StoreError
-from ddpnopt.experiments.sweep import sweep
-from experiments.sweep_program import configs
-torch.set_num_threads(1)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000))
-try:
-    sweep(configs(40), SqliteStore(Path(sys.argv[1])), jobs=1, console=Console(file=io.StringIO()))
-except StoreError as error:
-    print(error)
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")
 def test_a_file_that_can_not_grow(tmp_path: Path) -> None:
-    path = tmp_path / "store.sqlite"
-    command = [sys.executable, "-c", LIMITED, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    before = check_full(path, done.stdout)
+    path, said = tmp_path / "store.sqlite", tmp_path / "said"
+    process = FORKS.Process(target=limited, args=(str(path), str(said), 90_000))
+    process.start()
+    process.join()
+    before = check_full(path, said.read_text())
     assert 10 < len(before) < 80
     store = SqliteStore(path)
     assert len(sweep(configs(40), store, jobs=1, console=Console(file=io.StringIO()))) == 80

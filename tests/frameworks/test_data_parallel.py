@@ -3,13 +3,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +16,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpnopt import open_loop
+from oracles.processes import RANKS, join, message, run_ranks
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
-RANKS, STEPS = 2, 20
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed"),
+    pytest.mark.xdist_group("data_parallel"),  # one pair of ranks for the file
+]
+STEPS = 8
 Given = tuple[torch.Tensor, torch.Tensor]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.5, momentum=0.5),
@@ -109,7 +109,7 @@ def not_finite_on_one_rank(rank: int, model: nn.Module) -> str:
     open_loop(model, optimizer)
     x, y = share(batch(0), rank)
     F.cross_entropy(model(x) * (float("inf") if rank else 1.0), y).backward()
-    return refusal(optimizer.step)
+    return message(optimizer.step)
 
 
 def not_replicated(rank: int) -> str:
@@ -118,7 +118,7 @@ def not_replicated(rank: int) -> str:
     open_loop(model, optimizer)
     x, y = share(batch(0), rank)
     F.cross_entropy(model(x), y).backward()
-    return refusal(optimizer.step)
+    return message(optimizer.step)
 
 
 def partly_replicated(rank: int) -> str:
@@ -128,7 +128,7 @@ def partly_replicated(rank: int) -> str:
     open_loop(model, optimizer)
     x, y = share(batch(0), rank)
     F.cross_entropy(model(x), y).backward()
-    return refusal(optimizer.step)
+    return message(optimizer.step)
 
 
 def other_layers(rank: int) -> str:
@@ -139,7 +139,7 @@ def other_layers(rank: int) -> str:
     open_loop(wrapped, optimizer)
     x, y = share(batch(0), rank)
     F.cross_entropy(wrapped(x, short=rank == 1), y).backward()
-    return refusal(optimizer.step)
+    return message(optimizer.step)
 
 
 def batchnorm(rank: int) -> torch.Tensor:
@@ -160,21 +160,9 @@ class Branches(nn.Module):
         return self.whole[1:](first(x))
 
 
-def refusal(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except RuntimeError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def work(rank: int, folder: str) -> None:
+def work(rank: int, folder: str) -> dict[str, Any]:
     """Everything that two ranks have to do, in one pair of processes."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS
-    )
+    join(rank, folder)
     found: dict[str, Any] = {}
     for name, scene in SCENES.items():
         found[name] = train(DistributedDataParallel(network()), rank=rank, **scene)
@@ -187,28 +175,13 @@ def work(rank: int, folder: str) -> None:
     found["batchnorm"] = batchnorm(rank)
     for refused in (not_replicated, partly_replicated, other_layers):
         found[refused.__name__] = refused(rank)
-    torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    here = str(Path(__file__))
-    code = (
-        "import importlib.util, sys, warnings; warnings.simplefilter('ignore');"
-        f"spec = importlib.util.spec_from_file_location('ranks', {here!r});"
-        "module = importlib.util.module_from_spec(spec); sys.modules['ranks'] = module;"
-        "spec.loader.exec_module(module); module.work(int(sys.argv[1]), sys.argv[2])"
-    )
-    command = [sys.executable, "-c", code]
-    running = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(RANKS)]
-    try:
-        assert [one.wait(timeout=300) for one in running] == [0] * RANKS
-    finally:
-        for one in running:
-            one.kill()
-    return [torch.load(folder / str(rank)) for rank in range(RANKS)]
+    return run_ranks(__file__, "work", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", SCENES)

@@ -18,7 +18,10 @@ from ddpnopt import DDPNOpt, Feedback, open_loop
 from ddpnopt.parameters import STANDS_FOR
 from oracles.processes import RANKS, join, message, run_ranks
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed"),
+    pytest.mark.xdist_group("fully_shard"),  # one pair of ranks for the file
+]
 STEPS = 3
 Given = tuple[torch.Tensor, torch.Tensor]
 Optimizers = Callable[[Any], torch.optim.Optimizer]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,11 +19,15 @@ import ddpnopt
 from ddpnopt import DDPNOpt, Feedback
 from ddpnopt.curvature import KFAC, RMSprop
 from ddpnopt.value import Dense
+from oracles.effort import effort
 from oracles.processes import RANKS, join, run_ranks
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed"),
+    pytest.mark.xdist_group("ranks"),  # one pair of ranks for the file
+]
 #: 50: the whole proof, in two minutes. None: as many as a test may take.
-STEPS = int(os.environ.get("DDPNOPT_RANK_STEPS", "0"))
+STEPS = effort("DDPNOPT_RANK_STEPS", 0, 50)
 Given = tuple[torch.Tensor, torch.Tensor]
 
 

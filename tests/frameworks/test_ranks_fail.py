@@ -22,7 +22,10 @@ from ddpnopt import DDPNOpt, Feedback
 from ddpnopt.value import Augmented
 from oracles.processes import RANKS, join, message, run_ranks
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed"),
+    pytest.mark.xdist_group("ranks_fail"),  # one pair of ranks for the file
+]
 
 
 class Fragile(nn.Module):

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
 import os
-import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +20,20 @@ import torch.distributed as dist
 RANKS = 2
 
 
+#: Processes of their own that share one start of the interpreter and its imports; those of tests/
+#: are not named, since Python before 3.12 does not search pytest's path here, and says nothing.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "pytest",
+        "ddpnopt.experiments.sweep",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.nn.parallel.distributed",
+    ]
+)
+
+
 def run_ranks(file: str, function: str, folder: Path, limit: float = 240.0) -> list[dict[Any, Any]]:
     """What ``function(rank, folder)`` of a test file returns, each rank in a process of its own.
 
@@ -27,26 +43,30 @@ def run_ranks(file: str, function: str, folder: Path, limit: float = 240.0) -> l
         folder: An empty one.
         limit: Seconds after which the test fails.
     """
-    code = (
-        "import importlib.util, sys, torch;"
-        f"spec = importlib.util.spec_from_file_location('ranks_file', {file!r});"
-        "module = importlib.util.module_from_spec(spec); sys.modules['ranks_file'] = module;"
-        "spec.loader.exec_module(module); rank = int(sys.argv[1]); folder = sys.argv[2];"
-        f"torch.save(module.{function}(rank, folder), folder + f'/{{rank}}')"
-    )
-    tests = str(Path(__file__).parents[1])
-    path = os.pathsep.join([tests, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ends = time.monotonic() + limit
     running = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)], env=environment)
+        FORKS.Process(target=_rank, args=(file, function, rank, str(folder)))
         for rank in range(RANKS)
     ]
+    for one in running:
+        one.start()
     try:
-        assert [one.wait(timeout=limit) for one in running] == [0] * RANKS
+        for one in running:
+            one.join(max(0.0, ends - time.monotonic()))
+        assert [one.exitcode for one in running] == [0] * RANKS
     finally:
         for one in running:
             one.kill()
     return [torch.load(folder / str(rank)) for rank in range(RANKS)]
+
+
+def _rank(file: str, function: str, rank: int, folder: str) -> None:
+    spec = importlib.util.spec_from_file_location("ranks_file", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ranks_file"] = module
+    spec.loader.exec_module(module)
+    torch.save(getattr(module, function)(rank, folder), f"{folder}/{rank}")
 
 
 def join(rank: int, folder: str, seconds: float = 60.0) -> None:

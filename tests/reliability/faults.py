@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import ddpnopt
 from ddpnopt import DDPNOpt, Feedback, open_loop
 from oracles.common import generators
+from oracles.effort import effort
 
 BATCH, CLASSES = 6, 3
 LIBRARY = str(Path(ddpnopt.__file__).parent)
@@ -30,7 +30,7 @@ AFTERWARDS = "profiler"
 
 def stride(usual: int) -> int:
     """Distance between two faults; DDPNOPT_FAULTS=1 injects one at every operation."""
-    return int(os.environ.get("DDPNOPT_FAULTS", usual))
+    return effort("DDPNOPT_FAULTS", usual, 1 + usual // 8)
 
 
 class Fault(TorchDispatchMode):

@@ -7,7 +7,6 @@ Never a weight or state that is not finite, never a change where there was an er
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch.nn import functional as F
 from ddpnopt import PAPER, DDPNOpt, Feedback
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from oracles.common import assert_same
+from oracles.effort import effort
 
-EXAMPLES = int(os.environ.get("DDPNOPT_EXAMPLES", 20))
+EXAMPLES = effort("DDPNOPT_EXAMPLES", 20, 200)
 NAMED = (NonFiniteError, TerminalError, UnsupportedModelError)
 CLASSES = 3
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Hardtanh)

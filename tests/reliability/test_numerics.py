@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,7 @@ from ddpnopt.recognition import Recogniser
 from ddpnopt.value.backups import scalar_backup
 from ddpnopt.value.base import Coupling, mean_field
 from ddpnopt.value.line import FLAT, FLOOR, SHORTEST, STIFFEST, Envelope, Flow, Line
+from oracles.effort import effort
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -64,7 +64,7 @@ def exact(kappa: float, excess: float, S: float, q: float, flow: bool) -> tuple[
         return float(Lambda * d / A), float(Lambda)
 
 
-@settings(max_examples=int(os.environ.get("DDPNOPT_EXAMPLES", 60)))
+@settings(max_examples=effort("DDPNOPT_EXAMPLES", 60, 600))
 @given(
     kappa=decades(-38, 30),
     excess=decades(-40, 15),
@@ -91,7 +91,7 @@ def output(gap: float, dtype: torch.dtype, classes: int, seed: int) -> tuple[Ten
     return z.requires_grad_(), torch.randint(0, classes, (4,))
 
 
-@settings(max_examples=int(os.environ.get("DDPNOPT_EXAMPLES", 60)))
+@settings(max_examples=effort("DDPNOPT_EXAMPLES", 60, 600))
 @given(
     gap=decades(-30, 4),
     scale=decades(-38, 4),
@@ -261,7 +261,7 @@ def test_float32_stays_close_to_float64(name: str) -> None:
     double = copy.deepcopy(single).double()
     models = (single, optimizer(name, single)), (double, optimizer(name, double))
     teacher = torch.randn(5, 3)
-    for _ in range(int(os.environ.get("DDPNOPT_STEPS", 80))):
+    for _ in range(effort("DDPNOPT_STEPS", 40, 200)):
         x = torch.randn(16, 5)
         y = (x @ teacher).argmax(1)
         for model, opt in models:
