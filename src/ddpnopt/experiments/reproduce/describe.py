@@ -124,7 +124,8 @@ def counts(rows: pd.DataFrame) -> dict[tuple[str, str], Count]:
         for method in (DEFAULTS, CLIPPED):
             own = rows[place & (rows["method"] == method)].iloc[0]
             apart = Difference(own["difference"], own["low"], own["high"], int(own["pairs"]))
-            said = verdict(cell.published_difference, apart)
+            judged = verdict(cell.published_difference, apart)
+            said = judged if apart.pairs else own["verdict"]
             found.setdefault((cell.measure, method), []).append(said)
     return {key: count(verdicts) for key, verdicts in found.items()}
 
@@ -147,7 +148,7 @@ def count_note(rows: pd.DataFrame) -> str:
         "same sign or not significant",
         "same sign",
         "of them significant",
-        "opposite, significant",
+        "opposite, significant, or diverged",
         "not run",
     ]
     lines = []
