@@ -115,6 +115,14 @@ def test_other_data_have_no_published_numbers(tmp_path: Path) -> None:
     assert set(outcome.rows["verdict"]) <= {"baseline", "significant", "not significant"}
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_counts_of_one_seed_say_that_they_mean_little(tmp_path: Path, seeds: int) -> None:
+    path = tiny("table6", tmp_path)
+    made = table6(request(tmp_path, seeds=seeds, settings=path))
+    for said in (made.summary, made.notes[0]):
+        assert ("With one seed nothing is significant" in said) == (seeds == 1)
+
+
 def test_titles_name_the_settings_own_optimizer_and_data(tmp_path: Path) -> None:
     path = tiny("table6", tmp_path, dataset='"wine"', baseline='"adam"')
     title = table6(request(tmp_path, run=False, settings=path)).title
