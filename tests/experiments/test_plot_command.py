@@ -288,3 +288,15 @@ def test_feedback_images_come_from_the_store(monkeypatch: pytest.MonkeyPatch, st
     assert drawn == [[("DIGITS", [sample])]]
     refused = run("feedback", "--store", str(store), "-d", "mnist", "-o", str(out))
     assert refused.exit_code == 2 and "there: digits, cnn-16, ddpnopt (fig5)" in said(refused)
+
+
+def test_a_baseline_in_a_heat_map_is_the_plain_one_of_its_runs() -> None:
+    from ddpnopt.experiments.records import RunConfig, RunResult
+
+    def run(**options: float) -> RunResult:
+        return RunResult.crash(RunConfig(optimizer="sgd", options=options), "")
+
+    plain, clipped, other = run(momentum=0.5), run(momentum=0.5, grad_clip=1.0), run(nesterov=1.0)
+    assert command._plain([clipped, plain, clipped]) == [plain]
+    assert command._plain([plain, other]) == [plain, other]
+    assert command._plain([]) == []

@@ -126,7 +126,9 @@ def test_spaces() -> None:
     for text in ("momentum", "momentum=1", "momentum=0:1:lin", "=0:1", "m=a:b", "m=0:1:log:x"):
         with pytest.raises(ValueError, match="option=low:high"):
             parse_space(text)
-    with pytest.raises(ValueError, match="first must be the smaller"):
+    with pytest.raises(
+        ValueError, match="--search momentum=1:0.5: range 1 to 0.5: the first must be"
+    ):
         parse_space("momentum=1:0.5")
     with pytest.raises(ValueError, match="begin above 0"):
         parse_space("momentum=0.0:0.5:log")

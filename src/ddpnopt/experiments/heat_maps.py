@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from ddpnopt.experiments.records import RunConfig, RunResult
 from ddpnopt.experiments.selection import field
 from ddpnopt.experiments.stored_plots import AXIS, COLUMN, Metric
 from ddpnopt.experiments.sweep import frame
+
+#: Characters of a line beside the colour bar.
+_LABEL = 70
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,9 @@ def draw_heat_map(grid: HeatMap) -> Figure:
     axis.set_xticks(range(columns), [_number(v) for v in grid.values.columns])
     axis.set_yticks(range(rows), [_number(v) for v in grid.values.index])
     axis.set(xlabel=grid.option, ylabel="learning rate", title=grid.title)
-    figure.colorbar(image).set_label(grid.label, fontsize=9)
+    # Names with many options are longer than the figure is high.
+    lines = [textwrap.fill(line, _LABEL) for line in grid.label.splitlines()]
+    figure.colorbar(image).set_label("\n".join(lines), fontsize=9 if len(grid.label) < 200 else 7)
     return figure
 
 

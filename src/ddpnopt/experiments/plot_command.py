@@ -35,8 +35,8 @@ from ddpnopt.experiments.stored_plots import (
 
 EPILOG = (
     "Example: [bold]ddpnopt plot rates --store results/compare --dataset digits --out rates.svg[/]"
-    ", or [bold]ddpnopt plot heatmap --store results/store.sqlite --optimizer ddpnopt-paper "
-    "--by value.regularization --baseline sgd[/]"
+    ", or [bold]ddpnopt plot heatmap --store results --optimizer ddpnopt --arch "
+    "mlp-24x5-tanh --where curvature=identity --baseline sgd[/]"
 )
 
 
@@ -158,9 +158,17 @@ def _figure(
     if baseline is not None:
         # Options in --where are the optimizer's; the baseline has others.
         shared = {key: values for key, values in wanted.items() if _is_shared(key)}
-        rival = select(runs, {**shared, "optimizer": [baseline]})
+        rival = _plain(select(runs, {**shared, "optimizer": [baseline]}))
         refuse_mixtures([*chosen, *rival])
     return draw_heat_map(heat_map(chosen, by, shown or "loss", rival))
+
+
+def _plain(runs: list[RunResult]) -> list[RunResult]:
+    """A baseline's runs without what others of its runs add, such as the clipping of Table 6."""
+    fewest = min((r.config.options for r in runs), key=len, default={})
+    if all(fewest.items() <= r.config.options.items() for r in runs):
+        return [r for r in runs if r.config.options == fewest]
+    return runs
 
 
 def _is_shared(key: str) -> bool:

@@ -33,23 +33,8 @@ APPLICATION = 0x64647031
 VERSION = 1
 #: Columns to read by eye beside the whole record.
 COLUMNS = (
-    "key",
-    "code",
-    "package",
-    "dataset",
-    "architecture",
-    "optimizer",
-    "options",
-    "lr",
-    "batch",
-    "epochs",
-    "seed",
-    "train_loss",
-    "test_accuracy",
-    "diverged",
-    "failed",
-    "error",
-    "seconds",
+    *("key", "code", "package", "dataset", "architecture", "optimizer", "options", "lr", "batch"),
+    *("epochs", "seed", "train_loss", "test_accuracy", "diverged", "failed", "error", "seconds"),
     "record",
 )
 _SCHEMA = (
@@ -191,6 +176,15 @@ class SqliteStore:
             return []
         with self._connect() as connection:
             return connection.execute(query, values).fetchall() if self._check(connection) else []
+
+    def prepare(self) -> None:
+        """Make the file, or see that it can be written, before anything is measured for it.
+
+        Raises:
+            StoreError: It can't.
+        """
+        with self._transaction():
+            pass
 
     def keys(self) -> set[str]:
         """Keys of the configurations that have a result of this version of the code."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 import optuna
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ddpnopt.experiments.names import lookup
 from ddpnopt.experiments.optimizers import OPTIMIZERS, OptionValue
@@ -130,4 +130,9 @@ def parse_space(text: str) -> tuple[str, Space]:
             "such as momentum=0.0:0.99"
         )
     whole = all(part.strip().lstrip("+-").isdigit() for part in parts[:2])
-    return name.strip(), Space(low=low, high=high, log=len(parts) == 3, whole=whole)
+    try:
+        return name.strip(), Space(low=low, high=high, log=len(parts) == 3, whole=whole)
+    except ValidationError as error:
+        # Pydantic's own text names neither the option nor what was written.
+        said = "; ".join(str(e["ctx"]["error"]) for e in error.errors() if "ctx" in e)
+        raise ValueError(f"--search {text}: {said}") from error

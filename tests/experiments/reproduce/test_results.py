@@ -115,6 +115,32 @@ def test_other_data_have_no_published_numbers(tmp_path: Path) -> None:
     assert set(outcome.rows["verdict"]) <= {"baseline", "significant", "not significant"}
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_counts_of_one_seed_say_that_they_mean_little(tmp_path: Path, seeds: int) -> None:
+    path = tiny("table6", tmp_path)
+    made = table6(request(tmp_path, seeds=seeds, settings=path))
+    for said in (made.summary, made.notes[0]):
+        assert ("With one seed nothing is significant" in said) == (seeds == 1)
+
+
+def test_titles_name_the_settings_own_optimizer_and_data(tmp_path: Path) -> None:
+    path = tiny("table6", tmp_path, dataset='"wine"', baseline='"adam"')
+    title = table6(request(tmp_path, run=False, settings=path)).title
+    assert title == "Table 6: Adam and DDPNOpt with M = identity on WINE"
+
+
+def test_a_folder_that_cant_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(request: Request) -> Outcome:
+        raise AssertionError("measured in vain")
+
+    monkeypatch.setitem(registry.RESULTS, "fig3", never)
+    (tmp_path / "file").touch()
+    said = invoke("fig3", "--out", tmp_path / "file")
+    assert said.exit_code == 2 and "can't be made" in said.output
+
+
 def test_running_loss_is_another_number(tmp_path: Path) -> None:
     columns = {
         measure: table6(

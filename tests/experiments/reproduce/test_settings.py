@@ -199,6 +199,16 @@ def test_lines_of_everything_in_a_tricky_text() -> None:
     assert line_of(lines, ("nothing",)) == 1
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("lr = [0.1]", "lr = [-1.0]"), ('baseline = "sgd"', 'baseline = "sdg"')],
+)
+def test_a_wrong_element_is_not_also_said_to_be_missing_from_its_list(old: str, new: str) -> None:
+    message, line = mistakes("table6", old, new)
+    assert message.count("\n") == 0 and f"line {line}: " in message
+    assert "list of 1 or more" in mistakes("table6", "lr = [0.1]", "lr = []")[0]
+
+
 def test_windows_line_ends() -> None:
     assert lines_of("a = 1\r\n[b]\r\nc = 2\r\n")[("b", "c")] == 3
 

@@ -48,7 +48,23 @@ def test_diverged_seeds_leave_the_difference_and_the_mean_but_are_counted() -> N
 
 def test_both_diverged_is_no_pair() -> None:
     assert s.paired([math.inf, math.inf], [math.inf, 0.1]).pairs == 0
-    assert s.verdict(-0.1, s.paired([math.inf], [math.inf])) == "not run"
+
+
+@pytest.mark.parametrize(
+    ("values", "reference", "said"),
+    [
+        ([], [], "not run"),
+        ([math.inf, math.nan], [0.1, math.inf], "diverged"),
+        ([math.inf, math.nan], [math.nan, math.inf], "both diverged"),
+        ([0.1, 0.2], [math.inf, math.nan], "baseline diverged"),
+        ([0.1, math.inf], [math.inf, 0.1], "baseline diverged"),
+        ([0.1, math.inf], [0.2, 0.1], "same sign, not significant"),
+    ],
+)
+def test_runs_that_all_diverged_are_not_called_not_run(
+    values: list[float], reference: list[float], said: str
+) -> None:
+    assert s.verdict(-0.1, s.paired(values, reference)) == said
 
 
 def test_no_seeds_at_all() -> None:
@@ -90,10 +106,12 @@ def test_counts() -> None:
             "opposite sign, significant",
             "no difference, not significant",
             "not run",
+            "diverged",
+            "both diverged",
         ]
     )
-    assert found == s.Count(cells=5, same=2, same_significant=1, against=1, missing=1)
-    assert found.agree == 4
+    assert found == s.Count(cells=7, same=2, same_significant=1, against=2, missing=1)
+    assert found.agree == 5
 
 
 def test_published_cells_and_their_wins() -> None:

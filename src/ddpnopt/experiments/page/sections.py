@@ -17,9 +17,12 @@ from matplotlib.figure import Figure
 
 from ddpnopt.experiments.reproduce.outcome import Outcome, ordered, show_number
 from ddpnopt.experiments.reproduce.statistics import (
+    BOTH_LOST,
+    LOST,
     NEITHER,
     NOT_RUN,
     OPPOSITE,
+    REFERENCE_LOST,
     SAME,
     SIGNIFICANT,
     Count,
@@ -77,7 +80,7 @@ class Section:
         judged: Cells with a verdict, or 0.
         same: Those with the published sign.
         significant: Those of them that are significant.
-        against: Cells with the opposite sign, significantly.
+        against: Cells with the opposite sign, significantly, or whose runs all diverged.
         message: Why it can't be shown.
     """
 
@@ -123,7 +126,7 @@ def markdown_html(text: str) -> Markup:
 def _cell(value: object) -> Cell:
     text = show_number(value)
     plain = text.strip()
-    if plain.startswith(OPPOSITE) and plain.endswith(f", {SIGNIFICANT}"):
+    if plain == LOST or (plain.startswith(OPPOSITE) and plain.endswith(f", {SIGNIFICANT}")):
         return Cell(text, "against")
     if plain.startswith(SAME):
         return Cell(text, "same" if plain.endswith(f", {SIGNIFICANT}") else "")
@@ -179,7 +182,8 @@ def _judged(rows: pd.DataFrame) -> Count:
     if not {"published", "verdict"} <= set(rows):
         return count([])
     printed = rows.loc[rows["published"].notna(), "verdict"].dropna().astype(str)
-    judged = [v for v in printed if v.startswith((SAME, OPPOSITE, NEITHER))]
+    lost = (LOST, BOTH_LOST, REFERENCE_LOST)
+    judged = [v for v in printed if v.startswith((SAME, OPPOSITE, NEITHER)) or v in lost]
     return count([*judged, *(v for v in printed if v == NOT_RUN)] if judged else [])
 
 

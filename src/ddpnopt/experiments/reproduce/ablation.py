@@ -141,7 +141,7 @@ def measure(request: Request, settings: AblationSettings, title: str) -> Measure
         try:
             check(configure(base, settings.block[0].baseline_run, 0.1, size.seeds[0]))
         except ValueError as error:
-            raise SettingsError(f"{title}: {error}") from error
+            raise SettingsError(str(error)) from error
     choosing = [
         configure(base, block.clipped(clip), lr, seed)
         for seed in size.choosing

@@ -92,9 +92,11 @@ def reproduce_command(
             for name in chosen:
                 typer.echo(packaged(name), nl=False)
             return
+        store = SqliteStore(out / "store.sqlite")
+        store.prepare()
         request = Request(
             out=out,
-            store=SqliteStore(out / "store.sqlite"),
+            store=store,
             seeds=seeds,
             epochs=epochs,
             jobs=jobs or joblib.cpu_count(),

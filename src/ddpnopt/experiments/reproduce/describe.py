@@ -39,6 +39,9 @@ COLUMNS_NOTE = (
     "published twins in their row."
 )
 
+#: Said where a count would mislead.
+ONE_SEED = "With one seed nothing is significant, so that no cell can count against the published."
+
 
 def setting(measured: Measured) -> str:
     """Say in Markdown what was trained, how often, and what is reported."""
@@ -124,7 +127,8 @@ def counts(rows: pd.DataFrame) -> dict[tuple[str, str], Count]:
         for method in (DEFAULTS, CLIPPED):
             own = rows[place & (rows["method"] == method)].iloc[0]
             apart = Difference(own["difference"], own["low"], own["high"], int(own["pairs"]))
-            said = verdict(cell.published_difference, apart)
+            judged = verdict(cell.published_difference, apart)
+            said = judged if apart.pairs else own["verdict"]
             found.setdefault((cell.measure, method), []).append(said)
     return {key: count(verdicts) for key, verdicts in found.items()}
 
@@ -147,7 +151,7 @@ def count_note(rows: pd.DataFrame) -> str:
         "same sign or not significant",
         "same sign",
         "of them significant",
-        "opposite, significant",
+        "opposite, significant, or diverged",
         "not run",
     ]
     lines = []
@@ -167,7 +171,8 @@ def count_note(rows: pd.DataFrame) -> str:
         )
     if not lines:
         return "**Count**: no cell of this table is printed in the paper."
-    return "**Count** of the printed twin cells:\n\n" + table(header, lines)
+    alone = f"\n\n{ONE_SEED}" if _one_seed(rows) else ""
+    return "**Count** of the printed twin cells:\n\n" + table(header, lines) + alone
 
 
 def short_summary(rows: pd.DataFrame) -> str:
@@ -178,7 +183,11 @@ def short_summary(rows: pd.DataFrame) -> str:
         for (what, method), c in counts(rows).items()
         if method in (PAPER, DEFAULTS)
     ]
-    return "; ".join(parts)
+    return "; ".join(parts) + (f". {ONE_SEED}" if parts and _one_seed(rows) else "")
+
+
+def _one_seed(rows: pd.DataFrame) -> bool:
+    return int(rows["pairs"].max()) == 1
 
 
 def views(measured: Measured, rows: pd.DataFrame) -> tuple[View, ...]:

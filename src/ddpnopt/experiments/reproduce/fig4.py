@@ -58,7 +58,8 @@ def fig4(request: Request) -> Outcome:
     curves = _curve_rows(measured, settings.block)
     return Outcome(
         name="fig4",
-        title="Fig. 4: where the twin's training loss is lower, and training curves, DIGITS",
+        title="Fig. 4: where the twin's training loss is lower, and training curves, "
+        f"{measured.base.dataset.upper()}",
         settings=setting(measured),
         rows=pd.concat([heat, curves], ignore_index=True) if len(curves) else heat,
         notes=(*_notes(settings.block), count_note(cells), closeness(losses), METHOD, DIVERGED),

@@ -55,12 +55,21 @@ def describe(model: type[BaseModel], errors: Sequence[ErrorDetails]) -> list[Mis
     """
     found: dict[tuple[str | int, ...], Mistake] = {}
     for error in errors:
+        if error["type"] == "too_short" and any(_beneath(error, other) for other in errors):
+            # Pydantic counts the elements that are right: it is said of each what is wrong.
+            continue
         path = _in_file(model, error["loc"])
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, Misplaced):
             path = (*path, *cause.path)
         found.setdefault(path, Mistake(path, _message(model, path, error)))
     return list(found.values())
+
+
+def _beneath(error: ErrorDetails, other: ErrorDetails) -> bool:
+    """Whether the other error's place is inside the first one's."""
+    above, inside = error["loc"], other["loc"]
+    return len(inside) > len(above) and inside[: len(above)] == above
 
 
 def _in_file(model: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[str | int, ...]:

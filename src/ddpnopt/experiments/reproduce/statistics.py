@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,14 @@ METHOD = (
 DIVERGED = (
     "**Diverged runs**: a loss that is not finite is left out of the mean loss and of the paired "
     "difference (column `diverged` counts them, `worst` is then infinite); their accuracy counts "
-    "as it is."
+    "as it is. Where every run of a twin diverged and the baseline's did not, the verdict is "
+    "`diverged`, which counts against the twin."
 )
 
 NOT_RUN = "not run"
+#: No seed on which both are finite: all runs of the first diverged, those of both, or those of the
+#: reference (at least where the first has a number).
+LOST, BOTH_LOST, REFERENCE_LOST = "diverged", "both diverged", "baseline diverged"
 SAME, OPPOSITE, NEITHER = "same sign", "opposite sign", "no difference"
 SIGNIFICANT, INSIGNIFICANT = "significant", "not significant"
 
@@ -96,6 +100,7 @@ class Difference:
         sd: Standard deviation of the seeds' differences (n - 1); NaN below two pairs.
         least: Smallest difference.
         most: Largest one.
+        without: Why there are no pairs, where there are none.
     """
 
     mean: float
@@ -105,6 +110,7 @@ class Difference:
     sd: float = math.nan
     least: float = math.nan
     most: float = math.nan
+    without: str = NOT_RUN
 
     @property
     def significant(self) -> bool:
@@ -155,11 +161,20 @@ def paired(values: Sequence[float], reference: Sequence[float]) -> Difference:
         differences = both[0] - both[1]
     differences = differences[np.isfinite(differences)]
     if len(differences) == 0:
-        return NOTHING
+        return replace(NOTHING, without=_without(*both))
     low, high = interval(differences)
     sd = float(differences.std(ddof=1)) if len(differences) > 1 else math.nan
     ends = float(differences.min()), float(differences.max())
     return Difference(float(differences.mean()), low, high, len(differences), sd, *ends)
+
+
+def _without(values: Array, reference: Array) -> str:
+    """Why no seed has two finite numbers."""
+    if len(values) == 0:
+        return NOT_RUN
+    if np.isfinite(values).any():
+        return REFERENCE_LOST
+    return LOST if np.isfinite(reference).any() else BOTH_LOST
 
 
 def verdict(published: float, difference: Difference) -> str:
@@ -173,10 +188,10 @@ def verdict(published: float, difference: Difference) -> str:
         "same sign, significant", "same sign, not significant", "opposite sign, significant",
         "opposite sign, not significant"; "no difference, not significant" where the measured (or
         the published) difference is exactly 0; without a published one, "significant" or "not
-        significant"; "not run" without pairs.
+        significant"; without pairs `difference.without`: "diverged" and the like, or "not run".
     """
     if difference.pairs == 0:
-        return NOT_RUN
+        return difference.without
     weight = SIGNIFICANT if difference.significant else INSIGNIFICANT
     if math.isnan(published):
         return weight
@@ -194,7 +209,8 @@ class Count:
         cells: Cells with a verdict.
         same: Cells with the published sign.
         same_significant: Those of them that are significant.
-        against: Cells with the opposite sign, significantly.
+        against: Cells with the opposite sign, significantly, and those whose runs all diverged
+            where the baseline's did not.
         missing: Cells without runs.
     """
 
@@ -221,11 +237,11 @@ def count(verdicts: Sequence[str]) -> Count:
     """
     judged = [v for v in verdicts if v != NOT_RUN]
     same = [v for v in judged if v.startswith(SAME)]
-    against = [v for v in judged if v.startswith(OPPOSITE) and v.endswith(f", {SIGNIFICANT}")]
+    opposite = [v for v in judged if v.startswith(OPPOSITE) and v.endswith(f", {SIGNIFICANT}")]
     return Count(
         cells=len(judged),
         same=len(same),
         same_significant=sum(v.endswith(f", {SIGNIFICANT}") for v in same),
-        against=len(against),
+        against=len(opposite) + judged.count(LOST),
         missing=len(verdicts) - len(judged),
     )

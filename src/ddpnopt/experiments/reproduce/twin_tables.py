@@ -39,7 +39,10 @@ def _make(
     settings = load(AblationSettings, name, request.settings)
     measured = measure(request, settings, name)
     found = rows(measured, published, measures)
-    return outcome(request, name, title, measured, found, extra)
+    # From the file, not from the paper: a user's own may be about another optimizer and other data.
+    pairs = ", ".join(f"{b.label} and DDPNOpt with M = {b.curvature}" for b in settings.block)
+    named = title.format(pairs=pairs, data=settings.network.dataset.upper())
+    return outcome(request, name, named, measured, found, extra)
 
 
 def outcome(
@@ -67,31 +70,31 @@ def outcome(
 
 def table6(request: Request) -> Outcome:
     """SGD against DDPNOpt with M = I at lr 0.1."""
-    title = "Table 6: SGD and DDPNOpt with M = I on DIGITS"
+    title = "Table 6: {pairs} on {data}"
     return _make(request, "table6", title, MEASURES, "table6", [EPS_NOTE])
 
 
 def table7(request: Request) -> Outcome:
     """RMSprop against DDPNOpt with its M at lr 0.001."""
-    title = "Table 7: RMSprop and DDPNOpt with its M on DIGITS"
+    title = "Table 7: {pairs} on {data}"
     return _make(request, "table7", title, MEASURES, "table7", [EPS_NOTE, RMSPROP_NOTE])
 
 
 def table8(request: Request) -> Outcome:
     """EKFAC against DDPNOpt with its M at lr 0.03."""
-    title = "Table 8: EKFAC and DDPNOpt with its M on DIGITS"
+    title = "Table 8: {pairs} on {data}"
     return _make(request, "table8", title, MEASURES, "table8", [EPS_NOTE])
 
 
 def table9(request: Request) -> Outcome:
     """Training loss over rate, eps_Vxx and M."""
-    title = "Table 9: training loss on DIGITS over learning rate, eps_Vxx and M"
+    title = "Table 9: training loss on {data} over learning rate, eps_Vxx and M"
     return _make(request, "table9", title, ["train_loss"], "ablation", [RMSPROP_NOTE])
 
 
 def table10(request: Request) -> Outcome:
     """Accuracy over rate, eps_Vxx and M."""
-    title = "Table 10: test accuracy on DIGITS over learning rate, eps_Vxx and M"
+    title = "Table 10: test accuracy on {data} over learning rate, eps_Vxx and M"
     return _make(request, "table10", title, ["accuracy"], "ablation", [RMSPROP_NOTE])
 
 
