@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,11 +265,13 @@ def test_feedback_images_come_from_the_store(monkeypatch: pytest.MonkeyPatch, st
         "layers": [layer],
     }
     drawn: list[object] = []
+    asked: list[int | None] = []
     original = command.look_at
 
-    def look_at(request: object, settings: object, problem: object) -> object:
+    def look_at(request: Any, settings: object, problem: object) -> object:
         from dataclasses import replace
 
+        asked.append(request.epochs)
         look = original(request, settings, problem)  # type: ignore[arg-type]
         if look.problem.dataset == "digits":
             return replace(look, payload={"data": "DIGITS", "samples": [sample]})
@@ -286,6 +289,13 @@ def test_feedback_images_come_from_the_store(monkeypatch: pytest.MonkeyPatch, st
     result = run("feedback", "--store", str(store), "-d", "digits", "-o", str(out))
     assert result.exit_code == 0 and out.exists(), result.output
     assert drawn == [[("DIGITS", [sample])]]
+    assert set(asked) == {None}
+    asked.clear()
+    options = ["--where", "epochs=3", "-o", str(out)]
+    result = run("feedback", "--store", str(store), "-d", "digits", *options)
+    assert result.exit_code == 0 and set(asked) == {3}, result.output
+    refused = run("feedback", "--store", str(store), "--where", "epochs=few")
+    assert refused.exit_code == 2 and "give a whole number" in said(refused)
     refused = run("feedback", "--store", str(store), "-d", "mnist", "-o", str(out))
     assert refused.exit_code == 2 and "there: digits, cnn-16, ddpnopt (fig5)" in said(refused)
 

@@ -177,14 +177,21 @@ def _is_shared(key: str) -> bool:
 
 def _feedback(store: Path, wanted: dict[str, list[OptionValue]]) -> Figure:
     """Draw the gain matrices' singular vectors that `ddpnopt reproduce fig5` or `fig7` kept."""
-    unknown = sorted(set(wanted) - {"dataset", "architecture", "optimizer"})
+    unknown = sorted(set(wanted) - {"dataset", "architecture", "optimizer", "epochs"})
     if unknown:
         raise ValueError(f"feedback images are not told apart by {', '.join(unknown)}")
     request = Request(out=store.parent, store=SqliteStore(store_file(store)), run=False)
     there: list[str] = []
-    for quick, name in itertools.product((False, True), ("fig5", "fig7")):
+    asked = wanted.pop("epochs", [])
+    lengths: list[int | None] = [n for n in asked if isinstance(n, int)]
+    if len(lengths) < len(asked):
+        raise ValueError(f"--where epochs={asked[0]}: give a whole number")
+    lengths = lengths or [None]
+    made = itertools.product((False, True), lengths, ("fig5", "fig7"))
+    for quick, epochs, name in made:
         settings = load(Policies, name)
-        looks = [look_at(replace(request, quick=quick), settings, p) for p in settings.problem]
+        own = replace(request, quick=quick, epochs=epochs)
+        looks = [look_at(own, settings, p) for p in settings.problem]
         chosen: list[tuple[str, list[dict[str, Any]]]] = []
         for look in looks:
             if look.payload is None:
@@ -205,4 +212,5 @@ def _feedback(store: Path, wanted: dict[str, list[OptionValue]]) -> Figure:
     raise ValueError(
         "no such feedback images are stored; there: "
         + ("; ".join(there) or "none. `ddpnopt reproduce fig5` makes them")
+        + ("" if lengths != [None] else "; those of `--epochs N` are found by --where epochs=N")
     )
