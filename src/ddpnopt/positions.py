@@ -177,15 +177,15 @@ def bias_gram(V: Float[Tensor, "r b g t o"], gain: float | Tensor) -> Float[Tens
 def weight_squares(
     U: Float[Tensor, "b g t i"],
     V: Float[Tensor, "b g t o"],
-    basis: tuple[Float[Tensor, "g j i"], Float[Tensor, "g p o"]] | None = None,
+    basis: tuple[Float[Tensor, "g j j"], Float[Tensor, "g o o"]] | None = None,
     bias: bool = False,
-) -> Float[Tensor, "g o i"]:
+) -> Float[Tensor, "g o j"]:
     """Sum over samples of the squared weight gradient, maybe in the basis (T_A, T_G).
 
     Args:
         U: Inputs at each position.
         V: Gradients at each position.
-        basis: T_A, T_G.
+        basis: T_A, T_G; without it j is i.
         bias: The inputs have a constant 1 besides; with a basis only.
     """
     if basis is not None:
