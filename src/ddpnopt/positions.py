@@ -67,12 +67,14 @@ class Kronecker:
     def coordinates(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
         """A weight gradient in those coordinates."""
         D = D.to(torch.promote_types(D.dtype, self.T_G.dtype))
-        return self.T_G.to(D.dtype) @ D @ self.T_A.to(D.dtype).mT
+        T_A, T_G = self.T_A.to(D.dtype), self.T_G.to(D.dtype)
+        return torch.bmm(torch.bmm(T_G, D), T_A.mT)
 
     def __call__(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
         """P D."""
         scaled = self.coordinates(D) * self.scale
-        return self.T_G.to(scaled.dtype).mT @ scaled @ self.T_A.to(scaled.dtype)
+        T_A, T_G = self.T_A.to(scaled.dtype), self.T_G.to(scaled.dtype)
+        return torch.bmm(torch.bmm(T_G.mT, scaled), T_A)
 
     def square(self, D: Float[Tensor, "g o i"]) -> Tensor:
         """D^T P D, a scalar."""
@@ -197,8 +199,8 @@ def weight_squares(
         constant = T_A[:, None, :, -1] if bias else 0.0
         U = transformed(U, T_A[..., : U.shape[-1]]) + constant
         V = transformed(V, T_G)
-    if U.shape[2] == 1:
-        return torch.einsum("bgti,bgto->goi", U.square(), V.square())
+    if U.shape[2] == 1:  # (g, o, b) and (g, b, i)
+        return torch.bmm(V[:, :, 0].square().permute(1, 2, 0), U[:, :, 0].square().transpose(0, 1))
     return sample_gradients(U, V[None])[0].square().sum(0)
 
 

@@ -175,9 +175,8 @@ class Joint(Curvature):
         """P = eta M^-1."""
 
     def _mean(self, before: Tensor | None, now: Tensor, k: int) -> Tensor:
-        if before is None:
-            return now
-        return before.lerp(now, 1 - min(self.decay, 1 - 1 / k))
+        decay = min(self.decay, 1 - 1 / k)
+        return now if before is None or decay == 0 else before.lerp(now, 1 - decay)
 
 
 @dataclass(frozen=True)
@@ -264,22 +263,23 @@ def _outer_products(factors: Iterable[Factors], bias: bool) -> tuple[tuple[Tenso
     sums: tuple[Tensor, Tensor] | None = None
     rows = 0
     for U, V in factors:
-        A, G = (_with_constant(U) if bias else _outer(U)), _outer(V)
+        A, G = _outer(U, bias), _outer(V)
         sums = (A, G) if sums is None else (sums[0].add_(A), sums[1].add_(G))
         rows += U.shape[0] * U.shape[2]
     assert sums is not None
     return sums, rows
 
 
-def _outer(U: Tensor) -> Tensor:
-    """Sum over samples and positions of u u^T, by group."""
-    if U.shape[2] > 1 and not U.is_contiguous():  # unfolded: positions are the last axis in memory
-        return (U.mT @ U).sum(0)
-    rows = U.transpose(0, 1).flatten(1, 2)
-    return rows.mT @ rows
-
-
-def _with_constant(U: Tensor) -> Tensor:
-    """The same of (u, 1)."""
+def _outer(U: Tensor, constant: bool = False) -> Tensor:
+    """Sum over samples and positions of u u^T, or of (u, 1) (u, 1)^T, by group."""
+    if U.shape[2] == 1 or U.is_contiguous():
+        rows = U.transpose(0, 1).flatten(1, 2)
+        if constant:
+            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+        return torch.bmm(rows.mT, rows)
+    # Unfolded: positions are the last axis in memory, and a column of ones would copy it all.
+    found = (U.mT @ U).sum(0)
+    if not constant:
+        return found
     sums, count = U.sum((0, 2))[..., None], U.new_full((U.shape[1], 1, 1), U.shape[0] * U.shape[2])
-    return torch.cat([torch.cat([_outer(U), sums], 2), torch.cat([sums.mT, count], 2)], 1)
+    return torch.cat([torch.cat([found, sums], 2), torch.cat([sums.mT, count], 2)], 1)
