@@ -312,7 +312,10 @@ def verify_chain(trajectory: Trajectory) -> None:
         pulled = stage.rule.pull(stage.module, x, stage.G.to(dtype)[None])[0]
         tolerance = max(64 * torch.finfo(stage.G.dtype).eps, 1e-4)
         # What is not finite shows nothing, and has an error of its own.
-        if bool((pulled - g_x).norm() > tolerance * (g_x.norm() + pulled.norm())):
+        size = g_x.norm() + pulled.norm()
+        apart = pulled.sub_(g_x).norm()
+        del pulled  # as large as the state: before the next one is made
+        if bool(apart > tolerance * size):
             raise UnsupportedModelError(
                 f"the input of '{stage.name}' reaches the loss on another way than through "
                 f"'{stage.name}' (a feature that is returned and used, an auxiliary loss): "

@@ -142,7 +142,7 @@ class Layer:
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
         """a g + Z b."""
-        if b is None and a is not None and (self.kept or self.coordinates):
+        if b is None and a is not None:
             return Weighted([self.G(s) for s in self.blocks], a, self.counts)
         out = []
         at = 0

@@ -246,6 +246,8 @@ class Step:
             gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
         scale = self.settings.correction_scale
         length = layer.length({n: g for n, g in gradients.items() if g is not None})
+        if not self.settings.early:  # nobody will ask for it again, and it is as large as p
+            self._plain = {p: g for p, g in self._plain.items() if self.borrowed.needs_plain(p)}
         return Coupling(length if scale == 1.0 else length / scale**2)
 
     def _known_length(self, layer: Layer) -> float | None:
@@ -275,11 +277,8 @@ class Step:
         vectors = layer.policy(layer, dx)
         self.reports.append(diagnosed(layer, vectors, self.settings.diagnose))
         scale = self.settings.correction_scale
-        known = {
-            n: p.grad
-            for n, p in layer.params.items()
-            if not self._is_held(n, p) and p.grad is not None
-        }
+        own = layer.params.items()
+        known = {n: p.grad for n, p in own if not self._is_held(n, p) and p.grad is not None}
         joint = self.joints.get(layer.name)
         joined = self.borrowed.joined(layer) if joint is not None else ()
         whole = joint is not None and len(joined) == len(layer.params)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn import grad as weight_gradients
+from torch.nn import grad as gradients
 
 from ddpnopt.layers.correlation import Kept, tap_gram, tap_matrices
 from ddpnopt.layers.matrix import MatrixRule
@@ -25,10 +25,15 @@ TRANSPOSED: dict[int, Callable[..., Tensor]] = {
     2: F.conv_transpose2d,
     3: F.conv_transpose3d,
 }
+INPUT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
+    1: gradients.conv1d_input,
+    2: gradients.conv2d_input,
+    3: gradients.conv3d_input,
+}
 WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
-    1: weight_gradients.conv1d_weight,
-    2: weight_gradients.conv2d_weight,
-    3: weight_gradients.conv3d_weight,
+    1: gradients.conv1d_weight,
+    2: gradients.conv2d_weight,
+    3: gradients.conv3d_weight,
 }
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -75,6 +80,22 @@ class ConvRule(ConvolutionRule):
         """The convolution; its bias does not matter to any linear map."""
         conv = cast(_Conv, module)
         return _convolve(conv, padded(conv, x), conv.weight)
+
+    def pull(self, module: nn.Module, x: Tensor, V: Tensor) -> Tensor:
+        """The transposed convolution of all columns, without h."""
+        conv = cast(_Conv, module)
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return super().pull(module, x, V)
+        pulled = INPUT_GRADIENTS[len(conv.kernel_size)](
+            (V.shape[0] * x.shape[0], *x.shape[1:]),
+            conv.weight.to(V.dtype),
+            V.flatten(0, 1),
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+        return pulled.reshape(V.shape[0], *x.shape)
 
     def gradient(self, module: nn.Module, x: Tensor, V: Tensor) -> dict[str, Tensor]:
         """One weight gradient; the bias takes the sum over samples and positions."""
