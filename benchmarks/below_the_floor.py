@@ -18,27 +18,27 @@ from typing import Annotated
 import torch
 import typer
 from joblib import Parallel, delayed
-from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt, Feedback
+from ddpnopt.experiments.bench.cases import dense_net
 from ddpnopt.experiments.data import load
-from ddpnopt.experiments.markdown import table
 from ddpnopt.layer import Layer
 from ddpnopt.rollout import Method, policies, recurse, rollout
 from ddpnopt.stages import Trajectory
 from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.value.base import Blocks
+from rates import print_rates
 
-NETS: dict[str, tuple[Sequence[int], type[nn.Module]]] = {
+NETS: dict[str, tuple[tuple[int, ...], type[nn.Module]]] = {
     "64-32x4-10 Tanh": ((64, 32, 32, 32, 32, 10), nn.Tanh),
     "64-128x6-10 ReLU": ((64, *(128,) * 6, 10), nn.ReLU),
 }
 RATES = {"SGD": [0.1 * 2**k for k in range(7)], "AdamW": [1e-3 * 2**k for k in range(7)]}
 CLIPS = (0.25, 1.0, 4.0)
-BATCH, WITHIN = 32, 2.0
+BATCH = 32
 
 
 def alone(recorder: Recorder, step: Step, trajectories: Sequence[Trajectory]) -> None:
@@ -119,10 +119,7 @@ def trained(net: str, around: str, method: str, lr: float, seed: int, epochs: in
     data = load("digits", seed=seed)
     torch.manual_seed(seed)
     widths, activation = NETS[net]
-    layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths[:-2], widths[1:-1], strict=True):
-        layers += [nn.Linear(n_in, n_out), activation()]
-    model = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+    model = dense_net(widths, activation)
     opt = make(method, around, model, lr)
     clip = float(method.split()[-1]) if "clip" in method else None
     try:
@@ -162,27 +159,10 @@ def main(
     )
     flat = list(Parallel(n_jobs=jobs)(calls))
     found = {cell: flat[i * seeds : (i + 1) * seeds] for i, cell in enumerate(cells)}
-    console = Console(width=160)
     for name in chosen:
         for around, rates in RATES.items():
-            means = {m: [sum(found[name, around, m, lr]) / seeds for lr in rates] for m in METHODS}
-            best = max(map(max, means.values()))
-            rows = list[list[str]]()
-            for m, own in means.items():
-                at = rates[own.index(max(own))]
-                good = [lr for lr, mean in zip(rates, own, strict=True) if mean >= best - WITHIN]
-                span = f"{good[0]:g} to {good[-1]:g}" if good else "none"
-                worst = min(found[name, around, m, at])
-                shown = [f"{mean:.1f}" for mean in own]
-                rows.append([m, f"{max(own):.1f} ({worst:.1f}) at {at:g}", span, *shown])
-            console.print(f"\n**{name}, around {around}**, {seeds} seeds, {epochs} epochs\n")
-            header = [
-                "method",
-                "best mean (worst seed)",
-                "good rates",
-                *(f"{lr:g}" for lr in rates),
-            ]
-            console.print(table(header, rows), soft_wrap=True)
+            own = {m: [found[name, around, m, lr] for lr in rates] for m in METHODS}
+            print_rates(f"{name}, around {around}, {seeds} seeds, {epochs} epochs", own, rates)
 
 
 if __name__ == "__main__":

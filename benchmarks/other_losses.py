@@ -16,15 +16,15 @@ from typing import Annotated
 import torch
 import typer
 from joblib import Parallel, delayed
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt, Feedback
+from ddpnopt.experiments.bench.cases import dense_net
 from ddpnopt.experiments.data import load
-from ddpnopt.experiments.markdown import table
+from rates import print_rates
 
-CLASSES, BATCH, WITHIN = 10, 32, 2.0
+CLASSES, BATCH = 10, 32
 WIDTHS = (64, 32, 32, 32, 32, CLASSES)
 
 
@@ -73,10 +73,7 @@ def trained(loss: str, around: str, method: str, lr: float, seed: int, epochs: i
     warnings.simplefilter("ignore")
     data, chosen, how = load("digits", seed=seed), LOSSES[loss], METHODS[method]
     torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for n_in, n_out in zip(WIDTHS[:-2], WIDTHS[1:-1], strict=True):
-        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
-    model = nn.Sequential(*layers, nn.Linear(WIDTHS[-2], CLASSES))
+    model = dense_net(WIDTHS, nn.Tanh)
     kind = torch.optim.AdamW if around == "AdamW" else torch.optim.SGD
     opt: torch.optim.Optimizer = kind(model.parameters(), lr=lr)
     if how is True or isinstance(how, str):
@@ -124,23 +121,11 @@ def main(
         Parallel(n_jobs=jobs)(one(*cell, seed, epochs) for cell in cells for seed in numbers)
     )
     found = {cell: flat[i * seeds : (i + 1) * seeds] for i, cell in enumerate(cells)}
-    console = Console(width=160)
     for loss in LOSSES:
         for around in RATES:
             rates = rates_of(loss, around)
-            means = {m: [sum(found[loss, around, m, lr]) / seeds for lr in rates] for m in METHODS}
-            best = max(map(max, means.values()))
-            rows = list[list[str]]()
-            for m, own in means.items():
-                at = rates[own.index(max(own))]
-                good = [lr for lr, mean in zip(rates, own, strict=True) if mean >= best - WITHIN]
-                span = f"{good[0]:g} to {good[-1]:g}" if good else "none"
-                worst = min(found[loss, around, m, at])
-                shown = [f"{mean:.1f}" for mean in own]
-                rows.append([m, f"{max(own):.1f} ({worst:.1f}) at {at:g}", span, *shown])
-            console.print(f"\n**{loss}, around {around}**, {seeds} seeds, {epochs} epochs\n")
-            header = ["method", "best mean (worst seed)", "good rates"]
-            console.print(table(header + [f"{lr:g}" for lr in rates], rows), soft_wrap=True)
+            own = {m: [found[loss, around, m, lr] for lr in rates] for m in METHODS}
+            print_rates(f"{loss}, around {around}, {seeds} seeds, {epochs} epochs", own, rates)
 
 
 if __name__ == "__main__":

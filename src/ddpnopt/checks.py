@@ -313,7 +313,7 @@ def verify_chain(trajectory: Trajectory) -> None:
         tolerance = max(64 * torch.finfo(stage.G.dtype).eps, 1e-4)
         # What is not finite shows nothing, and has an error of its own.
         size = g_x.norm() + pulled.norm()
-        apart = pulled.sub_(g_x).norm()
+        apart = (pulled - g_x).norm()  # not in place: a rule may return G itself
         del pulled  # as large as the state: before the next one is made
         if bool(apart > tolerance * size):
             raise UnsupportedModelError(
