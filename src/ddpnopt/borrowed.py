@@ -80,6 +80,8 @@ class Borrowed:
         self._saved: dict[Tensor, Tensor] = {}
         self._new: dict[Tensor, dict[str, Any]] = {}
         self.sizes = Sizes()
+        self._joined: dict[Layer, tuple[str, ...]] = {}
+        self._inverse: tuple[Mapping[str, Any], Kronecker] | None = None  # the last layer's M^-1
 
     def state(self, p: Tensor) -> dict[str, Any]:
         """The parameter's state before the step."""
@@ -168,7 +170,7 @@ class Borrowed:
         self._new[p] = hyper.curvature.update(p, d, state, moment, hyper.lr, hyper.momentum)
 
     def put(self, p: Tensor, value: Tensor) -> None:
-        """u <- value, found in another way than by a step on a gradient."""
+        """u <- value, found in another way."""
         self.save([p])
         p.copy_(value)
 
@@ -193,12 +195,7 @@ class Borrowed:
     def _room(self, p: Tensor) -> Tensor:
         """Memory for a parameter's copy."""
         copy = self._copies.get(id(p))
-        if (
-            copy is None
-            or copy.shape != p.shape
-            or copy.dtype != p.dtype
-            or copy.device != p.device
-        ):
+        if copy is None or (copy.shape, copy.dtype, copy.device) != (p.shape, p.dtype, p.device):
             copy = self._copies[id(p)] = torch.empty_like(p, requires_grad=False)
         return copy
 
@@ -216,6 +213,11 @@ class Borrowed:
 
     def joined(self, layer: Layer) -> tuple[str, ...]:
         """Names of the parameters that a Kronecker curvature treats as one matrix; maybe none."""
+        if layer not in self._joined:
+            self._joined[layer] = self._together(layer)
+        return self._joined[layer]
+
+    def _together(self, layer: Layer) -> tuple[str, ...]:
         weight, bias = layer.params.get("weight"), layer.params.get("bias")
         if weight is None or not isinstance(layer.rule, MatrixRule):
             return ()
@@ -260,9 +262,11 @@ class Borrowed:
 
     def joint_gain(self, layer: Layer, joint: Mapping[str, Any], eta: float) -> Kronecker:
         """P = eta M^-1 of the layer's matrix."""
-        curvature = self.hyper[layer.params["weight"]].curvature
-        assert isinstance(curvature, Joint)
-        return curvature.gain(joint, eta, "bias" in self.joined(layer))
+        if self._inverse is None or self._inverse[0] is not joint:
+            curvature = self.hyper[layer.params["weight"]].curvature
+            assert isinstance(curvature, Joint)
+            self._inverse = joint, curvature.gain(joint, 1.0, "bias" in self.joined(layer))
+        return self._inverse[1].times(eta)
 
     def joint_step(self, layer: Layer, d: Mapping[str, Tensor], joint: Mapping[str, Any]) -> None:
         """u <- u - eta M^-1 d for the joined parameters.
@@ -302,15 +306,12 @@ class Borrowed:
 
     def look(self, some: Sequence[Tensor]) -> None:
         """Take the norms of parameters that have just been updated, and of their states."""
-        states = self.statistics(some).values()
-        self.sizes.look([*some, *(t for tensors in states for t in tensors)])
+        self.sizes.look([*some, *(t for p in some for t in self.numbers(p))])
 
-    def statistics(self, some: Sequence[Tensor] | None = None) -> dict[Tensor, list[Tensor]]:
-        """The new state's tensors of some parameters or all, to be checked before they are kept."""
-        return {
-            p: [t for t in self._new[p].values() if isinstance(t, Tensor) and t.is_floating_point()]
-            for p in (self._new if some is None else some)
-        }
+    def numbers(self, p: Tensor) -> list[Tensor]:
+        """The tensors of a parameter's new state, to be checked before they are kept."""
+        new = self._new.get(p, {}).values()
+        return [t for t in new if isinstance(t, Tensor) and t.is_floating_point()]
 
     def restart(self) -> None:
         """Take all updates back, to be made again another way."""

@@ -174,7 +174,7 @@ def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> 
                 f"the new weights of '{names().get(bad, 'a parameter')}' are not finite; nothing "
                 "was changed. Lower lr, or use nonfinite='skip'"
             )
-    statistics = borrowed.statistics()
+    statistics = {p: borrowed.numbers(p) for p in borrowed.updated()}
     kept = [t for tensors in statistics.values() for t in tensors]
     if not kept or borrowed.sizes.finite(kept):
         return

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
@@ -18,7 +18,8 @@ class Factors:
     """Inputs U (b, g, t, i) and gradients V (b, g, t, o), some samples at a time.
 
     The inputs of a convolution are as many times its states as its kernel has places: unfolded for
-    a whole batch they leave every cache. They are made anew whenever they are gone through.
+    a whole batch they leave every cache. They are made anew whenever they are gone through, where
+    they are not few enough to be one part.
 
     Args:
         layer: The layer.
@@ -29,16 +30,23 @@ class Factors:
     layer: Layer
     vectors: Blocks
     scale: float
+    _whole: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """U and V of one part after the other."""
+        if self._whole:
+            yield self._whole[0]
+            return
         layer, rule = self.layer, self.layer.rule
         assert isinstance(rule, MatrixRule)
         for (stage, samples), v in zip(layer.pairs(), self.vectors, strict=True):
             x, v = layer.x(stage), v.to(layer.dtype)
             for n, x_n, v_n in self._parts(x, v, samples):
                 V = rule.outputs(layer.module, v_n[None], n)[0]
-                yield rule.inputs(layer.module, x_n, n), V * self.scale
+                part = rule.inputs(layer.module, x_n, n), V * self.scale
+                if n == samples and len(layer.blocks) == 1:
+                    self._whole.append(part)
+                yield part
 
     def _parts(self, x: Tensor, v: Tensor, samples: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Some samples after the others: how many, and their rows."""

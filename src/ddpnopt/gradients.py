@@ -52,42 +52,48 @@ class Fingerprint:
     def __init__(self) -> None:
         #: The rescaling to come, while none has been seen; None afterwards.
         self.expected: float | None = 1.0
-        self._before: dict[Tensor, tuple[float, float]] = {}
-
-    @staticmethod
-    def _take(parameters: list[Tensor]) -> dict[Tensor, tuple[float, float]]:
-        gradients = dense_gradients(parameters)
-        if not gradients:
-            return {}
-        parts = [_sample(g) for g in gradients.values()]
-        two = norms(parts).tolist()
-        one = norms(parts, 1.0).tolist() if len(parts) < MANY else two
-        return dict(zip(gradients, zip(two, one, strict=True), strict=True))
+        #: Parameters, and the 2-norms and 1-norms of their gradients, in that order.
+        self._before: tuple[list[Tensor], list[float], list[float]] = [], [], []
 
     def take(self, parameters: Iterable[Tensor]) -> None:
         """Note the gradients as backward left them."""
-        self._before = self._take(list(parameters))
+        known = [p for p in parameters if _dense(p)]
+        self._before = known, *_norms(known, len(known) < MANY)
 
     def clear(self) -> None:
         """A step has been taken."""
-        self._before, self.expected = {}, None
+        self._before, self.expected = ([], [], []), None
 
     def rescaling(self) -> float:
         """r: the factor all gradients were multiplied by; 1 if none or not one for all."""
-        now = self._take(list(self._before))
+        there = [before for before in zip(*self._before, strict=True) if _dense(before[0])]
+        now = _norms([p for p, _, _ in there], len(self._before[0]) < MANY)
         ratios: list[float] = []
         tolerance = 0.0
-        for p, (two, one) in now.items():
+        for (p, two, one), two_now, one_now in zip(there, *now, strict=True):
             assert p.grad is not None
             tolerance = max(tolerance, SAME.get(p.grad.dtype, 1e-2))
-            if self._before[p][0] > 0 and self._before[p][1] > 0:
-                ratios += [two / self._before[p][0], one / self._before[p][1]]
+            if two > 0 and one > 0:
+                ratios += [two_now / two, one_now / one]
         if not ratios or not all(r < float("inf") for r in ratios):
             return 1.0
         r = sorted(ratios)[len(ratios) // 2]
         if any(abs(ratio - r) > tolerance * r for ratio in ratios):
             return 1.0
         return 1.0 if abs(r - 1) <= 1e-6 else r
+
+
+def _dense(p: Tensor) -> bool:
+    return p.grad is not None and not p.grad.is_sparse
+
+
+def _norms(parameters: list[Tensor], both: bool) -> tuple[list[float], list[float]]:
+    """2-norms and 1-norms of gradients, or the 2-norms twice."""
+    parts = [_sample(p.grad) for p in parameters if p.grad is not None]
+    if not parts:
+        return [], []
+    two = norms(parts).tolist()
+    return two, norms(parts, 1.0).tolist() if both else two
 
 
 def _sample(gradient: Tensor) -> Tensor:

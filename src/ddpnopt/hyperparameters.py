@@ -99,14 +99,10 @@ def hyperparameters(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Hyper]:
     """By parameter, from the parameter groups as they are now."""
     groups = list(groups)
     layers = sum(p.dim() > 1 and p.requires_grad for group in groups for p in group["params"])
-    return {
-        p: Hyper(
-            float(group["lr"]),
-            float(group["momentum"]),
-            float(group["weight_decay"]),
-            _object(group["curvature"]),
-            layers,
-        )
-        for group in groups
-        for p in group["params"]
-    }
+    found: dict[Tensor, Hyper] = {}
+    for group in groups:
+        rate, momentum = float(group["lr"]), float(group["momentum"])
+        decay = float(group["weight_decay"])
+        hyper = Hyper(rate, momentum, decay, _object(group["curvature"]), layers)
+        found.update(dict.fromkeys(group["params"], hyper))
+    return found

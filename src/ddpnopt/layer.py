@@ -89,12 +89,12 @@ class Layer:
             self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
             for s, n in self.pairs()
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _whole(parts)
 
     def lengths(self) -> Tensor:
         """eta g_u^T M^-1 g_u; what it had to form is kept for the feedback."""
         parts = [self._lengths(s, n) for s, n in self.pairs()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _whole(parts)
 
     def _lengths(self, stage: Stage, samples: int) -> Tensor:
         x, G, P = self.x(stage), self.G(stage), self.gain.get("weight")
@@ -138,7 +138,7 @@ class Layer:
                 g_x, change = cast_state(stage.g_x, self.dtype), cast_state(change, self.dtype)
                 change = flat(change, samples)
                 parts.append((flat(g_x, samples) * change).sum(1, keepdim=True))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _whole(parts)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:
         """a g + Z b."""
@@ -167,11 +167,11 @@ class Layer:
 
     def gradient(self) -> Tensor:
         """(B, H)."""
-        return torch.cat([self.G(s).reshape(n, -1) for s, n in self.pairs()])
+        return _whole([self.G(s).reshape(n, -1) for s, n in self.pairs()])
 
     def curvature(self) -> Tensor:
         """D, the Gram matrix of all unit vectors of h-space."""
-        return torch.cat(
+        return _whole(
             [
                 self.rule.curvature(self.module, self.x(s), self.G(s), self.gain, n)
                 for s, n in self.pairs()
@@ -180,7 +180,7 @@ class Layer:
 
     def push(self, dx: Blocks) -> Tensor:
         """g_x dx."""
-        return torch.cat(
+        return _whole(
             [
                 self.rule.push(
                     self.module, cast_state(s.x, self.own_dtype), change.to(self.own_dtype)
@@ -199,19 +199,20 @@ class Layer:
             pulled = cast_state(self.rule.pull(self.module, x, columns), self.dtype)
             parts.append(per_sample(pulled, samples).transpose(1, 2))
             at += samples
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _whole(parts)
 
     def through(self, V: Tensor) -> Tensor:
         """J^T V for (B, X', k)."""
         parts = [cast_state(s.J, self.dtype) for s in self.blocks if s.J is not None]
-        J = parts[0] if len(parts) == 1 else torch.cat(parts)
+        J = _whole(parts)
         return torch.bmm(J.mT, cast_state(V, self.dtype))
 
     def split(self, v: Tensor) -> Blocks:
         """(B, H) to one tensor for each pass."""
-        shapes = [self.G(s).shape for s in self.blocks]
+        if len(self.blocks) == 1:
+            return [v.reshape(self.G(self.blocks[0]).shape)]
         parts = torch.split(v, self.counts)
-        return [p.reshape(shape) for p, shape in zip(parts, shapes, strict=True)]
+        return [p.reshape(self.G(s).shape) for p, s in zip(parts, self.blocks, strict=True)]
 
     @property
     def matrices(self) -> Matrices:
@@ -321,4 +322,11 @@ class Layer:
 
     def pairs(self) -> list[tuple[Stage, int]]:
         """Each pass with its number of samples."""
+        if len(self.blocks) == 1:
+            return [(self.blocks[0], self.counts[0])]
         return list(zip(self.blocks, self.counts, strict=True))
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    """All passes' rows, which need no copy where there is one pass."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

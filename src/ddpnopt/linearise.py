@@ -7,7 +7,7 @@ factor's columns pulled back to every stage, or the Jacobians of the segments be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,12 @@ ELEMENTWISE = frozenset(
         "Tanh Relu Sigmoid Softplus Gelu Silu Elu LeakyRelu Hardtanh Mish Hardswish LogSigmoid"
     ).split()
 )
+#: Their derivative as a function of their value, where it is one.
+FROM_VALUE: dict[str, Callable[[Tensor], Tensor]] = {
+    "TanhBackward0": lambda y: torch.ones_like(y).addcmul_(y, y, value=-1),
+    "SigmoidBackward0": lambda y: y * (1 - y),
+    "ReluBackward0": lambda y: (y > 0).to(y.dtype),
+}
 
 
 def linearise(
@@ -184,9 +190,11 @@ def _slope(upper: Link, lower: Link) -> Tensor | None:
     edge, h = upper.x[0] if len(upper.x) == 1 else None, lower.h
     if edge is None or h is None or upper.stage.plain or upper.stage.unbatched:
         return None
-    before = edge.node.next_functions
-    if edge.node.name() not in ELEMENTWISE or before[:1] != ((h.node, h.output_nr),):
+    name, before = edge.node.name(), edge.node.next_functions
+    if name not in ELEMENTWISE or before[:1] != ((h.node, h.output_nr),):
         return None
+    if name in FROM_VALUE:
+        return FROM_VALUE[name](upper.stage.x)
     ones = torch.ones_like(upper.stage.x)
     (slope,) = torch.autograd.grad((edge,), (h,), (ones,), retain_graph=True)
     return slope

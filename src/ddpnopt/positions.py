@@ -82,7 +82,7 @@ class Kronecker:
 
     def times(self, factor: float) -> Kronecker:
         """The gain times a number."""
-        return replace(self, scale=self.scale * factor)
+        return self if factor == 1.0 else replace(self, scale=self.scale * factor)
 
 
 #: Elements of per-sample gradients that are formed together.

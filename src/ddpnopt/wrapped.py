@@ -205,18 +205,13 @@ class Wrapped(Borrowed):
         self.rollback()
         self._counted.clear()
 
-    def statistics(self, some: Sequence[Tensor] | None = None) -> dict[Tensor, list[Tensor]]:
-        """The states' tensors, shaped as their parameters, of those that have been stepped."""
-        return {
-            p: [
-                value.coalesce().values() if value.is_sparse else value
-                for value in self._inner[p].optimizer.state.get(p, {}).values()
-                if isinstance(value, Tensor)
-                and value.is_floating_point()
-                and value.shape == p.shape
-            ]
-            for p in (self._before if some is None else some)
-        }
+    def numbers(self, p: Tensor) -> list[Tensor]:
+        """The tensors of its optimizer's state that are shaped as the parameter."""
+        return [
+            value.coalesce().values() if value.is_sparse else value
+            for value in self._inner[p].optimizer.state.get(p, {}).values()
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == p.shape
+        ]
 
     def commit(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Counters and gains; the states have been written by their optimizers."""

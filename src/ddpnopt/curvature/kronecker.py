@@ -244,7 +244,7 @@ class EKFAC(Joint):
 
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
         """A diagonal in the eigenbasis."""
-        scale = eta / (joint["scale"] + self.damping)
+        scale = (joint["scale"] + self.damping).reciprocal_().mul_(eta)
         return Kronecker(joint["T_A"], joint["T_G"], scale, bias)
 
 

@@ -141,7 +141,10 @@ class _Run:
 
     def _treat(self, index: Tensor) -> None:
         """What a rival does to the gradients between backward pass and step."""
-        built, parameters = self.built, list(self.model.parameters())
+        built = self.built
+        if built.sharpness is built.grad_clip is built.unit_clip is None:
+            return
+        parameters = list(self.model.parameters())
         if built.sharpness is not None:
             with sharpened(parameters, built.sharpness):
                 self.built.optimizer.zero_grad()

@@ -63,9 +63,10 @@ def registered(module: nn.Module) -> LayerRule | None:
             rule = RULES.get(f"{module_type.__module__}.{module_type.__qualname__}")
         if rule is None or kind.forward is not getattr(module_type, "forward", None):
             continue
-        if any(name in own for name in rule.parameters):
+        known = set(rule.parameters)
+        if not own.keys().isdisjoint(known):
             continue
-        if any(p is not None and n not in rule.parameters for n, p in module._parameters.items()):
+        if any(module._parameters[n] is not None for n in set(module._parameters) - known):
             continue
         return rule
     return None

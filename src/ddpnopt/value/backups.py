@@ -99,4 +99,4 @@ def identity_like(A: Tensor) -> Tensor:
 
 def symmetric(A: Tensor) -> Tensor:
     """Remove the rounding's antisymmetric part, which the recursion would amplify."""
-    return (A + A.transpose(-1, -2)) / 2
+    return (A + A.mT).mul_(0.5)

@@ -10,7 +10,7 @@ import torch
 
 from ddpnopt.ranges import check_choice, check_number, not_negative
 from ddpnopt.typing import Tensor
-from ddpnopt.value.backups import clip_factor, dense_backup, symmetric
+from ddpnopt.value.backups import clip_factor, dense_backup
 from ddpnopt.value.base import Blocks, Maps, Policy, Recursion, TerminalCost
 from ddpnopt.value.explicit import Explicit
 from ddpnopt.value.quadratic import Quadratic
@@ -79,7 +79,8 @@ class _Matrices(Explicit):
         same = self.options.own_layer and self.options.backup == "proximal"
         V_h, V_hh = (k, K) if same else dense_backup(self.options.backup, V_h, V_hh, D)
         both = maps.pull(torch.cat([V_h[..., None], V_hh], -1))
-        return policy, (both[..., 0], symmetric(maps.pull(both[..., 1:].mT)))
+        # Its rounding is made symmetric behind the activation, once a layer.
+        return policy, (both[..., 0], maps.pull(both[..., 1:].mT))
 
 
 class _MatrixPolicy(Policy):
