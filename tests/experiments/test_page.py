@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -289,7 +290,7 @@ def test_command_builds_the_page_from_the_store_alone(
 
     results = {"table6": table6, "table7": table7, "fig3": fig3, "fig4": fig4}
     made = command.collect
-    monkeypatch.setattr(command, "collect", lambda request: made(request, results))
+    monkeypatch.setattr(command, "collect", lambda request, own: made(request, results, own))
     result = run("--store", str(store), "--seeds", "3", "--epochs", "2")
     assert result.exit_code == 0, result.output
     assert "not run yet: fig4" in result.output and "fig3 can't be shown" in result.output
@@ -304,6 +305,46 @@ def test_command_builds_the_page_from_the_store_alone(
     requests.clear()
     assert run("--store", str(store), "--quick").exit_code == 0
     assert [r.quick for r in requests] == [True, True]
+
+
+def test_a_users_own_settings_file_is_shown(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: dict[str, Request] = {}
+
+    def show(name: str) -> Callable[[Request], Outcome]:
+        def result(request: Request) -> Outcome:
+            requests[name] = request
+            return outcome(name)
+
+        return result
+
+    made = command.collect
+    results = {"table6": show("table6"), "table7": show("table7")}
+    monkeypatch.setattr(command, "collect", lambda request, own: made(request, results, own))
+    mine = tmp_path / "my.toml"
+    assert run("--store", str(store), "--settings", f"table6={mine}").exit_code == 0
+    assert (requests["table6"].settings, requests["table7"].settings) == (mine, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["table6"], "give NAME=FILE"),
+        (["tabel6=my.toml"], "Did you mean 'table6'?"),
+        (["table6=a.toml", "table6=b.toml"], "table6 has two files"),
+        (["table6=missing.toml"], "missing.toml: can't be read"),
+    ],
+)
+def test_wrong_settings_are_refused_and_no_page_is_written(
+    store: Path, given: list[str], message: str
+) -> None:
+    page = store.parent / "page.html"
+    options = [part for one in given for part in ("--settings", one)]
+    result = run("--store", str(store), "--out", str(page), *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("\u2502", " ").split())
+    assert not page.exists()
 
 
 def test_every_registered_result_has_a_section(store: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from ddpnopt.experiments.page.sections import measured_cells
 from ddpnopt.experiments.page.study import study_section
 from ddpnopt.experiments.reproduce.outcome import Outcome, Request
 from ddpnopt.experiments.reproduce.registry import RESULTS, Reproduction
+from ddpnopt.experiments.reproduce.schema import SettingsError, closest
 from ddpnopt.experiments.selection import STORE, store_file
 from ddpnopt.experiments.store import SqliteStore
 
@@ -56,6 +57,14 @@ _Quick = Annotated[
         "--quick", help="Show quick runs; without it, only where nothing else has been run."
     ),
 ]
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--settings",
+        metavar="NAME=FILE",
+        help="Your own settings file of a result, as it was given to reproduce; once for each.",
+    ),
+]
 _Study = Annotated[
     Path | None,
     typer.Option("--study", help="Store of the study when_it_helps, to be shown, too."),
@@ -69,6 +78,7 @@ def report_command(
     seeds: _Seeds = None,
     epochs: _Epochs = None,
     quick: _Quick = False,
+    settings: _Settings = None,
     study: _Study = None,
 ) -> None:
     """Build one HTML page, for reading offline, of every table and figure in the store."""
@@ -86,7 +96,7 @@ def report_command(
             run=False,
             console=console,
         )
-        sections = list(collect(request))
+        sections = list(collect(request, own=own_settings(settings or [])))
         if study is not None:
             sections.append(study_section(study))
         remarks = _remarks(kept)
@@ -145,22 +155,61 @@ def _shown(folder: Path) -> Path:
     return absolute.relative_to(here) if absolute.is_relative_to(here) else Path(absolute.name)
 
 
-def collect(request: Request, results: Mapping[str, Reproduction] = RESULTS) -> Iterator[Section]:
+def own_settings(pairs: Sequence[str]) -> dict[str, Path]:
+    """Read the values of --settings.
+
+    Args:
+        pairs: "table6=my.toml", ...
+
+    Returns:
+        The user's own settings file of each result that has one.
+
+    Raises:
+        ValueError: Not a pair, an unknown name, or one named twice.
+    """
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, file = pair.partition("=")
+        if not equals or not file:
+            raise ValueError(f"--settings {pair}: give NAME=FILE, such as table6=my.toml")
+        if name not in RESULTS:
+            known = ", ".join(RESULTS)
+            raise ValueError(
+                f"--settings {pair}: unknown name {name!r}; known: {known}.{closest(name, list(RESULTS))}"
+            )
+        if name in found:
+            raise ValueError(f"--settings: {name} has two files")
+        found[name] = Path(file)
+    return found
+
+
+def collect(
+    request: Request,
+    results: Mapping[str, Reproduction] = RESULTS,
+    own: Mapping[str, Path] | None = None,
+) -> Iterator[Section]:
     """Make a section of every result, from what the store holds alone.
 
     Args:
         request: With `run=False`. Without `quick`, a result that has only been run quickly is
             shown as such.
         results: What there is.
+        own: The user's settings file of a result, by its name.
 
     Yields:
         One section per result, in their order.
+
+    Raises:
+        SettingsError: A file in `own` is wrong.
     """
+    own = own or {}
     for name, reproduce in results.items():
         # One result that can't be shown must not hide the others; the page says what happened.
         try:
-            yield section(_outcome(request, reproduce))
+            yield section(_outcome(replace(request, settings=own.get(name)), reproduce))
         except Exception as error:
+            if name in own and isinstance(error, SettingsError):
+                raise
             yield failed_section(name, error)
 
 
