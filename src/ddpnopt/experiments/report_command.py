@@ -173,9 +173,10 @@ def own_settings(pairs: Sequence[str]) -> dict[str, Path]:
         if not equals or not file:
             raise ValueError(f"--settings {pair}: give NAME=FILE, such as table6=my.toml")
         if name not in RESULTS:
-            known = ", ".join(RESULTS)
+            known = list(RESULTS)
             raise ValueError(
-                f"--settings {pair}: unknown name {name!r}; known: {known}.{closest(name, list(RESULTS))}"
+                f"--settings {pair}: unknown name {name!r}; known: {', '.join(known)}."
+                f"{closest(name, known)}"
             )
         if name in found:
             raise ValueError(f"--settings: {name} has two files")
