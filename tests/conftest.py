@@ -42,12 +42,18 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+#: What enables torch functions again disables them as it is collected.
+_kept: list[Any] = []
+
+
 @pytest.fixture(autouse=True)
 def _torch_functions() -> Iterator[None]:
     """An injected interrupt may leave torch functions disabled: seen where it happens."""
     yield
     if not torch._C._is_torch_function_enabled():
-        torch._C._EnableTorchFunction().__enter__()  # for the tests that follow
+        enabled = torch._C._EnableTorchFunction()  # for the tests that follow
+        enabled.__enter__()
+        _kept.append(enabled)
         pytest.fail("torch functions stay disabled in this thread")
 
 

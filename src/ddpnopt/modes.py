@@ -115,17 +115,20 @@ class Quiet(TorchFunctionMode, ABC):
 
 def quiet(watch: Quiet | None) -> AbstractContextManager[None]:
     """Within the block calls of our own are not watched."""
-    return NOTHING if watch is None else _unwatched(watch)
+    return NOTHING if watch is None or not watch.on else _unwatched(watch)
 
 
 @contextmanager
 def _unwatched(watch: Quiet) -> Iterator[None]:
-    before, watch.on = watch.on, False
+    # An interrupt may drop this before its block begins; it is closed when it is collected, and
+    # must not put back then what an outer one, which has ended, had made of it.
+    listening = torch._C._is_torch_function_enabled()
+    watch.on = False
     try:
-        with torch._C.DisableTorchFunction():  # or each call would be asked about
+        with torch._C.DisableTorchFunction() if listening else NOTHING:  # or calls would ask
             yield
     finally:
-        watch.on = before
+        watch.on = True
 
 
 def overwritten(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from ddpnopt import reweighting
+from ddpnopt.modes import Quiet, quiet
 from reliability.faults import (
     MODELS,
     OPTIMIZERS,
@@ -259,3 +262,28 @@ def test_the_injection_is_seen() -> None:
     with pytest.raises(torch.OutOfMemoryError), Fault(3, torch.OutOfMemoryError):
         rig.opt.step()
     assert differences(before, rig.everything()) == ["tensors"]
+
+
+def test_an_interrupt_before_a_quiet_block_leaves_torch_functions_enabled() -> None:
+    """Dropped as it begins, it is closed late, when what stood around it has ended."""
+
+    class Watch(Quiet):
+        def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+            return func(*args, **kwargs)
+
+        def asked(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+            return func(*args, **kwargs)
+
+    watch = Watch()
+
+    def interrupted(outer: AbstractContextManager[object]) -> None:
+        with outer:
+            quiet(watch).__enter__()
+            raise KeyboardInterrupt
+
+    for outer in (torch._C.DisableTorchFunction(), quiet(watch), nullcontext()):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            interrupted(outer)
+        del caught
+        gc.collect()
+        assert torch._C._is_torch_function_enabled() and watch.on
