@@ -278,7 +278,8 @@ def test_an_interrupt_before_a_quiet_block_leaves_torch_functions_enabled() -> N
 
     def interrupted(outer: AbstractContextManager[object]) -> None:
         with outer:
-            quiet(watch).__enter__()
+            block = quiet(watch)
+            block.__enter__()
             raise KeyboardInterrupt
 
     for outer in (torch._C.DisableTorchFunction(), quiet(watch), nullcontext()):
