@@ -2,6 +2,7 @@
 """Ways that only save work give what the plain ways give."""
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ddpnopt.layers.conv import ConvRule
 from ddpnopt.layers.coordinates import Coordinates
 from ddpnopt.layers.correlation import tap_gradients, tap_gram
 from ddpnopt.likelihoods import hard_label_cost, softmax_cost
+from ddpnopt.linearise import FROM_VALUE
 from ddpnopt.randomness import TRIALS
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -256,6 +258,28 @@ def test_fingerprint_of_large_gradients() -> None:
     assert p[0].grad is not None
     p[0].grad += torch.randn_like(p[0])
     assert print_.rescaling() == 1.0
+
+
+def test_fingerprint_where_gradients_vanish() -> None:
+    p = [torch.zeros(3, requires_grad=True) for _ in range(5)]
+    for one in p:
+        one.grad = torch.randn_like(one)
+    print_ = Fingerprint()
+    print_.take(p)
+    for one in p:
+        assert one.grad is not None
+        one.grad *= 0.25
+    p[0].grad = p[1].grad = None
+    assert print_.rescaling() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid, torch.relu])
+def test_slopes_from_values(function: Callable[[Tensor], Tensor]) -> None:
+    h = torch.randn(4, 7).double().requires_grad_()
+    y = function(h)
+    assert y.grad_fn is not None
+    (slope,) = torch.autograd.grad(y, h, torch.ones_like(y))
+    torch.testing.assert_close(FROM_VALUE[y.grad_fn.name()](y.detach()), slope)
 
 
 def test_rules_of_calls() -> None:

@@ -170,7 +170,7 @@ class Borrowed:
         self._new[p] = hyper.curvature.update(p, d, state, moment, hyper.lr, hyper.momentum)
 
     def put(self, p: Tensor, value: Tensor) -> None:
-        """u <- value, found in another way."""
+        """u <- value, found in another way than by a step on a gradient."""
         self.save([p])
         p.copy_(value)
 
