@@ -3,6 +3,7 @@
 
 from ddpnopt import curvature, value
 from ddpnopt.baselines import EKFAC, EMSA, KFAC, SGDVGR, VanillaDDP
+from ddpnopt.captured import CapturedStep, capture
 from ddpnopt.errors import (
     DDPNOptWarning,
     NonFiniteError,
@@ -31,6 +32,7 @@ __all__ = [
     "MSE",
     "PAPER",
     "SGDVGR",
+    "CapturedStep",
     "DDPNOpt",
     "DDPNOptWarning",
     "Feedback",
@@ -46,6 +48,7 @@ __all__ = [
     "UnsupportedModelError",
     "VanillaDDP",
     "__version__",
+    "capture",
     "curvature",
     "explain",
     "feedback_gains",

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ddpnopt.curvature import Joint
-from ddpnopt.curvature.base import momentum_step
+from ddpnopt.curvature.base import descend_all, momentum_step
+from ddpnopt.decisions import same
 from ddpnopt.dtensors import local
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.factors import Factors
@@ -117,7 +118,7 @@ class Borrowed:
     def gain(self, p: Tensor, moment: Tensor | None, rescale: float) -> Gain:
         """P = r eta / (1 - momentum) M^-1."""
         inverse = self.hyper[p].curvature.inverse(self.hyper[p].seen(p, self.state(p)), moment)
-        life = rescale * self.hyper[p].life
+        life = self._life(p, rescale)
         return life if inverse is None else inverse * life
 
     def strength(self, parameters: Iterable[Tensor]) -> float:
@@ -144,12 +145,12 @@ class Borrowed:
         self.save([update.p for update in updates])
         hypers = [self.hyper[update.p] for update in updates]
         lr = hypers[0].lr if hypers else 0.0
-        if all(hyper.gradient_step and hyper.lr == lr for hyper in hypers) and len(updates) > 1:
-            if not any(update.d.is_sparse for update in updates):
-                torch._foreach_add_([u.p for u in updates], [u.d for u in updates], alpha=-lr)
-                self._new.update({update.p: {} for update in updates})
-                self.look([update.p for update in updates])
-                return
+        together = all(hyper.gradient_step and same(hyper.lr, lr) for hyper in hypers)
+        if together and len(updates) > 1 and not any(update.d.is_sparse for update in updates):
+            descend_all([u.p for u in updates], [u.d for u in updates], lr)
+            self._new.update({update.p: {} for update in updates})
+            self.look([update.p for update in updates])
+            return
         for update in updates:
             self.step(update)
         self.look([update.p for update in updates])
@@ -206,8 +207,12 @@ class Borrowed:
             hyper = self.hyper[p]
             if hyper.curvature.statistics != "none" or isinstance(hyper.curvature, Joint):
                 return None
-            found[name] = rescale * hyper.life
+            found[name] = self._life(p, rescale)
         return found
+
+    def _life(self, p: Tensor, rescale: float) -> float | Tensor:
+        """r eta / (1 - momentum)."""
+        return self.hyper[p].life if rescale == 1.0 else rescale * self.hyper[p].life
 
     # A layer's matrix as a whole --------------------------------------------------------------
 
@@ -260,7 +265,7 @@ class Borrowed:
         self.factorised_again |= found["fallbacks"] > before.get("fallbacks", 0)
         return found
 
-    def joint_gain(self, layer: Layer, joint: Mapping[str, Any], eta: float) -> Kronecker:
+    def joint_gain(self, layer: Layer, joint: Mapping[str, Any], eta: float | Tensor) -> Kronecker:
         """P = eta M^-1 of the layer's matrix."""
         if self._inverse is None or self._inverse[0] is not joint:
             curvature = self.hyper[layer.params["weight"]].curvature

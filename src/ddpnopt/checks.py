@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ddpnopt.borrowed import Borrowed
+from ddpnopt.decisions import all_finite
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import gradient_norms
 from ddpnopt.hyperparameters import own_momentum
@@ -111,7 +111,7 @@ def check_gradients(
     trajectories: Sequence[Trajectory],
     names: Callable[[], dict[Tensor, str]],
     held: bool,
-) -> dict[Tensor, float]:
+) -> Mapping[Tensor, float | Tensor]:
     """Refuse gradients that are not finite, by the layer where they appear first, or sparse ones.
 
     Args:
@@ -128,11 +128,10 @@ def check_gradients(
         UnsupportedModelError: A parameter has a sparse gradient and needs a dense one.
     """
     stepped = [p for p in borrowed.hyper if p.requires_grad]
-    sizes = gradient_norms(stepped)
-    finite = all(map(math.isfinite, sizes.values()))
+    sizes, finite = gradient_norms(stepped)
     if held and finite:
         seen = [s.G for t in trajectories for s in t.stages if s.G is not None and s.G.numel()]
-        finite = not seen or all(map(math.isfinite, norms(seen).tolist()))
+        finite = not seen or all_finite(norms(seen))
     if not finite:
         place = first_nonfinite(trajectories, names)
         if place:
@@ -142,7 +141,7 @@ def check_gradients(
             )
     for p in stepped:
         hyper = borrowed.hyper[p]
-        if hyper.lr > torch.finfo(p.dtype).max:
+        if not isinstance(hyper.lr, Tensor) and hyper.lr > torch.finfo(p.dtype).max:
             raise NonFiniteError(
                 f"lr={hyper.lr} of '{names().get(p, 'a parameter')}' is out of the range of "
                 f"{p.dtype}; nothing was changed. Lower lr, or keep the weights in float32"

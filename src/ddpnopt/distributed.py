@@ -234,7 +234,10 @@ def _weigh(trajectories: Sequence[Trajectory]) -> None:
 
 
 def agree(
-    engine: Engine, trajectories: list[Trajectory], ready: bool, sizes: Mapping[Tensor, float]
+    engine: Engine,
+    trajectories: list[Trajectory],
+    ready: bool,
+    sizes: Mapping[Tensor, float | Tensor],
 ) -> bool:
     """Whether a step has feedback: the same on every rank.
 
@@ -256,7 +259,7 @@ def agree(
     facts = _exchange(
         engine,
         trajectories,
-        norm=math.fsum(sizes.values()),
+        norm=math.fsum(map(float, sizes.values())),
         weights=float(checksum(engine.parameters())) if engine.company.due else 0.0,
     )
     engine.company.compared += 1

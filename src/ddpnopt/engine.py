@@ -82,7 +82,7 @@ class Engine:
         early = self.writes and options.weight_gradients
         self.in_backward = early and options.feedback == "open_loop"
         self.copies: dict[int, Tensor] = {}
-        self.running: dict[str, float] = {}
+        self.running: dict[str, float | Tensor] = {}
         self.sketch = torch.Generator().manual_seed(0)
         self.carried: dict[Tensor, tuple[Tensor | None, Tensor | None]] = {}
         self.base: dict[Tensor, Tensor] = {}
@@ -188,7 +188,7 @@ class Engine:
         """What outlives a step, as tensors and plain values."""
         return {
             "rescale": self.rescale,
-            "coupling": dict(self.running),
+            "coupling": {name: float(rho) for name, rho in self.running.items()},
             "recogniser": self.outputs.state_dict(),
             "sketch": self.sketch.get_state(),
             "skipped": self.skipped,

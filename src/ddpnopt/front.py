@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge
 
 from ddpnopt.bellman import backward
 from ddpnopt.crossing import total
+from ddpnopt.decisions import traced
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.linearise import per_sample
 from ddpnopt.ranks import Ranks
@@ -52,7 +53,7 @@ class Boundary:
     G: Tensor
     Z: Tensor | None
     samples: int
-    K: float
+    K: float | Tensor
     strength: float = 1.0
 
     def _columns(self) -> Tensor:
@@ -220,7 +221,7 @@ def _pulled(edge: GradientEdge, parameters: Sequence[Tensor], seed: Tensor) -> d
 
 def _gain(
     step: Step, edge: GradientEdge, G: Tensor, rows: Tensor, parameters: Sequence[Tensor]
-) -> float:
+) -> float | Tensor:
     """K: the previous steps' running average; the first time, of the plain gradient."""
     if not parameters:
         return 0.0
@@ -233,9 +234,12 @@ def _gain(
     return float(length / alone) if bool(alone > 0) else 0.0
 
 
-def life(step: Step) -> float:
+def life(step: Step) -> float | Tensor:
     """The largest r eta / (1 - momentum): in its units K follows a schedule at once."""
-    return max(hyper.life for hyper in step.borrowed.hyper.values()) * step.settings.rescale
+    lives = list({id(one): one.life for one in step.borrowed.hyper.values()}.values())
+    tensors = [one for one in lives if isinstance(one, Tensor)]
+    longest = torch.stack(tensors).amax() if tensors else max(lives)
+    return longest * step.settings.rescale
 
 
 def remember(step: Step, fronts: Sequence[Front], length: Tensor | None) -> None:
@@ -244,7 +248,14 @@ def remember(step: Step, fronts: Sequence[Front], length: Tensor | None) -> None
         return
     own = torch.stack([front.weighted for front in fronts]).sum()
     weighted = step.ranks.total({FRONT: own})[FRONT]  # life(step) carries 1/W
-    scale = float(weighted) * life(step)
+    if traced():
+        ratio = (length / (weighted * life(step))).double()
+        known = step.running.get(FRONT, ratio)
+        usual = DECAY * known + (1 - DECAY) * ratio
+        sound = (ratio > 0) & (ratio < float("inf"))
+        step.running[FRONT] = torch.where(sound, usual, known)
+        return
+    scale = float(weighted) * float(life(step))
     now = float(length) / scale if scale > 0 else 0.0
     if 0 < now < float("inf"):
         before = step.running.get(FRONT, now)

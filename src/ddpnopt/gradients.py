@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from ddpnopt.decisions import all_finite, traced
 from ddpnopt.dtensors import local, spread_out
 from ddpnopt.sizes import norms
 from ddpnopt.typing import Tensor
@@ -27,17 +28,24 @@ def dense_gradients(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     return {p: p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse}
 
 
-def gradient_norms(parameters: Iterable[Tensor]) -> dict[Tensor, float]:
-    """|p.grad| of every parameter that has a dense one; not finite where an entry isn't."""
+def gradient_norms(parameters: Iterable[Tensor]) -> tuple[Mapping[Tensor, float | Tensor], bool]:
+    """|p.grad| of every parameter that has a dense one, and whether all are finite.
+
+    Numbers; tensors while a step is traced.
+    """
     gradients = dense_gradients(parameters)
     if not gradients:
-        return {}
-    return dict(zip(gradients, norms(list(gradients.values())).tolist(), strict=True))
+        return {}, True
+    found = norms(list(gradients.values()))
+    if traced():
+        return dict(zip(gradients, found.unbind(), strict=True)), all_finite(found)
+    sizes = dict(zip(gradients, found.tolist(), strict=True))
+    return sizes, all(map(math.isfinite, sizes.values()))
 
 
 def finite(t: Tensor) -> bool:
     """Whether all entries are finite: one fast pass, and another where squares overflow."""
-    return math.isfinite(float(torch.linalg.vector_norm(t))) or bool(t.isfinite().all())
+    return all_finite(torch.linalg.vector_norm(t)) or bool(t.isfinite().all())
 
 
 class Fingerprint:
@@ -57,7 +65,8 @@ class Fingerprint:
 
     def take(self, parameters: Iterable[Tensor]) -> None:
         """Note the gradients as backward left them."""
-        known = [p for p in parameters if _dense(p)]
+        # Between backward and step of a traced iteration nothing happens.
+        known = [p for p in parameters if _dense(p)] if not traced() else []
         self._before = known, *_norms(known, len(known) < MANY)
 
     def clear(self) -> None:

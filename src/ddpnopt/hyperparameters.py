@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ddpnopt.curvature import CURVATURES, Curvature
+from ddpnopt.decisions import as_number
 from ddpnopt.typing import Tensor
 
 
@@ -68,10 +69,11 @@ class Hyper:
     """One parameter's hyperparameters in this step.
 
     Attributes:
+        lr: A number; while a step is traced a tensor without dimensions.
         layers: How many weights with two dimensions or more are trained, in all groups.
     """
 
-    lr: float
+    lr: float | Tensor
     momentum: float
     weight_decay: float
     curvature: Curvature
@@ -83,8 +85,8 @@ class Hyper:
         plain = self.curvature.name == "identity"
         return plain and self.momentum == 0 and self.weight_decay == 0
 
-    @property
-    def life(self) -> float:
+    @cached_property
+    def life(self) -> float | Tensor:
         """eta / (1 - momentum): the step's total effect over the momentum's life."""
         return self.lr / (1 - self.momentum)
 
@@ -101,7 +103,7 @@ def hyperparameters(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Hyper]:
     layers = sum(p.dim() > 1 and p.requires_grad for group in groups for p in group["params"])
     found: dict[Tensor, Hyper] = {}
     for group in groups:
-        rate, momentum = float(group["lr"]), float(group["momentum"])
+        rate, momentum = as_number(group["lr"]), float(group["momentum"])
         decay = float(group["weight_decay"])
         hyper = Hyper(rate, momentum, decay, _object(group["curvature"]), layers)
         found.update(dict.fromkeys(group["params"], hyper))

@@ -17,7 +17,7 @@ from ddpnopt.layers.coordinates import Coordinates
 from ddpnopt.linearise import cast_state, flat, per_sample
 from ddpnopt.matrices import Matrices
 from ddpnopt.parameters import parameters
-from ddpnopt.positions import Gain, Kronecker, weight_gram
+from ddpnopt.positions import Gain, Kronecker, diagonal, weight_gram
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks, Coupling, Policy
@@ -307,7 +307,7 @@ class Layer:
                 parts.append(P.square(self.rule.joined(self.module, gradients, P.bias)))
             else:
                 g = gradients[name].to(self.dtype).flatten()
-                scaled = g * P.to(self.dtype).flatten() if isinstance(P, Tensor) else None
+                scaled = g * P.to(self.dtype).flatten() if diagonal(P) else None
                 parts.append(g.dot(g) * P if scaled is None else g.dot(scaled))
         return torch.stack(parts).sum()
 

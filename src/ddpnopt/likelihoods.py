@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ddpnopt.decisions import anything, exceed
 from ddpnopt.objectives import logistic_objective, softmax_objective
 from ddpnopt.rows import chunks, working
 from ddpnopt.terminal import Cost, diagonal_columns
@@ -178,16 +179,18 @@ def _hard(target: Tensor, p: Tensor, size: Tensor, w: float, slack: float) -> bo
     proportion to itself.
     """
     wrong = (target.amax(-1) - 1).abs_().add_(target.abs().sum(-1).sub_(1).abs_())
-    worst, largest = torch.stack([wrong.amax(), size.amax()]).tolist()
-    if worst > slack:  # a row without a gradient is not wrong
-        worst = float((wrong * (size[:, 0] > 0)).amax())
-    if worst > slack or largest == 0:
+    largest = size.amax()
+    off, telling = exceed((wrong.amax(), slack), (largest, INFORMATIVE * w))
+    # A row without a gradient is not wrong.
+    if off and exceed(((wrong * (size[:, 0] > 0)).amax(), slack))[0]:
         return False
-    if largest >= INFORMATIVE * w:
+    if telling:
         return True
-    off = (target < 0.5) & (size > 0)
+    if not exceed((largest, 0.0))[0]:
+        return False
     tiny = torch.finfo(p.dtype).smallest_normal
-    return not bool((off & (target.abs() > PROPORTION * p + 64 * tiny / w)).any())
+    beside = (target < 0.5) & (size > 0)
+    return not anything(beside & (target.abs() > PROPORTION * p + 64 * tiny / w))
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from ddpnopt.layers import MatrixRule
 from ddpnopt.layers.base import unit_columns
 from ddpnopt.linearise import second_derivative
+from ddpnopt.positions import scalar
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
@@ -52,13 +53,13 @@ class Matrices:
         formed; else by those.
         """
         layer = self.layer
-        scalar = {name: P for name, P in layer.gain.items() if isinstance(P, float | int)}
-        if isinstance(layer.rule, MatrixRule) and len(scalar) == len(layer.params):
+        numbers = {name: P for name, P in layer.gain.items() if scalar(P)}
+        if isinstance(layer.rule, MatrixRule) and len(numbers) == len(layer.params):
             rule, module = layer.rule, layer.module
             U = torch.cat([rule.inputs(module, layer.x(s), n) for s, n in layer.pairs()])
             V = torch.cat([rule.outputs(module, layer.columns(s), n) for s, n in layer.pairs()], 1)
             if U.shape[1] == U.shape[2] == 1:
-                weight, bias = scalar.get("weight", 0.0), scalar.get("bias", 0.0)
+                weight, bias = numbers.get("weight", 0.0), numbers.get("bias", 0.0)
                 x, v = U[:, 0, 0], V[:, :, 0, 0].flatten(0, 1)
                 pairs = (x @ x.T) * weight + bias
                 return (v @ v.T) * pairs.repeat(len(V), len(V))

@@ -9,9 +9,11 @@ A vector v in h-space pulls back to the weight gradient ``sum_t v[t, o] U[t, i]`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 
+from ddpnopt.decisions import same
 from ddpnopt.typing import Float, Tensor
 
 
@@ -80,16 +82,27 @@ class Kronecker:
         """D^T P D, a scalar."""
         return (self.coordinates(D).square() * self.scale).sum()
 
-    def times(self, factor: float) -> Kronecker:
+    def times(self, factor: float | Tensor) -> Kronecker:
         """The gain times a number."""
-        return self if factor == 1.0 else replace(self, scale=self.scale * factor)
+        return self if same(factor, 1.0) else replace(self, scale=self.scale * factor)
 
 
 #: Elements of per-sample gradients that are formed together.
 AT_ONCE = 2**21
 
-#: A gain P = eta M^-1: a number for M = I, a tensor of the parameter's shape for a diagonal M.
+#: A gain P = eta M^-1: a number for M = I (while a step is traced a tensor without dimensions), a
+#: tensor of the parameter's shape for a diagonal M.
 Gain = float | Tensor | Kronecker
+
+
+def diagonal(P: Gain) -> TypeGuard[Tensor]:
+    """Whether a gain has an entry for each of the parameter's."""
+    return isinstance(P, Tensor) and P.dim() > 0
+
+
+def scalar(P: Gain | None) -> TypeGuard[float | Tensor]:
+    """Whether a gain is one number."""
+    return isinstance(P, float | int) or (isinstance(P, Tensor) and P.dim() == 0)
 
 
 def sample_gradients(
@@ -123,12 +136,12 @@ def weight_gram(
         gain = gain.scale
     _, _, positions, inputs = U.shape
     columns, outputs = V.shape[0], V.shape[-1]
-    if isinstance(gain, Tensor) and positions == 1:
+    if diagonal(gain) and positions == 1:
         D = torch.einsum("bgi,goi->bgo", U[:, :, 0].square(), gain)
         v = V[:, :, :, 0]
         return torch.einsum("rbgo,sbgo->brs", v * D, v)
     pairs = positions * (inputs + columns * outputs)
-    if not isinstance(gain, Tensor) and pairs <= columns * inputs * outputs:
+    if not diagonal(gain) and pairs <= columns * inputs * outputs:
         K = U @ U.transpose(-1, -2)
         return torch.einsum("rbgto,sbgto->brs", K @ V, V) * gain
     return _samples_gram(U, V, gain)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ddpnopt.decisions import all_finite, traced
 from ddpnopt.dtensors import joined, local
 from ddpnopt.typing import Tensor
 
@@ -32,7 +33,7 @@ class Sizes:
 
     def look(self, tensors: Sequence[Tensor]) -> None:
         """Of what has just been written."""
-        if sum(t.numel() for t in tensors) < WORTH:
+        if traced() or sum(t.numel() for t in tensors) < WORTH:
             return
         for t in tensors:
             if t.device.type == "cpu" and local(t) is t and not t.is_inference():
@@ -48,5 +49,5 @@ class Sizes:
                 new.append(t)
             else:
                 old.append(size)
-        found = [float(size) for size in old] + (norms(new).tolist() if new else [])
-        return all(map(math.isfinite, found))
+        found = [float(size) for size in old]
+        return all(map(math.isfinite, found)) and (not new or all_finite(norms(new)))

@@ -17,11 +17,13 @@ from torch import nn
 from ddpnopt import directions
 from ddpnopt.bellman import backward
 from ddpnopt.borrowed import Borrowed, Update
+from ddpnopt.decisions import traced
 from ddpnopt.diagnosis import diagnosed
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inert import weakly
 from ddpnopt.layer import Layer
 from ddpnopt.parameters import named_parameters
+from ddpnopt.positions import scalar
 from ddpnopt.ranks import Ranks
 from ddpnopt.report import LayerReport
 from ddpnopt.stages import Stage, Trajectory, whole
@@ -76,10 +78,10 @@ class Step:
     borrowed: Borrowed
     settings: Settings
     trainable: Callable[[Tensor], bool]
-    running: dict[str, float]
+    running: dict[str, float | Tensor]
     base: Mapping[Tensor, Tensor] = field(default_factory=dict)
     closure: Callable[[], float] | None = None
-    norms: Mapping[Tensor, float] = field(default_factory=dict)
+    norms: Mapping[Tensor, float | Tensor] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Ranks)
     layers: dict[str, Layer] = field(default_factory=dict)
     moments: dict[Tensor, Tensor | None] = field(default_factory=dict)
@@ -250,13 +252,13 @@ class Step:
             self._plain = {p: g for p, g in self._plain.items() if self.borrowed.needs_plain(p)}
         return Coupling(length if scale == 1.0 else length / scale**2)
 
-    def _known_length(self, layer: Layer) -> float | None:
+    def _known_length(self, layer: Layer) -> float | Tensor | None:
         """gbar^T P gbar from the norms of p.grad, where P is a number for every parameter."""
-        length = 0.0
+        length: float | Tensor = 0.0
         for name, p in layer.params.items():
             P, norm = layer.gain.get(name), self.norms.get(p)
             held = self._is_held(name, p) or p in self.base
-            if held or norm is None or not isinstance(P, float):
+            if held or norm is None or not scalar(P):
                 return None
             length += P * (norm / self.settings.correction_scale) ** 2
         return length
@@ -343,7 +345,8 @@ class Step:
             return
         couplings, own = zip(*self._ratios.values(), strict=True)
         squares = torch.stack([one.to(own[0].device) for one in own])
-        ratios = mean_field(couplings, squares, self.ranks.pool).tolist()
+        found = mean_field(couplings, squares, self.ranks.pool)
+        ratios = found.double().unbind() if traced() else found.tolist()
         for name, ratio in zip(self._ratios, ratios, strict=True):
             before = self.running.get(name, ratio)
             self.running[name] = COUPLING_DECAY * before + (1 - COUPLING_DECAY) * ratio

@@ -185,7 +185,7 @@ class Sweep:
         hamiltonians: dict[str, tuple[float, float]] = {}
         known = [paths(t) for t in trajectories]
         for at, layer in enumerate(step.layers.values()):
-            lr = step.borrowed.hyper[next(iter(layer.params.values()))].lr
+            lr = float(step.borrowed.hyper[next(iter(layer.params.values()))].lr)
             if lr == 0:
                 continue
             u = {

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State, larger, seen
+from ddpnopt.curvature.base import Curvature, State, descend_quotient, larger, seen
 from ddpnopt.ranges import check_number, not_negative, share
 from ddpnopt.typing import Tensor
 
@@ -66,7 +66,13 @@ class AdamW(Curvature):
         return M.reciprocal_()
 
     def update(
-        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+        self,
+        p: Tensor,
+        d: Tensor,
+        state: State,
+        moment: Tensor | None,
+        lr: float | Tensor,
+        momentum: float,
     ) -> dict[str, Any]:
         """m <- beta1 m + (1 - beta1) d, u <- u - eta m^ / (sqrt(v^) + eps)."""
         assert moment is not None
@@ -76,11 +82,13 @@ class AdamW(Curvature):
         # A layer's rule gives half precision's d wider than autograd does, which other steps take.
         m = m.lerp(d.to(m.dtype), 1 - self.betas[0])
         M = moment.sqrt().div_(self._correction(step)).add_(self.eps)
-        p.addcdiv_(m, M, value=-lr / (1 - self.betas[0] ** step))
+        descend_quotient(p, m, M, lr / (1 - self.betas[0] ** step))
         return {"step": step, "exp_avg": m, "exp_avg_sq": moment}
 
-    def _correction(self, step: int) -> float:
+    def _correction(self, step: int | Tensor) -> float | Tensor:
         """Of sqrt(v) for having begun at 0."""
+        if isinstance(step, Tensor):
+            return torch.sqrt(1 - self.betas[1] ** step)
         return float((1 - self.betas[1] ** step) ** 0.5)
 
     def follow(

@@ -59,11 +59,19 @@ class Curvature(ABC):
 
     @abstractmethod
     def update(
-        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+        self,
+        p: Tensor,
+        d: Tensor,
+        state: State,
+        moment: Tensor | None,
+        lr: float | Tensor,
+        momentum: float,
     ) -> dict[str, Any]:
         """Apply u <- u - eta M^-1 d in place; returns the parameter's new state.
 
         The order of operations is the borrowed torch optimizer's, so that equal d give equal bits.
+        While a step is traced (`ddpnopt.capture`) lr, and numbers in the state, are tensors without
+        dimensions.
         """
 
     def follow(
@@ -74,16 +82,40 @@ class Curvature(ABC):
 
 
 def momentum_step(
-    p: Tensor, direction: Tensor, state: State, lr: float, momentum: float
+    p: Tensor, direction: Tensor, state: State, lr: float | Tensor, momentum: float
 ) -> dict[str, Any]:
     """b <- mu b + direction, u <- u - eta b, in place; returns what is new in the state."""
     if momentum == 0:
-        p.add_(direction, alpha=-lr)
+        descend(p, direction, lr)
         return {}
     buffer = state.get("momentum_buffer")
     buffer = direction.clone() if buffer is None else buffer.mul(momentum).add_(direction)
-    p.add_(buffer, alpha=-lr)
+    descend(p, buffer, lr)
     return {"momentum_buffer": buffer}
+
+
+def descend(p: Tensor, direction: Tensor, rate: float | Tensor) -> None:
+    """u <- u - rate direction, in place."""
+    if isinstance(rate, Tensor):
+        p.sub_(direction * rate)
+    else:
+        p.add_(direction, alpha=-rate)
+
+
+def descend_all(parameters: list[Tensor], directions: list[Tensor], rate: float | Tensor) -> None:
+    """u <- u - rate direction for several parameters, in one fused call."""
+    if isinstance(rate, Tensor):
+        torch._foreach_sub_(parameters, torch._foreach_mul(directions, rate))
+    else:
+        torch._foreach_add_(parameters, directions, alpha=-rate)
+
+
+def descend_quotient(p: Tensor, d: Tensor, M: Tensor, rate: float | Tensor) -> None:
+    """u <- u - rate d / M, in place."""
+    if isinstance(rate, Tensor):
+        p.sub_((d * rate).div_(M))
+    else:
+        p.addcdiv_(d, M, value=-rate)
 
 
 def seen(moment: Tensor) -> Tensor:

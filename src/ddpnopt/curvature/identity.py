@@ -25,7 +25,13 @@ class Identity(Curvature):
         return None
 
     def update(
-        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+        self,
+        p: Tensor,
+        d: Tensor,
+        state: State,
+        moment: Tensor | None,
+        lr: float | Tensor,
+        momentum: float,
     ) -> dict[str, Any]:
         """b <- mu b + d, u <- u - eta b."""
         return momentum_step(p, d, state, lr, momentum)

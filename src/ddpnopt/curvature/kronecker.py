@@ -90,7 +90,13 @@ class Joint(Curvature):
         return None if moment is None else (moment + self.damping).reciprocal()
 
     def update(
-        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+        self,
+        p: Tensor,
+        d: Tensor,
+        state: State,
+        moment: Tensor | None,
+        lr: float | Tensor,
+        momentum: float,
     ) -> dict[str, Any]:
         """b <- mu b + M^-1 d, u <- u - eta b."""
         new: dict[str, Any] = {}

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State, larger, seen
+from ddpnopt.curvature.base import (
+    Curvature,
+    State,
+    descend,
+    descend_quotient,
+    larger,
+    seen,
+)
 from ddpnopt.ranges import check_choice, check_number, not_negative, share
 from ddpnopt.typing import Tensor
 
@@ -63,18 +70,24 @@ class RMSprop(Curvature):
         return seen(moment).sqrt_().add_(self.eps).reciprocal_()
 
     def update(
-        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+        self,
+        p: Tensor,
+        d: Tensor,
+        state: State,
+        moment: Tensor | None,
+        lr: float | Tensor,
+        momentum: float,
     ) -> dict[str, Any]:
         """b <- mu b + M^-1 d, u <- u - eta b."""
         assert moment is not None
         M = moment.sqrt().add_(self.eps)
         if momentum == 0:
-            p.addcdiv_(d, M, value=-lr)
+            descend_quotient(p, d, M, lr)
             return {"square_avg": moment}
         buffer = state.get("momentum_buffer")
         buffer = torch.zeros_like(d) if buffer is None else buffer.mul(momentum)
         buffer.addcdiv_(d, M)
-        p.add_(buffer, alpha=-lr)
+        descend(p, buffer, lr)
         return {"square_avg": moment, "momentum_buffer": buffer}
 
     def follow(

@@ -15,6 +15,7 @@ from ddpnopt.curvature.adamw import AdamW
 from ddpnopt.curvature.base import Curvature, State, larger
 from ddpnopt.curvature.identity import Identity
 from ddpnopt.curvature.rmsprop import RMSprop
+from ddpnopt.decisions import as_number
 from ddpnopt.ranges import check_choice, check_number, positive
 from ddpnopt.typing import Tensor
 
@@ -95,7 +96,13 @@ class Trust(Curvature):
         return moment[1].reciprocal() if own is None else own / moment[1]
 
     def update(
-        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: float, momentum: float
+        self,
+        p: Tensor,
+        d: Tensor,
+        state: State,
+        moment: Tensor | None,
+        lr: float | Tensor,
+        momentum: float,
     ) -> dict[str, Any]:
         """M_0's own, on d over the factor."""
         assert moment is not None
@@ -116,7 +123,7 @@ class Trust(Curvature):
         step = gradient if inverse is None else gradient * inverse
         tau = math.log(2) / max(1, int(state["layers"])) if self.tau is None else self.tau
         longest = lengths(state["weights"]).clamp_(min=self.shortest) * tau
-        factor = (lengths(step) * float(state["rate"]) / longest).clamp_(min=1.0)
+        factor = (lengths(step) * as_number(state["rate"]) / longest).clamp_(min=1.0)
         factor = factor.to(gradient.dtype).expand_as(gradient)
         return torch.stack([torch.zeros_like(gradient) if own is None else own, factor])
 

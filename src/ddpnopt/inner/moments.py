@@ -126,7 +126,7 @@ class _Read(Curvature):
         d: Tensor,
         state: ReadState,
         moment: Tensor | None,
-        lr: float,
+        lr: float | Tensor,
         momentum: float,
     ) -> dict[str, Any]:
         """The optimizer's own affair."""

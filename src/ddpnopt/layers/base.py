@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import jacrev, jvp, vjp, vmap
 
 from ddpnopt.layers.forward import called, own_parameters
-from ddpnopt.positions import Gain
+from ddpnopt.positions import Gain, diagonal
 from ddpnopt.typing import Tensor
 
 
@@ -233,7 +233,7 @@ class LayerRule:
                 P = gain[name]
                 assert isinstance(P, float | int | Tensor)
                 G = G.flatten(2)
-                weighted = G * (P.flatten() if isinstance(P, Tensor) else P)
+                weighted = G * (P.flatten() if diagonal(P) else P)
                 total = total + torch.einsum("rbi,sbi->brs", weighted, G)
         return total
 

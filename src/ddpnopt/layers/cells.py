@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddpnopt.decisions import same
 from ddpnopt.layers.base import Kept, LayerRule
 from ddpnopt.layers.forward import own_parameters
 from ddpnopt.layers.registry import register
@@ -25,7 +26,9 @@ from ddpnopt.positions import (
     Gain,
     Kronecker,
     bias_gram,
+    diagonal,
     sample_gradients,
+    scalar,
     weight_gram,
     weight_squares,
 )
@@ -235,8 +238,8 @@ class CellRule(LayerRule, ABC):
     ) -> Tensor:
         """V_u^T P V_u, (B, r, r)."""
         (_, first, A), (_, second, _) = sides
-        numbers = [P for P in gain.values() if isinstance(P, float | int)]
-        equal = len(numbers) == len(gain) and len(set(numbers)) == 1
+        numbers = [P for P in gain.values() if scalar(P)]
+        equal = len(numbers) == len(gain) and all(same(P, numbers[0]) for P in numbers)
         if self.summed and equal and "weight_ih" in gain and "weight_hh" in gain:
             # One matrix: a bias is the weight of a constant input.
             biases = first.new_ones(*first.shape[:-1], len(gain) - 2)
@@ -245,11 +248,11 @@ class CellRule(LayerRule, ABC):
         for side, U, A in sides:
             P = gain.get(f"weight_{side}")
             if P is not None:
-                total = total + weight_gram(U, A, P[None] if isinstance(P, Tensor) else P)
+                total = total + weight_gram(U, A, P[None] if diagonal(P) else P)
             P = gain.get(f"bias_{side}")
             if P is not None:
                 assert not isinstance(P, Kronecker)
-                total = total + bias_gram(A, P[None] if isinstance(P, Tensor) else P)
+                total = total + bias_gram(A, P[None] if diagonal(P) else P)
         return total
 
 

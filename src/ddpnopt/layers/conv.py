@@ -14,7 +14,15 @@ from torch.nn import grad as gradients
 from ddpnopt.layers.correlation import Kept, tap_gram, tap_matrices
 from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.layers.registry import register
-from ddpnopt.positions import AT_ONCE, Gain, Kronecker, matrices_gram, transforms_samples
+from ddpnopt.positions import (
+    AT_ONCE,
+    Gain,
+    Kronecker,
+    diagonal,
+    matrices_gram,
+    scalar,
+    transforms_samples,
+)
 from ddpnopt.typing import Tensor
 
 #: Random filters of a sketched Gram matrix; the relative standard error is sqrt(2 / this).
@@ -151,7 +159,7 @@ class ConvRule(ConvolutionRule):
         """Exact, by taps or by pairs of positions; or sketched for a scalar gain."""
         P = gain.get("weight")
         biases = {name: one for name, one in gain.items() if name != "weight"}
-        if sketch is not None and P is not None and not isinstance(P, Tensor | Kronecker):
+        if sketch is not None and P is not None and scalar(P):
             columns = self.outputs(module, V, samples)
             estimate = _sketched(cast(_Conv, module), x, columns, samples, sketch) * P
             return estimate + super().gram(module, x, V, biases, samples)
@@ -201,7 +209,7 @@ class ConvRule(ConvolutionRule):
             scalar = not isinstance(P.scale, Tensor)
             return transforms_samples(columns, positions, outputs, inputs, scalar)
         few = positions * (inputs + columns * outputs) <= columns * inputs * outputs
-        return isinstance(P, Tensor) or not few
+        return diagonal(P) or not few
 
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddpnopt.positions import diagonal, scalar
 from ddpnopt.typing import Tensor
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -171,7 +172,7 @@ def tap_gram(
         The Gram matrices, and (taps, n, groups, outputs, inputs) or None.
     """
     groups, kept = conv.groups, []
-    shaped = P.reshape(groups, -1, *P.shape[1:]).flatten(3) if isinstance(P, Tensor) else None
+    shaped = P.reshape(groups, -1, *P.shape[1:]).flatten(3) if diagonal(P) else None
     total: Tensor | None = None
     for tap, G in enumerate(tap_gradients(conv, x, V)):
         if G.shape[2] == 1 and shaped is None:
@@ -184,6 +185,6 @@ def tap_gram(
         if keep:
             kept.append(G[:, :, 0])
     assert total is not None
-    if shaped is None and isinstance(P, float | int):
+    if shaped is None and scalar(P):
         total = total.mul_(P)
     return total, torch.stack(kept) if keep else None

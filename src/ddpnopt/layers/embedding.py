@@ -12,7 +12,7 @@ from torch import nn
 
 from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.registry import register
-from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.positions import Gain, Kronecker, diagonal
 from ddpnopt.typing import Tensor
 
 #: Marks a place of a padded bag where nothing is looked up.
@@ -60,7 +60,7 @@ class LookupRule(LayerRule, ABC):
         assert not isinstance(P, Kronecker)
         index, v = self.places(module, x, V, samples)
         together = self._same(index, v.dtype) @ v
-        weighted = v * (P[index.clamp(min=0)] if isinstance(P, Tensor) else P)
+        weighted = v * (P[index.clamp(min=0)] if diagonal(P) else P)
         return torch.einsum("rbtd,sbtd->brs", weighted, together)
 
     def along(

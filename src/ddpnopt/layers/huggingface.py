@@ -10,7 +10,7 @@ from torch import nn
 from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.linear import LinearRule
 from ddpnopt.layers.registry import register
-from ddpnopt.positions import Gain
+from ddpnopt.positions import Gain, diagonal
 from ddpnopt.typing import Tensor
 
 
@@ -36,7 +36,7 @@ class Conv1DRule(LinearRule):
         self, module: nn.Module, x: Tensor, V: Tensor, gain: Mapping[str, Gain], samples: int
     ) -> Tensor:
         """`LinearRule`'s; a diagonal gain has the weight's own layout: by unit columns."""
-        if isinstance(gain.get("weight"), Tensor):
+        if diagonal(gain.get("weight", 0.0)):
             return LayerRule.curvature(self, module, x, V, gain, samples)
         return super().curvature(module, x, V, gain, samples)
 

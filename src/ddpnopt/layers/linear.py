@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddpnopt.decisions import is_zero
 from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.layers.registry import register
-from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.positions import Gain, Kronecker, diagonal, scalar
 from ddpnopt.typing import Tensor
 
 
@@ -75,10 +76,10 @@ class LinearRule(MatrixRule):
         """At one position: (P_W |x|^2 + P_b) |v|^2, or v^2 . (P_W x^2 + P_b)."""
         if x.dim() == 2 and x.shape[0] == samples:
             P_W, P_b = gain.get("weight", 0.0), gain.get("bias", 0.0)
-            if isinstance(P_W, float) and isinstance(P_b, float):
+            if scalar(P_W) and scalar(P_b):
                 return v.square().sum(1).mul_(x.square().sum(1).mul_(P_W).add_(P_b))
-            if isinstance(P_W, Tensor) and (isinstance(P_b, Tensor) or "bias" not in gain):
-                D = F.linear(x.square(), P_W, P_b if isinstance(P_b, Tensor) else None)
+            if diagonal(P_W) and (diagonal(P_b) or "bias" not in gain):
+                D = F.linear(x.square(), P_W, P_b if diagonal(P_b) else None)
                 return D.mul_(v).mul_(v).sum(1)
         return super().lengths(module, x, v, gain, samples, sketch)
 
@@ -91,15 +92,15 @@ class LinearRule(MatrixRule):
             return super().curvature(module, x, V, gain, samples)
         if isinstance(P_W, Kronecker):
             found = _kronecker_curvature(P_W, x)
-        elif isinstance(P_W, Tensor):
+        elif diagonal(P_W):
             found = torch.diag_embed(x.square() @ P_W.mT)
         else:
             scale = x.square().sum(1).mul_(P_W)
-            if not isinstance(P_b, Tensor):
+            if not diagonal(P_b):
                 scale.add_(P_b)
                 P_b = 0.0
             found = torch.diag_embed(scale[:, None].expand(-1, V.shape[1]))
-        if isinstance(P_b, Tensor) or P_b != 0:
+        if not is_zero(P_b):
             found.diagonal(dim1=1, dim2=2).add_(P_b)
         return found
 

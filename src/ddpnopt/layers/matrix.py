@@ -16,6 +16,7 @@ from ddpnopt.positions import (
     Gain,
     Kronecker,
     bias_gram,
+    diagonal,
     sample_gradients,
     total,
     weight_gram,
@@ -101,7 +102,7 @@ class MatrixRule(LayerRule, ABC):
         parts = []
         if "weight" in gain:
             P = gain["weight"]
-            if isinstance(P, Tensor):
+            if diagonal(P):
                 P = self.to_matrix(module, P)
             U = self.inputs(module, x, samples)
             parts.append(weight_gram(U, self.outputs(module, V, samples), P))
@@ -109,7 +110,7 @@ class MatrixRule(LayerRule, ABC):
             P = gain["bias"]
             assert not isinstance(P, Kronecker)
             columns = self.bias_columns(module, V, samples)
-            P = P.reshape(columns.shape[2], -1) if isinstance(P, Tensor) else P
+            P = P.reshape(columns.shape[2], -1) if diagonal(P) else P
             parts.append(bias_gram(columns, P))
         return total(parts, V, samples)
 

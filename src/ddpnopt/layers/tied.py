@@ -25,7 +25,7 @@ from ddpnopt.layers.embedding import EMPTY, LookupRule
 from ddpnopt.layers.linear import LinearRule
 from ddpnopt.layers.registry import registered
 from ddpnopt.parameters import identity
-from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.positions import Gain, Kronecker, diagonal
 from ddpnopt.rows import chunk_size
 from ddpnopt.typing import Tensor
 
@@ -195,7 +195,7 @@ class TiedRule(LookupRule):
             P = gain["weight"]
             assert not isinstance(P, Kronecker)
             index, v = self.places(module, x, V, samples)
-            weighted = v * (P[index.clamp(min=0)] if isinstance(P, Tensor) else P)
+            weighted = v * (P[index.clamp(min=0)] if diagonal(P) else P)
             cross = torch.einsum("rbtd,sbtd->brs", weighted, _met(state, G, index))
             total = total + _head_gram(state, G, P) + cross + cross.mT
         if "bias" in gain:
@@ -247,8 +247,8 @@ def _chunks(state: Tensor, G: Tensor) -> Iterator[slice]:
 def _head_gram(state: Tensor, G: Tensor, P: float | Tensor) -> Tensor:
     """The heads' own; where per-sample gradients are needed, of some rows at a time."""
     U, V = state[:, None], G[:, :, None]
-    if not isinstance(P, Tensor) or U.shape[2] == 1:
-        return positions.weight_gram(U, V, P[None] if isinstance(P, Tensor) else P)
+    if not positions.diagonal(P) or U.shape[2] == 1:
+        return positions.weight_gram(U, V, P[None] if positions.diagonal(P) else P)
     parts = [positions.weight_gram(U, V[..., rows], P[None, rows]) for rows in _chunks(state, G)]
     return torch.stack(parts).sum(0)
 

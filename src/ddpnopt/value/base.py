@@ -31,7 +31,7 @@ class Coupling:
     """
 
     length: float | Tensor | None = None
-    rho: float | None = None
+    rho: float | Tensor | None = None
 
 
 def mean_field(
@@ -53,11 +53,15 @@ def mean_field(
     if pool is not None:
         pooled = pool(torch.cat([alone, alone.new_tensor([samples])]))
         alone, samples = pooled[:-1], float(pooled[-1])
-    numbers = [c.length if isinstance(c.length, float) else 0.0 for c in couplings]
-    length = alone.new_tensor(numbers)
-    for index, one in enumerate(couplings):
-        if isinstance(one.length, Tensor):
-            length[index] = one.length
+    lengths = [c.length for c in couplings if isinstance(c.length, Tensor)]
+    if len(lengths) == len(couplings):
+        length = torch.stack(lengths).to(alone)
+    else:
+        numbers = [c.length if isinstance(c.length, float) else 0.0 for c in couplings]
+        length = alone.new_tensor(numbers)
+        for index, one in enumerate(couplings):
+            if isinstance(one.length, Tensor):
+                length[index] = one.length
     rho = torch.where(alone > 0, length / alone, 1.0).clamp_(1, samples)
     for index, one in enumerate(couplings):
         if one.rho is not None:

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import torch
 
+from ddpnopt.decisions import anything, exceed, traced
 from ddpnopt.typing import Float, Tensor
 
 #: Below this excess of the slope's bound the logistic is taken at its limit (Lambda -> 1).
@@ -170,12 +171,14 @@ def _flow_distance(A: Tensor, below: Tensor) -> Tensor:
     slope = 1 + b
     d = torch.minimum(A / slope, torch.log1p(A / b))
     d, _ = _halley(d, A, b, slope)
+    if traced():  # one more is cheap there, and what does not converge is done again elsewhere
+        d, _ = _halley(d, A, b, slope)
     tolerance = (8 * torch.finfo(d.dtype).eps) ** (1 / 3)
     for _ in range(NEWTON_STEPS):
         before = d
         d, newton = _halley(d, A, b, slope)
         # The error of the next would be this one's cube.
-        if not float(torch.sub(newton.abs_(), before, alpha=tolerance).amax()) > 0:
+        if not exceed((torch.sub(newton.abs_(), before, alpha=tolerance).amax(), 0.0))[0]:
             break
     return d
 
@@ -208,6 +211,6 @@ def _fixed_point(A: Tensor, c: Tensor) -> Tensor:
         s = torch.sigmoid(v)
         step = (v + A * s - c) / (1 + A * s * (1 - s))
         v = v - step
-        if bool((step.abs() <= tolerance * (1 + v.abs())).all()):
+        if not anything(step.abs() > tolerance * (1 + v.abs())):
             break
     return v

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: MIT
+"""A traced iteration, ready to be run again: on which tensors, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ddpnopt.captured.program import Program, Value
+from ddpnopt.captured.tracing import Tracer
+from ddpnopt.report import LayerReport, StepReport
+from ddpnopt.typing import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A place of the optimizer's state.
+
+    Attributes:
+        holder: The dictionary.
+        key: The name in it.
+    """
+
+    holder: dict[Any, Any]
+    key: Any
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is there now."""
+        found: Tensor = self.holder[self.key]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What a traced iteration was given and has made.
+
+    Attributes:
+        tracer: Its operators.
+        sound: Whether the decisions are as they were.
+        inputs: Tensors of the batch.
+        rates: The groups' learning rates.
+        state: The places of the state, with the tensors that were there before.
+        made: What the loss function returned.
+        report: What the step has done.
+        scratch: The optimizer's own memory for copies of weights, by parameter.
+    """
+
+    tracer: Tracer
+    sound: Tensor
+    inputs: Sequence[Tensor]
+    rates: Sequence[Tensor]
+    state: Sequence[tuple[Slot, Tensor]]
+    made: Any
+    report: StepReport | None
+    scratch: dict[int, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a run has made.
+
+    Attributes:
+        made: As the loss function returns it.
+        report: For ``opt.last_step``.
+        state: The tensors for the slots.
+    """
+
+    made: Any
+    report: StepReport | None
+    state: Sequence[Tensor]
+
+
+class Plan:
+    """A recorded iteration as a program.
+
+    Args:
+        recording: The iteration.
+        compiled: Compile the program by `torch.compile`.
+
+    Attributes:
+        verified: A run has been compared with the code.
+        misses: Runs in a row whose decisions were not the recording's.
+        half: Some of it has half precision.
+    """
+
+    def __init__(self, recording: Recording, compiled: bool) -> None:
+        tracer = recording.tracer
+        self.verified, self.misses, self.half = False, 0, tracer.half
+        #: State that every step replaces by new tensors, and state that stays where it is.
+        self.slots = [slot for slot, old in recording.state if slot.tensor is not old]
+        self._fixed = [(slot, old) for slot, old in recording.state if slot.tensor is old]
+        olds = [old for slot, old in recording.state if slot.tensor is not old]
+        arguments = [tracer.value(t) for t in (*recording.inputs, *recording.rates, *olds)]
+        self._made = tree_map(lambda leaf: _named(tracer, leaf), recording.made)
+        self._report = _mapped(recording.report, lambda t: _named(tracer, t))
+        wanted = [*tree_leaves(self._made), *_tensors(self._report)]
+        self._results = [
+            tracer.value(recording.sound),
+            *(tracer.value(slot.tensor) for slot in self.slots),
+            *(leaf for leaf in wanted if isinstance(leaf, Value)),
+        ]
+        known = set(arguments)
+        externals = {v: t for v, t in tracer.externals.items() if v not in known}
+        scratch = [tracer.value(t) for t in recording.scratch.values()]
+        self.program = Program(tracer.calls, arguments, externals, self._results, scratch)
+        self._function = self.program.function(native=not compiled)
+        if compiled:
+            self._function = torch.compile(self._function, fullgraph=True, dynamic=False)
+        self._externals = [t.detach() for t in self.program.externals.values()]
+        changed = list(self.program.changed.values())
+        self._places = [(t, t.data_ptr()) for t in changed]
+        self.changed = [t.detach() for t in changed]
+        self._room = [_room(t, recording.scratch) for t in changed]
+        self._backed = False
+        self._graph: tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None = None
+
+    def current(self) -> bool:
+        """Whether everything that is not an argument is where it was."""
+        there = all(t.data_ptr() == place for t, place in self._places)
+        return there and all(slot.holder.get(slot.key) is t for slot, t in self._fixed)
+
+    def __call__(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> Outcome | None:
+        """Run the iteration.
+
+        Returns:
+            None where the host would decide otherwise: then nothing has changed.
+        """
+        arguments = [*inputs, *rates, *(slot.tensor for slot in self.slots)]
+        self._backed = False
+        try:
+            with torch.no_grad():
+                self._back_up()
+                results = self._launch(arguments) if self._graph else self._run(arguments)
+            if not bool(results[0]):
+                self.restore()
+                return None
+        except BaseException:
+            self.restore()
+            raise
+        values = dict(zip(self._results, results, strict=True))
+        return Outcome(
+            tree_map(lambda leaf: values.get(leaf, leaf) if _is(leaf) else leaf, self._made),
+            _mapped(self._report, lambda value: values[value]),
+            results[1 : 1 + len(self.slots)],
+        )
+
+    def restore(self) -> None:
+        """Weights and buffers as they were before the run, as far as it came."""
+        if self._backed and self.changed:
+            torch._foreach_copy_(self.changed, self._room)
+
+    def _back_up(self) -> None:
+        if self.changed:
+            torch._foreach_copy_(self._room, self.changed)
+        self._backed = True
+
+    def _run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        return self._function(*arguments, *self._externals)
+
+    # CUDA graphs ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def capture_graph(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> None:
+        """From now on one launch runs all kernels; the program must have run once."""
+        arguments = [*inputs, *rates, *(slot.tensor for slot in self.slots)]
+        own = [t.detach().clone() for t in arguments]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = self._run(own)
+        self._graph = graph, own, results
+
+    def _launch(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        assert self._graph is not None
+        graph, own, results = self._graph
+        torch._foreach_copy_(own, [t.detach() for t in arguments])
+        graph.replay()
+        return [t.clone() for t in results]
+
+
+def _room(t: Tensor, scratch: dict[int, Tensor]) -> Tensor:
+    """Memory for a copy of what a run changes: the optimizer's own, where it has some."""
+    known = scratch.get(id(t))
+    return torch.empty_like(t, requires_grad=False) if known is None else known
+
+
+def _named(tracer: Tracer, leaf: Any) -> Any:
+    return tracer.value(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _is(leaf: Any) -> bool:
+    return isinstance(leaf, Value)
+
+
+def _mapped(report: StepReport | None, f: Callable[[Any], Any]) -> StepReport | None:
+    """A record with each tensor replaced."""
+    if report is None:
+        return None
+    front = None if report.front is None else _layer(report.front, f)
+    return replace(report, layers=tuple(_layer(one, f) for one in report.layers), front=front)
+
+
+def _layer(one: LayerReport, f: Callable[[Any], Any]) -> LayerReport:
+    given = (getattr(one, field.name) for field in fields(one)[1:])
+    return LayerReport(one.name, *(None if t is None else f(t) for t in given))
+
+
+def _tensors(report: StepReport | None) -> list[Any]:
+    if report is None:
+        return []
+    layers = report.layers if report.front is None else (report.front, *report.layers)
+    return [getattr(one, field.name) for one in layers for field in fields(one)[1:]]

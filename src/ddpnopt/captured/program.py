@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""A traced iteration as a straight line of operators, and as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ddpnopt.typing import Tensor
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the program.
+
+    Attributes:
+        index: Its number.
+        storage: Equal for tensors that share memory.
+    """
+
+    index: int
+    storage: int
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An operator that has run.
+
+    Attributes:
+        func: The operator.
+        args: Its arguments, tensors as `Value`.
+        kwargs: Likewise.
+        made: What it returned.
+        changes: It writes to an argument.
+    """
+
+    func: Any
+    args: Any
+    kwargs: Any
+    made: Any
+    changes: bool
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The tensors that it is given."""
+        return _values((self.args, self.kwargs))
+
+    @property
+    def outputs(self) -> list[Value]:
+        """The tensors that it returns."""
+        return _values(self.made)
+
+    @property
+    def written(self) -> list[Value]:
+        """The tensors that it writes to."""
+        names = [a.name for a in self.func._schema.arguments]
+        given = {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+        writes = [a.name for a in self.func._schema.arguments if _is_write(a)]
+        return _values([given[name] for name in writes if name in given])
+
+
+def mutated(func: Any) -> bool:
+    """Whether an operator writes to an argument."""
+    return any(_is_write(argument) for argument in func._schema.arguments)
+
+
+def _is_write(argument: Any) -> bool:
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
+
+
+def _values(tree: Any) -> list[Value]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Value)]
+
+
+class Program:
+    """Operators in order, each of which something that remains depends on.
+
+    Args:
+        calls: All operators that have run.
+        arguments: Values that differ from run to run, in order.
+        externals: All other tensors that were there before.
+        results: What is asked for.
+        scratch: Externals whose contents nobody needs afterwards.
+
+    Attributes:
+        calls: Those that are needed.
+        constants: Tensors that no run changes; what was made from numbers alone among them.
+        changed: Tensors from before that every run writes to.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        arguments: Sequence[Value],
+        externals: dict[Value, Tensor],
+        results: Sequence[Value],
+        scratch: Iterable[Value] = (),
+    ) -> None:
+        self.arguments, self.results = list(arguments), list(results)
+        remains = {v.storage for v in (*arguments, *externals)} - {v.storage for v in scratch}
+        self.calls = _needed(calls, remains, results)
+        written = {v.storage for call in self.calls for v in call.written}
+        self.externals = dict(externals)
+        self._hoist(written)
+        read = {v for call in self.calls for v in call.inputs} | set(results)
+        self.externals = {v: t for v, t in self.externals.items() if v in read}
+        self.changed = {v: t for v, t in self.externals.items() if v.storage in written}
+
+    def _hoist(self, written: set[int]) -> None:
+        """What is made from numbers alone, and never written to, is made once."""
+        kept = []
+        for call in self.calls:
+            if call.inputs or any(v.storage in written for v in call.outputs):
+                kept.append(call)
+                continue
+            made = call.func(*call.args, **call.kwargs)
+            tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+            self.externals.update(zip(call.outputs, tensors, strict=True))
+        self.calls = kept
+
+    def function(self, native: bool) -> Callable[..., list[Tensor]]:
+        """The program as a function of the arguments and the externals, in order.
+
+        Args:
+            native: Call operators by torch's own functions where there are some of the same name,
+                which take half the time to call.
+        """
+        graph = fx.Graph()
+        nodes = {v: graph.placeholder(f"t{v.index}") for v in (*self.arguments, *self.externals)}
+        for call in self.calls:
+            args, kwargs = tree_map(
+                lambda leaf: nodes[leaf] if isinstance(leaf, Value) else leaf,
+                (call.args, call.kwargs),
+            )
+            node = _node(graph, call, tuple(args), kwargs, native)
+            if isinstance(call.made, Value):
+                nodes.setdefault(call.made, node)
+            elif call.made is not None:
+                for place, value in enumerate(call.made):
+                    if isinstance(value, Value) and value not in nodes:
+                        nodes[value] = graph.call_function(getitem, (node, place))
+        graph.output([nodes[v] for v in self.results])
+        return fx.GraphModule(torch.nn.Module(), graph).forward
+
+
+def _needed(calls: Sequence[Call], remains: Iterable[int], results: Sequence[Value]) -> list[Call]:
+    """Calls whose outcome is asked for, or written to memory that remains or is read later."""
+    live = {v.storage for v in results} | set(remains)
+    wanted = set(results)
+    kept = []
+    for call in reversed(calls):
+        writes = any(v.storage in live for v in call.written)
+        if writes or any(v in wanted for v in call.outputs):
+            kept.append(call)
+            wanted.update(call.inputs)
+            live.update(v.storage for v in call.inputs)
+    return kept[::-1]
+
+
+#: Operators of one form whose methods take the same arguments.
+METHODS = frozenset(
+    "view add_ sub_ mul_ div_ pow_ copy_ clamp_ expand new_zeros abs_ sqrt_ fill_ zero_ "
+    "reciprocal_ square_ addcmul_ addcdiv_ lerp_ unsqueeze".split()
+)
+
+
+def _node(
+    graph: fx.Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], native: bool
+) -> fx.Node:
+    """A call in a graph."""
+    name = call.func._schema.name.split("::")[1]
+    if native and name in METHODS:
+        return graph.call_method(name, args, kwargs)
+    found = getattr(torch, name, None) if native and "out" not in kwargs else None
+    return graph.call_function(call.func if found is None else found, args, kwargs)

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: MIT
+"""A training iteration that is recorded once and then run without its Python code."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from ddpnopt import decisions
+from ddpnopt.captured.plan import Outcome, Plan, Recording, Slot
+from ddpnopt.captured.tracing import Tracer
+from ddpnopt.errors import DDPNOptWarning
+from ddpnopt.shell import Shell
+from ddpnopt.typing import Tensor
+from ddpnopt.undoing import insist
+
+#: Iterations run as written before one is recorded: the first ones check the layers' maps.
+WARM = 4
+#: Kinds of batches that have a program of their own; others run as written.
+PLANS = 8
+#: Runs in a row with other decisions before the iteration is recorded anew, and how often that is.
+MISSES, RECORDINGS = 3, 6
+#: How far a run may be from the code's step, as a share of it; and where half precision is used.
+CLOSE, CLOSE_HALF = 1e-3, 5e-2
+
+
+class CapturedStep:
+    """A whole training iteration of one optimizer: call it with a batch.
+
+    Attributes:
+        optimizer: The optimizer.
+        replayed: Iterations that were run from the record.
+        written: Iterations that were run as they are written.
+        reason: Why no iteration is run from a record any more; empty while they are.
+
+    Args:
+        optimizer: A `DDPNOpt`, or what else has its engine.
+        loss: The batch to its loss, or to a tuple or dict whose first tensor is the loss.
+        compile: Compile the program by `torch.compile`.
+    """
+
+    def __init__(
+        self, optimizer: Shell, loss: Callable[..., Any], *, compile: bool = False
+    ) -> None:
+        if not isinstance(optimizer, Shell):
+            raise TypeError(
+                f"capture: expected a DDPNOpt or a Feedback, got {type(optimizer).__name__}; "
+                "torch's own optimizers have torch.compile and CUDA graphs of their own"
+            )
+        self.optimizer, self.loss, self._compiled = optimizer, loss, compile
+        self.replayed = self.written = 0
+        self.reason = ""
+        self._plans: dict[Any, Plan | int] = {}
+        self._recordings = 0
+        self._rates: list[Tensor] = []
+        self._known_rates: list[Any] = []
+        self._settings: list[Any] = []
+        self._modules = list(optimizer.model.modules())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run an iteration: gradients cleared, forward pass, backward pass, step.
+
+        Returns:
+            What the loss function returns, without graphs.
+
+        Raises:
+            Exception: As the iteration does.
+        """
+        if self.reason:
+            return self._as_written(args, kwargs)
+        leaves, tree = tree_flatten((args, kwargs))
+        inputs = [t for t in leaves if isinstance(t, torch.Tensor)]
+        key = (tree, tuple(map(_kind, leaves)))
+        self._watch_settings()
+        plan = self._plans.get(key, 0)
+        if isinstance(plan, int):
+            if plan < WARM or not self._usual():
+                if key in self._plans or len(self._plans) < PLANS:
+                    self._plans[key] = plan + 1
+                return self._as_written(args, kwargs)
+            return self._record(key, inputs, args, kwargs)
+        if not self._usual() or not plan.current():
+            del self._plans[key]
+            return self._as_written(args, kwargs)
+        self._set_rates()
+        if not plan.verified:
+            return self._verify(plan, inputs, args, kwargs)
+        outcome = plan(inputs, self._rates)
+        if outcome is None:
+            return self._missed(key, plan, args, kwargs)
+        plan.misses = 0
+        insist(lambda: self._commit(plan, outcome))
+        self.replayed += 1
+        return outcome.made
+
+    # As written -----------------------------------------------------------------------------
+
+    def _as_written(self, args: Any, kwargs: Any) -> Any:
+        self.optimizer.zero_grad()
+        made = self._iteration(args, kwargs)
+        self.written += 1
+        return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, made)
+
+    def _iteration(self, args: Any, kwargs: Any) -> Any:
+        with torch.enable_grad():
+            made = self.loss(*args, **kwargs)
+            loss = next((t for t in tree_leaves(made) if isinstance(t, torch.Tensor)), None)
+            if loss is None:
+                raise TypeError(
+                    "capture: the loss function returned no tensor; it must return the loss, or a "
+                    "tuple or dict whose first tensor is the loss"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return made
+
+    # Recording ------------------------------------------------------------------------------
+
+    def _record(self, key: Any, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """Run an iteration as it is written, and take it down."""
+        self._recordings += 1
+        if self._recordings > (RECORDINGS if not self._compiled else 3):
+            self._give_up("what the step decides (the loss, convergence) changes all the time")
+            return self._as_written(args, kwargs)
+        optimizer = self.optimizer
+        optimizer.zero_grad()
+        self._make_rates()
+        tracer = Tracer()
+        with self._as_tensors() as (state, numbers), self._traced_rates():
+            for t in (*inputs, *self._rates, *(old for _, old in state)):
+                tracer.value(t)
+            with decisions.tracing(tracer), tracer:
+                made = self._iteration(args, kwargs)
+                sound = tracer.conclude()
+            self.written += 1
+            self._look_at_numbers(tracer, numbers)
+            if not tracer.refusal:
+                copies = optimizer.engine.copies
+                recording = Recording(
+                    tracer, sound, inputs, self._rates, state, made, optimizer.last_step, copies
+                )
+                self._plans[key] = Plan(recording, self._compiled)
+        optimizer.zero_grad()
+        if tracer.refusal:
+            self._give_up(tracer.refusal)
+        return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, made)
+
+    @contextmanager
+    def _as_tensors(self) -> Iterator[tuple[list[tuple[Slot, Tensor]], list[tuple[Slot, Any]]]]:
+        """Numbers of the optimizer's state become tensors, and stay so if a plan is made."""
+        slots, numbers = [], []
+        before = dict(self._plans)
+        for slot, device in self._places():
+            value = slot.holder[slot.key]
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                wide = torch.float32 if device.type == "mps" else torch.float64
+                slot.holder[slot.key] = torch.tensor(float(value), dtype=wide, device=device)
+                numbers.append((slot, type(value)))
+            if isinstance(slot.holder[slot.key], torch.Tensor):
+                slots.append((slot, slot.holder[slot.key]))
+        try:
+            yield slots, numbers
+        finally:
+            if self._plans == before:
+                for slot, kind in numbers:
+                    slot.holder[slot.key] = kind(slot.holder[slot.key])
+
+    def _places(self) -> Iterator[tuple[Slot, torch.device]]:
+        optimizer = self.optimizer
+        for p, state in optimizer.state.items():
+            yield from ((Slot(state, name), p.device) for name in list(state))
+        device = optimizer.engine.parameters()[0].device
+        running = optimizer.engine.running
+        yield from ((Slot(running, name), device) for name in list(running))
+
+    def _look_at_numbers(self, tracer: Tracer, numbers: Sequence[tuple[Slot, Any]]) -> None:
+        """What was a number, and is one again, has been computed by the host."""
+        for slot, _ in numbers:
+            if not isinstance(slot.holder.get(slot.key), torch.Tensor):
+                tracer.refuse(f"the optimizer keeps a number ('{slot.key}')")
+
+    # Rates ----------------------------------------------------------------------------------
+
+    def _make_rates(self) -> None:
+        if len(self._rates) != len(self.optimizer.param_groups):
+            self._plans.clear()
+            self._rates = [_rate_of(group["params"]) for group in self.optimizer.param_groups]
+            self._known_rates = []
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        now = [group["lr"] for group in self.optimizer.param_groups]
+        if now != self._known_rates:
+            for rate, value in zip(self._rates, now, strict=True):
+                rate.fill_(value)
+            self._known_rates = now
+
+    @contextmanager
+    def _traced_rates(self) -> Iterator[None]:
+        groups = self.optimizer.param_groups
+        before = [group["lr"] for group in groups]
+        try:
+            for group, rate in zip(groups, self._rates, strict=True):
+                group["lr"] = rate
+            yield
+        finally:
+            for group, lr in zip(groups, before, strict=True):
+                group["lr"] = lr
+
+    # Watching -------------------------------------------------------------------------------
+
+    def _watch_settings(self) -> None:
+        """Other settings than those of the recordings make them void."""
+        settings: list[Any] = [m.training for m in self._modules]
+        for group in self.optimizer.param_groups:
+            settings += [p.requires_grad for p in group["params"]]
+            settings += [v for name, v in group.items() if name not in ("params", "lr")]
+        settings += [self.optimizer.diagnose, self.optimizer.options]
+        if settings != self._settings:
+            self._plans, self._settings = {}, settings
+
+    def _usual(self) -> bool:
+        """Whether nothing is in the way of running from the record at this call."""
+        optimizer = self.optimizer
+        if optimizer.engine.company.ranks.several:
+            self._give_up("several ranks train together")
+        elif optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            self._give_up("the optimizer has step hooks")
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return not self.reason and all(0 <= rate < math.inf for rate in rates)
+
+    def _give_up(self, why: str) -> None:
+        """From now on iterations run as they are written."""
+        self.reason = why
+        self._plans = {}
+        warnings.warn(
+            f"capture: {why}; iterations run as they are written", DDPNOptWarning, stacklevel=4
+        )
+
+    def _missed(self, key: Any, plan: Plan, args: Any, kwargs: Any) -> Any:
+        plan.misses += 1
+        if plan.misses >= MISSES:
+            self._plans[key] = WARM
+        return self._as_written(args, kwargs)
+
+    # Running --------------------------------------------------------------------------------
+
+    def _commit(self, plan: Plan, outcome: Outcome) -> None:
+        for slot, tensor in zip(plan.slots, outcome.state, strict=True):
+            slot.holder[slot.key] = tensor
+        self.optimizer.last_step = outcome.report
+
+    def _verify(self, plan: Plan, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """Run an iteration from the record and as it is written, and keep the latter's.
+
+        A third run, from weights off by their rounding, tells how far equal runs may be apart.
+        """
+        before = [t.clone() for t in plan.changed]
+        states = [slot.tensor for slot in plan.slots]
+        outcome = plan(inputs, self._rates)
+        if outcome is None:
+            return self._as_written(args, kwargs)
+
+        def moved(states: Sequence[Tensor]) -> list[Tensor]:
+            return [t.clone() for t in (*plan.changed, *states)]
+
+        replayed = moved(outcome.state)
+        plan.restore()
+        for t in plan.changed:
+            if t.is_floating_point():
+                t.mul_(1 + 8 * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
+        shaken = [t.clone() for t in plan.changed]
+        try:
+            self._as_written(args, kwargs)
+            nearby = moved([slot.tensor for slot in plan.slots])
+        finally:  # not from the plan's copies, which are the optimizer's own, too
+            for t, old in zip(plan.changed, before, strict=True):
+                t.copy_(old)
+            for slot, old in zip(plan.slots, states, strict=True):
+                slot.holder[slot.key] = old
+        made = self._as_written(args, kwargs)
+        written = moved([slot.tensor for slot in plan.slots])
+        self.written -= 1  # the third run is none of the training's
+        starts = [*before, *states], [*shaken, *states]
+        off = max(map(_apart, replayed, written, nearby, *starts), default=0.0)
+        self.optimizer.zero_grad()
+        if not off <= (CLOSE_HALF if plan.half else CLOSE):
+            self._give_up(
+                f"a recorded iteration differs from the code by {off:.0%} of the step: something "
+                "else than the batch and the weights changes from call to call"
+            )
+            return made
+        plan.verified = True
+        if any(t.device.type == "cuda" for t in plan.changed):
+            plan.capture_graph(inputs, self._rates)
+        return made
+
+
+def capture(optimizer: Shell, loss: Callable[..., Any], *, compile: bool = False) -> CapturedStep:
+    """A whole training iteration as one function of the batch, run without its Python code.
+
+    The first iterations run as they are written. One is recorded: every operator of the forward
+    pass, the backward pass and the step. The next one is run both ways and compared. From then on
+    the operators are run by themselves: on a GPU as one CUDA graph, on the CPU one after another,
+    or compiled by `torch.compile` into few kernels.
+
+    What the step decides by numbers on the way (is the loss still the one that was recognised, are
+    all numbers finite, has the scalar equation converged) is decided as in the recording and
+    checked at the end of each run; where it would be decided otherwise, everything is put back and
+    the iteration runs as it is written.
+
+    Args:
+        optimizer: A `DDPNOpt` or a `Feedback`.
+        loss: The batch's tensors to its loss, or to a tuple or dict whose first tensor is the loss.
+            As under a CUDA graph its Python code runs in the recording alone.
+        compile: Compile the program; takes from ten seconds to a minute, and a C++ compiler on the
+            CPU.
+
+    Returns:
+        A function of a batch that takes a training step, and returns what ``loss`` returns.
+        Gradients are not kept.
+
+    Raises:
+        TypeError: The optimizer is none of this package.
+
+    Examples:
+        >>> step = capture(opt, lambda x, y: criterion(model(x), y))
+        >>> for x, y in loader:
+        ...     loss = step(x, y)
+    """
+    return CapturedStep(optimizer, loss, compile=compile)
+
+
+def _kind(leaf: Any) -> Any:
+    """What a program depends on of an argument: its value where it is no tensor."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return leaf
+
+
+def _rate_of(parameters: Sequence[Tensor]) -> Tensor:
+    """Room for a learning rate, as exact as the widest parameter."""
+    wide = torch.float32
+    for p in parameters:
+        wide = torch.promote_types(wide, p.dtype)
+    device = parameters[0].device if parameters else None
+    return torch.zeros((), dtype=wide, device=device)
+
+
+def _apart(
+    replayed: Tensor, written: Tensor, nearby: Tensor, before: Tensor, shaken: Tensor
+) -> float:
+    """How far a replayed step is from the written one, beyond what rounding explains.
+
+    Args:
+        replayed: A tensor after a run from the record.
+        written: After the code's step.
+        nearby: After the code's step from weights off by their rounding.
+        before: Before the first two.
+        shaken: Before the third.
+
+    Returns:
+        A share of what the step has changed.
+    """
+    if not written.is_floating_point():
+        return 0.0 if torch.equal(replayed, written) else math.inf
+    wide = torch.promote_types(written.dtype, torch.float32)
+    a, b, c, start, other = (t.to(wide) for t in (replayed, written, nearby, before, shaken))
+    step = b - start
+    rounding = 8 * torch.finfo(written.dtype).eps * float(b.norm())
+    explained = rounding + 10 * float((c - other - step).norm())
+    beyond, size = max(0.0, float((a - b).norm()) - explained), float(step.norm())
+    if size > 0:
+        return beyond / size
+    return math.inf if beyond > 0 else 0.0

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""Takes down every operator of an iteration as it runs: forward pass, backward pass and step."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ddpnopt.captured.program import Call, Value, mutated
+from ddpnopt.typing import Tensor
+
+aten = torch.ops.aten
+#: What gives the same memory under another name.
+SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
+#: Types whose operators are seen as what they are.
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operators that run within the block, and on which tensors.
+
+    Attributes:
+        calls: The operators in order, without those of tensors that were made from numbers alone.
+        externals: Tensors that were there before, or are such constants.
+        half: Some tensor has half precision.
+        refusal: Why the operators can't be run again in place of the code; empty if they can.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+        self.externals: dict[Value, Tensor] = {}
+        self.half = False
+        self.refusal = ""
+        self._conditions: list[tuple[Tensor, bool]] = []
+        self._values = WeakIdKeyDictionary()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._literals: set[Value] = set()
+        self._deciding = False
+        self._count = 0
+
+    def value(self, t: Tensor) -> Value:
+        """What stands for a tensor; one that is not known was there before."""
+        if t not in self._values:
+            self.externals[self._new(t)] = t
+        found: Value = self._values[t]
+        return found
+
+    def decide(self, condition: Tensor) -> bool:
+        """The value of a boolean tensor, which becomes a condition."""
+        self._deciding = True
+        try:
+            holds = bool(condition)
+        finally:
+            self._deciding = False
+        self._conditions.append((condition, holds))
+        return holds
+
+    def conclude(self) -> Tensor:
+        """Whether all decisions are as they were; to be called within the block, at its end."""
+        if not self._conditions:
+            return torch.ones((), dtype=torch.bool)
+        return torch.stack([c if holds else ~c for c, holds in self._conditions]).all()
+
+    def refuse(self, why: str) -> None:
+        """The first reason stands."""
+        self.refusal = self.refusal or why
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "profiler":
+            return func(*args, **kwargs)
+        self._judge(func, args, kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        named = tree_map(self._named, (args, kwargs))
+        out = func(*args, **kwargs)
+        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if func in SAME:
+            self._values[out] = self.value(inputs[0])
+            if func is aten.lift_fresh.default:
+                self._literals.add(self._values[out])
+            return out
+        changed = mutated(func)
+        if inputs and not changed and all(self._values[t] in self._literals for t in inputs):
+            for t in results:
+                self._literals.add(self.value(t))
+            return out
+        for t in results:
+            self.half = self.half or t.dtype in (torch.float16, torch.bfloat16)
+            if t not in self._values:
+                self._new(t)
+        made = tree_map(self._named, out)
+        self.calls.append(Call(func, named[0], named[1], made, changed))
+        return out
+
+    def _named(self, leaf: Any) -> Any:
+        return self.value(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    def _new(self, t: Tensor) -> Value:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        # The weak reference keeps the address from being used again.
+        _, number = self._storages.setdefault(key, (StorageWeakRef(storage), self._count))
+        found = Value(self._count, number)
+        self._values[t] = found
+        self._count += 1
+        return found
+
+    def _judge(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuse what depends on more than the tensors that it is given."""
+        if self.refusal:
+            return
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        strange = next((t for t in tensors if type(t) not in PLAIN), None)
+        if strange is not None:
+            self.refuse(f"a tensor is a {type(strange).__name__}")
+        elif any(t.layout != torch.strided for t in tensors):
+            self.refuse("a tensor is sparse")
+        elif torch.Tag.nondeterministic_seeded in func.tags:
+            self.refuse(f"random numbers are drawn ({func.__name__}, {_place()})")
+        elif torch.Tag.data_dependent_output in func.tags and not self._deciding:
+            self.refuse(f"a number is read from a tensor ({_place()})")
+        elif torch.Tag.dynamic_output_shape in func.tags and _by_mask(func, tensors[1:]):
+            self.refuse(f"a shape depends on numbers ({func.__name__}, {_place()})")
+
+
+def _by_mask(func: Any, indices: Sequence[Tensor]) -> bool:
+    """Whether an operator's shape depends on numbers, which indexing by places does not."""
+    if func not in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+        return True
+    return any(t.dtype in (torch.bool, torch.uint8) for t in indices)
+
+
+def _place() -> str:
+    """Where in the code that is, for messages: the innermost line that is not torch's."""
+    own, inside = Path(__file__).parent, Path(torch.__file__).parent
+    for frame in reversed(traceback.extract_stack(limit=60)):
+        path = Path(frame.filename)
+        if own not in path.parents and inside not in path.parents and path.exists():
+            return f"{path.name}:{frame.lineno}"
+    return "inside torch"

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: MIT
+"""What the host decides by numbers on the device.
+
+All that a usual step reads back is read here. While a step is traced (`ddpnopt.capture`) a decision
+becomes a condition of the program, and the numbers that change from step to step stay tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from ddpnopt.typing import Tensor
+
+
+class Conditions(Protocol):
+    """Collects what a traced step has decided."""
+
+    def decide(self, condition: Tensor) -> bool:
+        """The value of a boolean tensor, which the program is going to depend on."""
+
+
+_conditions: Conditions | None = None
+
+
+def traced() -> bool:
+    """Whether this step is being traced."""
+    return _conditions is not None
+
+
+@contextmanager
+def tracing(conditions: Conditions) -> Iterator[None]:
+    """Within the block decisions are conditions; for all threads, since autograd has its own."""
+    global _conditions
+    before, _conditions = _conditions, conditions
+    try:
+        yield
+    finally:
+        _conditions = before
+
+
+def exceed(*pairs: tuple[Tensor, float]) -> list[bool]:
+    """Whether each value lies above its bound; one synchronisation for all. False for nan."""
+    if _conditions is not None:
+        return [_conditions.decide(value > bound) for value, bound in pairs]
+    if len(pairs) == 1:
+        return [float(pairs[0][0]) > pairs[0][1]]
+    values = torch.stack([value for value, _ in pairs]).tolist()
+    return [value > bound for value, (_, bound) in zip(values, pairs, strict=True)]
+
+
+def anything(mask: Tensor) -> bool:
+    """Whether an entry of a boolean tensor is True."""
+    found = mask.any()
+    return bool(found) if _conditions is None else _conditions.decide(found)
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether a few numbers are finite."""
+    if _conditions is not None:
+        return _conditions.decide(numbers.isfinite().all())
+    values = numbers.tolist()
+    return all(map(math.isfinite, values if isinstance(values, list) else [values]))
+
+
+def as_number(value: float | Tensor) -> float | Tensor:
+    """A hyperparameter; while a step is traced a tensor stays one."""
+    return value if _conditions is not None and isinstance(value, Tensor) else float(value)
+
+
+def is_zero(value: float | Tensor) -> bool:
+    """Whether a hyperparameter is known to be 0."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def same(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two hyperparameters are known to be equal."""
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
