@@ -24,7 +24,6 @@ class Shell(torch.optim.Optimizer):
     Attributes:
         model: The network; a module without parameters until it is known.
         options: The choices that hold for all parameters.
-        last_step: What the last step did.
     """
 
     model: nn.Module
@@ -32,7 +31,7 @@ class Shell(torch.optim.Optimizer):
     #: Attributes that copies take over.
     _kept: ClassVar[tuple[str, ...]] = ("model", "options", "_company")
     _company: Company
-    last_step: StepReport | None = None
+    _report: StepReport | Callable[[], StepReport | None] | None = None
     _engine: Engine | None = None
 
     def detach(self) -> None:
@@ -52,6 +51,21 @@ class Shell(torch.optim.Optimizer):
         """The machinery behind the step."""
         assert self._engine is not None
         return self._engine
+
+    @property
+    def last_step(self) -> StepReport | None:
+        """What the last step did."""
+        if callable(self._report):
+            self._report = self._report()
+        return self._report
+
+    @last_step.setter
+    def last_step(self, report: StepReport | None) -> None:
+        self._report = report
+
+    def report_later(self, report: Callable[[], StepReport | None]) -> None:
+        """A step has been taken whose record is made when it is asked for."""
+        self._report = report
 
     @property
     def diagnose(self) -> bool:

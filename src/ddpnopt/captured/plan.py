@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from ddpnopt.captured.program import Program, Value
+from ddpnopt.captured.program import Program
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.report import LayerReport, StepReport
 from ddpnopt.typing import Tensor
@@ -66,13 +66,24 @@ class Outcome:
 
     Attributes:
         made: As the loss function returns it.
-        report: For ``opt.last_step``.
+        report: For ``opt.last_step``, made when it is asked for.
         state: The tensors for the slots.
     """
 
     made: Any
-    report: StepReport | None
+    report: Callable[[], StepReport | None]
     state: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class _At:
+    """Stands for a result of the program.
+
+    Attributes:
+        place: Which one.
+    """
+
+    place: int
 
 
 class Plan:
@@ -96,18 +107,21 @@ class Plan:
         self._fixed = [(slot, old) for slot, old in recording.state if slot.tensor is old]
         olds = [old for slot, old in recording.state if slot.tensor is not old]
         arguments = [tracer.value(t) for t in (*recording.inputs, *recording.rates, *olds)]
-        self._made = tree_map(lambda leaf: _named(tracer, leaf), recording.made)
-        self._report = _mapped(recording.report, lambda t: _named(tracer, t))
-        wanted = [*tree_leaves(self._made), *_tensors(self._report)]
-        self._results = [
-            tracer.value(recording.sound),
-            *(tracer.value(slot.tensor) for slot in self.slots),
-            *(leaf for leaf in wanted if isinstance(leaf, Value)),
-        ]
+        wanted = [recording.sound, *(slot.tensor for slot in self.slots)]
+
+        def placed(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            wanted.append(leaf)
+            return _At(len(wanted) - 1)
+
+        self._made = tree_map(placed, recording.made)
+        self._report = _mapped(recording.report, placed)
+        results = [tracer.value(t) for t in wanted]
         known = set(arguments)
         externals = {v: t for v, t in tracer.externals.items() if v not in known}
         scratch = [tracer.value(t) for t in recording.scratch.values()]
-        self.program = Program(tracer.calls, arguments, externals, self._results, scratch)
+        self.program = Program(tracer.calls, arguments, externals, results, scratch)
         self._function = self.program.function(native=not compiled)
         if compiled:
             self._function = torch.compile(self._function, fullgraph=True, dynamic=False)
@@ -142,11 +156,18 @@ class Plan:
         except BaseException:
             self.restore()
             raise
-        values = dict(zip(self._results, results, strict=True))
         return Outcome(
-            tree_map(lambda leaf: values.get(leaf, leaf) if _is(leaf) else leaf, self._made),
-            _mapped(self._report, lambda value: values[value]),
+            self._filled(results),
+            lambda: _mapped(self._report, lambda at: results[at.place]),
             results[1 : 1 + len(self.slots)],
+        )
+
+    def _filled(self, results: Sequence[Tensor]) -> Any:
+        """What the loss function returns."""
+        if isinstance(self._made, _At):
+            return results[self._made.place]
+        return tree_map(
+            lambda leaf: results[leaf.place] if isinstance(leaf, _At) else leaf, self._made
         )
 
     def restore(self) -> None:
@@ -188,14 +209,6 @@ def _room(t: Tensor, scratch: dict[int, Tensor]) -> Tensor:
     return torch.empty_like(t, requires_grad=False) if known is None else known
 
 
-def _named(tracer: Tracer, leaf: Any) -> Any:
-    return tracer.value(leaf) if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _is(leaf: Any) -> bool:
-    return isinstance(leaf, Value)
-
-
 def _mapped(report: StepReport | None, f: Callable[[Any], Any]) -> StepReport | None:
     """A record with each tensor replaced."""
     if report is None:
@@ -207,10 +220,3 @@ def _mapped(report: StepReport | None, f: Callable[[Any], Any]) -> StepReport | 
 def _layer(one: LayerReport, f: Callable[[Any], Any]) -> LayerReport:
     given = (getattr(one, field.name) for field in fields(one)[1:])
     return LayerReport(one.name, *(None if t is None else f(t) for t in given))
-
-
-def _tensors(report: StepReport | None) -> list[Any]:
-    if report is None:
-        return []
-    layers = report.layers if report.front is None else (report.front, *report.layers)
-    return [getattr(one, field.name) for one in layers for field in fields(one)[1:]]

@@ -14,18 +14,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ddpnopt.typing import Tensor
 
+aten = torch.ops.aten
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Value:
     """A tensor of the program.
 
     Attributes:
         index: Its number.
         storage: Equal for tensors that share memory.
+        dim: Its number of dimensions.
     """
 
     index: int
     storage: int
+    dim: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,23 +132,27 @@ class Program:
         """The program as a function of the arguments and the externals, in order.
 
         Args:
-            native: Call operators by torch's own functions where there are some of the same name,
-                which take half the time to call.
+            native: For operators that are called one by one; else for a compiler.
         """
         graph = fx.Graph()
         nodes = {v: graph.placeholder(f"t{v.index}") for v in (*self.arguments, *self.externals)}
+        node_of = _called if native else _compiled
         for call in self.calls:
             args, kwargs = tree_map(
                 lambda leaf: nodes[leaf] if isinstance(leaf, Value) else leaf,
                 (call.args, call.kwargs),
             )
-            node = _node(graph, call, tuple(args), kwargs, native)
+            node = node_of(graph, call, tuple(args), kwargs)
             if isinstance(call.made, Value):
                 nodes.setdefault(call.made, node)
             elif call.made is not None:
                 for place, value in enumerate(call.made):
                     if isinstance(value, Value) and value not in nodes:
-                        nodes[value] = graph.call_function(getitem, (node, place))
+                        nodes[value] = (
+                            node[place]
+                            if isinstance(node, list)
+                            else graph.call_function(getitem, (node, place))
+                        )
         graph.output([nodes[v] for v in self.results])
         return fx.GraphModule(torch.nn.Module(), graph).forward
 
@@ -170,12 +178,21 @@ METHODS = frozenset(
 )
 
 
-def _node(
-    graph: fx.Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], native: bool
-) -> fx.Node:
-    """A call in a graph."""
+def _called(graph: fx.Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """A call by torch's own function of the same name, which takes half the time to call."""
     name = call.func._schema.name.split("::")[1]
-    if native and name in METHODS:
+    if name in METHODS:
         return graph.call_method(name, args, kwargs)
-    found = getattr(torch, name, None) if native and "out" not in kwargs else None
+    found = None if "out" in kwargs else getattr(torch, name, None)
     return graph.call_function(call.func if found is None else found, args, kwargs)
+
+
+def _compiled(graph: fx.Graph, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call as a compiler can fuse it with others."""
+    if call.func is aten._foreach_norm.Scalar:
+        order = args[1:] or (2,)
+        return [graph.call_function(aten.linalg_vector_norm.default, (t, *order)) for t in args[0]]
+    if call.func is aten.addmm.default and not kwargs and call.inputs[0].dim == 2:
+        product = graph.call_function(aten.mm.default, args[1:])
+        return graph.call_function(aten.add.Tensor, (args[0], product))
+    return graph.call_function(call.func, args, kwargs)

@@ -254,7 +254,7 @@ class CapturedStep:
     def _commit(self, plan: Plan, outcome: Outcome) -> None:
         for slot, tensor in zip(plan.slots, outcome.state, strict=True):
             slot.holder[slot.key] = tensor
-        self.optimizer.last_step = outcome.report
+        self.optimizer.report_later(outcome.report)
 
     def _verify(self, plan: Plan, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
         """Run an iteration from the record and as it is written, and keep the latter's.

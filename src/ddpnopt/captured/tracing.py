@@ -110,8 +110,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = t.untyped_storage()
         key = storage._cdata
         # The weak reference keeps the address from being used again.
-        _, number = self._storages.setdefault(key, (StorageWeakRef(storage), self._count))
-        found = Value(self._count, number)
+        if key not in self._storages:
+            self._storages[key] = StorageWeakRef(storage), self._count  # type: ignore[no-untyped-call]
+        number = self._storages[key][1]
+        found = Value(self._count, number, t.dim())
         self._values[t] = found
         self._count += 1
         return found
