@@ -97,6 +97,7 @@ class Plan:
         verified: A run has been compared with the code.
         misses: Runs in a row whose decisions were not the recording's.
         half: Some of it has half precision.
+        compiled: The program is compiled; from its first run on.
     """
 
     def __init__(self, recording: Recording, compiled: bool) -> None:
@@ -122,6 +123,7 @@ class Plan:
         externals = {v: t for v, t in tracer.externals.items() if v not in known}
         scratch = [tracer.value(t) for t in recording.scratch.values()]
         self.program = Program(tracer.calls, arguments, externals, results, scratch)
+        self.compiled = compiled
         self._function = self.program.function(native=not compiled)
         if compiled:
             self._function = torch.compile(self._function, fullgraph=True, dynamic=False)
@@ -182,6 +184,10 @@ class Plan:
 
     def _run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
         return self._function(*arguments, *self._externals)
+
+    def interpret(self) -> None:
+        """Run the operators one by one from now on."""
+        self.compiled, self._function = False, self.program.function(native=True)
 
     # CUDA graphs ----------------------------------------------------------------------------
 

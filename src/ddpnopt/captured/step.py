@@ -263,7 +263,7 @@ class CapturedStep:
         """
         before = [t.clone() for t in plan.changed]
         states = [slot.tensor for slot in plan.slots]
-        outcome = plan(inputs, self._rates)
+        outcome = self._first_run(plan, inputs)
         if outcome is None:
             return self._as_written(args, kwargs)
 
@@ -298,8 +298,27 @@ class CapturedStep:
             return made
         plan.verified = True
         if any(t.device.type == "cuda" for t in plan.changed):
-            plan.capture_graph(inputs, self._rates)
+            try:
+                plan.capture_graph(inputs, self._rates)
+            except RuntimeError as error:
+                self._give_up(f"a CUDA graph can't hold the iteration ({_first_line(error)})")
         return made
+
+    def _first_run(self, plan: Plan, inputs: list[Tensor]) -> Outcome | None:
+        """A run that may have to be compiled; what the compiler can't do is run as it is."""
+        if not plan.compiled:
+            return plan(inputs, self._rates)
+        try:
+            return plan(inputs, self._rates)
+        except Exception as error:  # whatever a compiler may raise; shown, and done without it
+            warnings.warn(
+                f"capture: torch.compile failed ({_first_line(error)}); the recorded operators are "
+                "run one by one",
+                DDPNOptWarning,
+                stacklevel=4,
+            )
+            plan.interpret()
+            return plan(inputs, self._rates)
 
 
 def capture(optimizer: Shell, loss: Callable[..., Any], *, compile: bool = False) -> CapturedStep:
@@ -335,6 +354,10 @@ def capture(optimizer: Shell, loss: Callable[..., Any], *, compile: bool = False
         ...     loss = step(x, y)
     """
     return CapturedStep(optimizer, loss, compile=compile)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _kind(leaf: Any) -> Any:

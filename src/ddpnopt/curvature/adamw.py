@@ -62,8 +62,8 @@ class AdamW(Curvature):
         that never had a gradient does not move (0, not inf).
         """
         assert moment is not None
-        M = seen(moment).sqrt_().div_(self._correction(state.get("step", 0) + 1)).add_(self.eps)
-        return M.reciprocal_()
+        correction = self._correction(state.get("step", 0) + 1, moment.dtype)
+        return seen(moment).sqrt_().div_(correction).add_(self.eps).reciprocal_()
 
     def update(
         self,
@@ -81,14 +81,14 @@ class AdamW(Curvature):
         m = torch.zeros_like(d) if m is None else m
         # A layer's rule gives half precision's d wider than autograd does, which other steps take.
         m = m.lerp(d.to(m.dtype), 1 - self.betas[0])
-        M = moment.sqrt().div_(self._correction(step)).add_(self.eps)
+        M = moment.sqrt().div_(self._correction(step, moment.dtype)).add_(self.eps)
         descend_quotient(p, m, M, lr / (1 - self.betas[0] ** step))
         return {"step": step, "exp_avg": m, "exp_avg_sq": moment}
 
-    def _correction(self, step: int | Tensor) -> float | Tensor:
+    def _correction(self, step: int | Tensor, dtype: torch.dtype) -> float | Tensor:
         """Of sqrt(v) for having begun at 0."""
-        if isinstance(step, Tensor):
-            return torch.sqrt(1 - self.betas[1] ** step)
+        if isinstance(step, Tensor):  # as exact as a number, and then of v's dtype
+            return torch.sqrt(1 - self.betas[1] ** step).to(dtype)
         return float((1 - self.betas[1] ** step) ** 0.5)
 
     def follow(

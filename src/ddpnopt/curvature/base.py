@@ -97,7 +97,7 @@ def momentum_step(
 def descend(p: Tensor, direction: Tensor, rate: float | Tensor) -> None:
     """u <- u - rate direction, in place."""
     if isinstance(rate, Tensor):
-        p.sub_(direction * rate)
+        p.sub_(direction * rate.to(direction.dtype))
     else:
         p.add_(direction, alpha=-rate)
 
@@ -113,7 +113,7 @@ def descend_all(parameters: list[Tensor], directions: list[Tensor], rate: float 
 def descend_quotient(p: Tensor, d: Tensor, M: Tensor, rate: float | Tensor) -> None:
     """u <- u - rate d / M, in place."""
     if isinstance(rate, Tensor):
-        p.sub_((d * rate).div_(M))
+        p.sub_((d * rate.to(d.dtype)).div_(M))
     else:
         p.addcdiv_(d, M, value=-rate)
 

@@ -64,8 +64,10 @@ def mean_field(
                 length[index] = one.length
     rho = torch.where(alone > 0, length / alone, 1.0).clamp_(1, samples)
     for index, one in enumerate(couplings):
-        if one.rho is not None:
+        if isinstance(one.rho, Tensor):
             rho[index] = one.rho
+        elif one.rho is not None:
+            rho[index].fill_(one.rho)  # an assignment would copy from the host
     return rho
 
 
