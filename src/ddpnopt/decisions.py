@@ -53,10 +53,14 @@ def exceed(*pairs: tuple[Tensor, float]) -> list[bool]:
     return [value > bound for value, (_, bound) in zip(values, pairs, strict=True)]
 
 
+def holds(condition: Tensor) -> bool:
+    """Whether a boolean tensor is True."""
+    return bool(condition) if _conditions is None else _conditions.decide(condition)
+
+
 def anything(mask: Tensor) -> bool:
     """Whether an entry of a boolean tensor is True."""
-    found = mask.any()
-    return bool(found) if _conditions is None else _conditions.decide(found)
+    return holds(mask.any())
 
 
 def all_finite(numbers: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ddpnopt.decisions import anything, exceed
+from ddpnopt.decisions import anything, exceed, holds, traced
 from ddpnopt.objectives import logistic_objective, softmax_objective
 from ddpnopt.rows import chunks, working
 from ddpnopt.terminal import Cost, diagonal_columns
@@ -180,6 +180,10 @@ def _hard(target: Tensor, p: Tensor, size: Tensor, w: float, slack: float) -> bo
     """
     wrong = (target.amax(-1) - 1).abs_().add_(target.abs().sum(-1).sub_(1).abs_())
     largest = size.amax()
+    if traced():  # one decision, whatever the rows' confidence
+        right = (wrong * (size[:, 0] > 0)).amax() <= slack
+        shown = ~_besides(target, p, size, w).any() & (largest > 0)
+        return holds(right & ((largest > INFORMATIVE * w) | shown))
     off, telling = exceed((wrong.amax(), slack), (largest, INFORMATIVE * w))
     # A row without a gradient is not wrong.
     if off and exceed(((wrong * (size[:, 0] > 0)).amax(), slack))[0]:
@@ -188,9 +192,13 @@ def _hard(target: Tensor, p: Tensor, size: Tensor, w: float, slack: float) -> bo
         return True
     if not exceed((largest, 0.0))[0]:
         return False
+    return not anything(_besides(target, p, size, w))
+
+
+def _besides(target: Tensor, p: Tensor, size: Tensor, w: float) -> Tensor:
+    """Entries off the label that are not w p, of rows that have a gradient."""
     tiny = torch.finfo(p.dtype).smallest_normal
-    beside = (target < 0.5) & (size > 0)
-    return not anything(beside & (target.abs() > PROPORTION * p + 64 * tiny / w))
+    return (target < 0.5) & (size > 0) & (target.abs() > PROPORTION * p + 64 * tiny / w)
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:

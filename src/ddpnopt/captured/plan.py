@@ -95,6 +95,7 @@ class Plan:
 
     Attributes:
         verified: A run has been compared with the code.
+        runs: How often it was run.
         misses: Runs in a row whose decisions were not the recording's.
         half: Some of it has half precision.
         compiled: The program is compiled; from its first run on.
@@ -102,7 +103,8 @@ class Plan:
 
     def __init__(self, recording: Recording, compiled: bool) -> None:
         tracer = recording.tracer
-        self.verified, self.misses, self.half = False, 0, tracer.half
+        self.verified, self.half = False, tracer.half
+        self.runs = self.misses = 0
         #: State that every step replaces by new tensors, and state that stays where it is.
         self.slots = [slot for slot, old in recording.state if slot.tensor is not old]
         self._fixed = [(slot, old) for slot, old in recording.state if slot.tensor is old]

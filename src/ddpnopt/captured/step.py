@@ -24,8 +24,10 @@ from ddpnopt.undoing import insist
 WARM = 4
 #: Kinds of batches that have a program of their own; others run as written.
 PLANS = 8
-#: Runs in a row with other decisions before the iteration is recorded anew, and how often that is.
-MISSES, RECORDINGS = 3, 6
+#: Runs in a row with other decisions before the iteration is recorded anew.
+MISSES = 3
+#: Recordings in a row that were run fewer times than this before it is given up.
+FRUITLESS, FRUITFUL = 3, 20
 #: How far a run may be from the code's step, as a share of it; and where half precision is used.
 CLOSE, CLOSE_HALF = 1e-3, 5e-2
 
@@ -37,6 +39,7 @@ class CapturedStep:
         optimizer: The optimizer.
         replayed: Iterations that were run from the record.
         written: Iterations that were run as they are written.
+        missed: Those of them whose decisions were not those of the record.
         reason: Why no iteration is run from a record any more; empty while they are.
 
     Args:
@@ -54,10 +57,10 @@ class CapturedStep:
                 "torch's own optimizers have torch.compile and CUDA graphs of their own"
             )
         self.optimizer, self.loss, self._compiled = optimizer, loss, compile
-        self.replayed = self.written = 0
+        self.replayed = self.written = self.missed = 0
         self.reason = ""
         self._plans: dict[Any, Plan | int] = {}
-        self._recordings = 0
+        self._fruitless = 0
         self._rates: list[Tensor] = []
         self._known_rates: list[Any] = []
         self._settings: list[Any] = []
@@ -94,7 +97,7 @@ class CapturedStep:
         outcome = plan(inputs, self._rates)
         if outcome is None:
             return self._missed(key, plan, args, kwargs)
-        plan.misses = 0
+        plan.misses, plan.runs = 0, plan.runs + 1
         insist(lambda: self._commit(plan, outcome))
         self.replayed += 1
         return outcome.made
@@ -124,10 +127,6 @@ class CapturedStep:
 
     def _record(self, key: Any, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
         """Run an iteration as it is written, and take it down."""
-        self._recordings += 1
-        if self._recordings > (RECORDINGS if not self._compiled else 3):
-            self._give_up("what the step decides (the loss, convergence) changes all the time")
-            return self._as_written(args, kwargs)
         optimizer = self.optimizer
         optimizer.zero_grad()
         self._make_rates()
@@ -244,9 +243,13 @@ class CapturedStep:
         )
 
     def _missed(self, key: Any, plan: Plan, args: Any, kwargs: Any) -> Any:
+        self.missed += 1
         plan.misses += 1
         if plan.misses >= MISSES:
             self._plans[key] = WARM
+            self._fruitless = self._fruitless + 1 if plan.runs < FRUITFUL else 0
+            if self._fruitless >= FRUITLESS:
+                self._give_up("what the step decides (about the loss, say) changes all the time")
         return self._as_written(args, kwargs)
 
     # Running --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ random: the cost of a step does not depend on what is learned.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from typing import Any
@@ -62,6 +62,8 @@ class Variant:
         period: Steps between two refreshes of its curvature: what is timed or counted covers
             whole periods.
         package: Module that it needs beside ddpnopt's own; None: nothing.
+        captured: How its iterations are run: "" as they are written, "replayed" or "compiled" by
+            `ddpnopt.capture`.
     """
 
     make: Callable[[nn.Module], torch.optim.Optimizer]
@@ -69,6 +71,16 @@ class Variant:
     nets: tuple[int, ...] = (1, 2, 3)
     period: int = 1
     package: str | None = None
+    captured: str = ""
+
+    @property
+    def settle(self) -> int:
+        """Steps before anything is timed or counted.
+
+        A DDPNOpt checks its linear maps in its first three; four iterations go before one is
+        recorded, and one more is compared.
+        """
+        return 8 if self.captured else 4
 
     @property
     def installed(self) -> bool:
@@ -244,6 +256,29 @@ VARIANTS: Mapping[str, Variant] = {
     "Shampoo, every 10": Variant(peers.shampoo, period=10, package="pytorch_optimizer"),
     "SINGD dense, every step": Variant(peers.singd, package="singd"),
     "SINGD dense, every 10": Variant(peers.singd_every_10, period=10, package="singd"),
+}
+
+
+#: What `ddpnopt.capture` is measured with; the first is plain SGD, for comparison.
+_CAPTURED = (
+    "DDPNOpt off",
+    "DDPNOpt closed loop",
+    "DDPNOpt closed, no weight grads",
+    "DDPNOpt open loop",
+    "DDPNOpt open, no weight grads",
+    "DDPNOpt RMSprop closed loop",
+    "DDPNOpt AdamW closed loop",
+    "DDPNOpt low_rank",
+)
+#: Names of the ways to run a recorded iteration.
+CAPTURES = ("replayed", "compiled")
+VARIANTS = {
+    **VARIANTS,
+    **{
+        f"{name}, {how}": replace(VARIANTS[name], captured=how)
+        for name in _CAPTURED
+        for how in CAPTURES
+    },
 }
 
 

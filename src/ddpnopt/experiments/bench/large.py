@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ddpnopt.experiments.bench.cases import LARGE, SMALL, VARIANTS
-from ddpnopt.experiments.bench.measure import MIB, SETTLE, Job, footprint, resident_peak
+from ddpnopt.experiments.bench.measure import MIB, Job, footprint, resident_peak
 
 #: Optimizers that are measured on a large net.
 COMPARED = ("SGD", "Adam", "DDPNOpt closed loop", "DDPNOpt closed, no weight grads")
@@ -76,7 +76,7 @@ def measure_here(net: str, variant: str, device: str, quick: bool) -> LargeCost:
     before = torch.cuda.memory_reserved(device) / MIB if on_gpu else resident_peak()
     job = Job(case, VARIANTS[variant], device, data)
     first = float(job.step())
-    for _ in range(SETTLE - 1):
+    for _ in range(VARIANTS[variant].settle - 1):
         job.step()
     times = []
     for _ in range(TIMED_STEPS):

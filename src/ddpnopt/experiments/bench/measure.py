@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import ddpnopt
 from ddpnopt.experiments.bench.cases import BASELINE, Net, Variant
 from ddpnopt.experiments.reproduce.step_cost import PeakMemory
 from ddpnopt.testing import Operations
@@ -24,8 +25,6 @@ from ddpnopt.testing import Operations
 MIB = 2**20
 #: A timed chunk lasts at least this long, far above the clock's and the scheduler's grain.
 CHUNK_SECONDS = 0.05
-#: Steps before anything is timed or counted: a DDPNOpt checks its linear maps in its first three.
-SETTLE = 4
 
 
 class Job:
@@ -56,6 +55,14 @@ class Job:
         self.clip, self.device, self.loss = variant.clip, device, 0.0
         self.criterion = net.loss
         self._initial: list[Tensor] = []
+        self._captured: ddpnopt.CapturedStep | None = None
+        if variant.captured:
+            assert isinstance(self.optimizer, ddpnopt.DDPNOpt)
+            self._captured = ddpnopt.capture(
+                self.optimizer,
+                lambda x, y: net.loss(self.model(x), y),
+                compile=variant.captured == "compiled",
+            )
 
     def step(self) -> Tensor:
         """One whole training step: zero_grad, forward, loss, backward, clip, step.
@@ -63,6 +70,8 @@ class Job:
         Returns:
             The loss before the step.
         """
+        if self._captured is not None:
+            return self._recorded(self._captured)
         self.optimizer.zero_grad()
         loss = self.criterion(self.model(self.x), self.y)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -70,6 +79,13 @@ class Job:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         return loss.detach()
+
+    def _recorded(self, iteration: ddpnopt.CapturedStep) -> Tensor:
+        """The same from the record, which must be what is measured."""
+        loss: Tensor = iteration(self.x, self.y)
+        if iteration.reason:
+            raise RuntimeError(f"not run from a record: {iteration.reason}")
+        return loss
 
     def remember(self) -> None:
         """Keep the weights for `reset`."""
@@ -127,7 +143,7 @@ class _Clock:
     def __init__(self, net: Net, variant: Variant, device: str) -> None:
         self.job = Job(net, variant, device)
         self.job.remember()
-        self.job.seconds(SETTLE)
+        self.job.seconds(variant.settle)
         # First calls allocate, choose kernels and decompose; the second period is as all others.
         self.job.seconds(variant.period)
         once = self.job.seconds(variant.period)
@@ -267,7 +283,7 @@ Memory = tuple[Job, tuple[float, float, float]]
 def _tensor_memory(net: Net, variant: Variant, device: str, data: tuple[Tensor, Tensor]) -> Memory:
     with PeakMemory() as memory:
         job = Job(net, variant, device, data)
-        for _ in range(SETTLE):
+        for _ in range(variant.settle):
             job.step()
         first, memory.peak = memory.peak, memory.level
         for _ in range(variant.period + 1):
@@ -281,7 +297,7 @@ def _cuda_memory(net: Net, variant: Variant, device: str, data: tuple[Tensor, Te
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     job = Job(net, variant, device, data)
-    for _ in range(SETTLE):
+    for _ in range(variant.settle):
         job.step()
     first = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddpnopt.experiments.bench import measure
-from ddpnopt.experiments.bench.cases import BASELINE, LARGE, NETS, Net, Variant, chosen
+from ddpnopt.experiments.bench.cases import BASELINE, LARGE, NETS, VARIANTS, Net, Variant, chosen
 from ddpnopt.experiments.bench.document import Document, Entry, NetFigures, targets
 from ddpnopt.experiments.bench.growth import measure_growth
 from ddpnopt.experiments.bench.large import COMPARED, measure_apart
@@ -62,7 +62,8 @@ class Plan:
         """The optimizers of a net."""
         patterns = list(self.patterns)
         if self.quick and not patterns:
-            patterns = sorted({target.variant for target in targets().target})
+            wanted = {target.variant for target in targets().target}
+            patterns = sorted(n for n in wanted if VARIANTS[n].captured != "compiled")
         return chosen(patterns, number)
 
     def command(self) -> str:
@@ -144,7 +145,9 @@ def _net(plan: Plan, number: int, document: Document, console: Console) -> NetFi
                 entries[name] = Entry(error=error)
             bar.update(task, completed=total)
         if "memory" in plan.parts:
-            for name in bar.track(variants, description=f"net {number}: memory, operations"):
+            # A compiler's kernels are no operators, which is what is counted.
+            seen = [name for name, v in variants.items() if v.captured != "compiled"]
+            for name in bar.track(seen, description=f"net {number}: memory, operations"):
                 if not entries[name].error:
                     entries[name] = _with_footprint(net, variants[name], plan, entries[name])
     for name, entry in entries.items():
