@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 from ddpnopt.arrivals import Arrivals, gradient_at_boundary
 from ddpnopt.certify import doubt
 from ddpnopt.crossing import Crossing, Span
+from ddpnopt.decisions import postpone, traced
 from ddpnopt.inert import probing
 from ddpnopt.layers import FALLBACK
 from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes
@@ -62,7 +63,12 @@ class Classifier:
 
     def due(self) -> bool:
         """Whether the next pass is to be verified: the first with a backward pass, and others."""
-        return not self.arrivals.reached or self.passes % PROBE_EVERY == 0
+        return not self.arrivals.reached or self._periodic
+
+    @property
+    def _periodic(self) -> bool:
+        """What is known is looked at again now and then."""
+        return self.passes % PROBE_EVERY == 0 and not traced()
 
     def classify(
         self,
@@ -156,10 +162,11 @@ class Classifier:
             one.part(trajectory.samples)
         indices = fingerprint(ledger.routes, known.start, trajectory.samples)
         routed = indices is not None and indices not in self._routes.get(trajectory.key, ())
-        settled = known.count >= PROBES and bool(self.passes % PROBE_EVERY)
+        settled = known.count >= PROBES and not self._periodic
         if settled and not routed:
             known.lay(trajectory, again=False)
             return
+        postpone()
         known.lay(trajectory, again=True)
         first = trajectory.samples
         turns = _turns(known, settled, routed)

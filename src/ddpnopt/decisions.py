@@ -23,6 +23,9 @@ class Conditions(Protocol):
     def decide(self, condition: Tensor) -> bool:
         """The value of a boolean tensor, which the program is going to depend on."""
 
+    def postpone(self) -> None:
+        """This step does more than a usual one: another has to be traced."""
+
 
 _conditions: Conditions | None = None
 
@@ -30,6 +33,12 @@ _conditions: Conditions | None = None
 def traced() -> bool:
     """Whether this step is being traced."""
     return _conditions is not None
+
+
+def postpone() -> None:
+    """What is done now is not done in every step."""
+    if _conditions is not None:
+        _conditions.postpone()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ddpnopt.decisions import traced
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inner import Reader, own_step, reader_of
 from ddpnopt.typing import Tensor
@@ -109,7 +110,9 @@ def attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def _narrow(group: Group, members: list[Tensor]) -> Group:
     """A group's copy with some of its parameters, for a step to write to."""
-    return {k: members if k == "params" else copied(v) for k, v in group.items()}
+    own = {k: members if k == "params" else copied(v) for k, v in group.items()}
+    # A traced step's rate is the program's: no step writes to it.
+    return {**own, "lr": group["lr"]} if traced() and "lr" in group else own
 
 
 def same(a: Any, b: Any) -> bool:

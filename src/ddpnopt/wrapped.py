@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ddpnopt.borrowed import MOMENTA, Borrowed, Update
+from ddpnopt.decisions import as_number
 from ddpnopt.dtensors import local, summed
 from ddpnopt.narrowed import Counted, Group, Inner, attributes, copied, holds
 from ddpnopt.typing import Tensor
@@ -35,7 +36,7 @@ class Wrapped(Borrowed):
             for p, group in inner.group_of().items():
                 self._group[p], self._inner[p] = group, inner
                 gain = inner.gains.get(p)
-                hyper[p] = inner.reader.hyper(group, 0.0 if gain is None else float(gain))
+                hyper[p] = inner.reader.hyper(group, 0.0 if gain is None else as_number(gain))
         states = {p: s for i in inners for p, s in i.optimizer.state.items() if s}
         super().__init__(hyper, states, copies)
         self._undoing = Undoing()

@@ -21,18 +21,28 @@ class Slot:
     """A place of the optimizer's state.
 
     Attributes:
-        holder: The dictionary.
+        holder: Finds the dictionary.
         key: The name in it.
     """
 
-    holder: dict[Any, Any]
+    holder: Callable[[], dict[Any, Any]]
     key: Any
 
     @property
+    def found(self) -> Any:
+        """What is there now; None for nothing."""
+        return self.holder().get(self.key)
+
+    @property
     def tensor(self) -> Tensor:
-        """What is there now."""
-        found: Tensor = self.holder[self.key]
+        """The tensor that is there."""
+        found = self.found
+        assert isinstance(found, torch.Tensor)
         return found
+
+    def put(self, value: Any) -> None:
+        """Replace it."""
+        self.holder()[self.key] = value
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +119,7 @@ class Plan:
         self.slots = [slot for slot, old in recording.state if slot.tensor is not old]
         self._fixed = [(slot, old) for slot, old in recording.state if slot.tensor is old]
         olds = [old for slot, old in recording.state if slot.tensor is not old]
+        self._kinds = [_kind(old) for old in olds]
         arguments = [tracer.value(t) for t in (*recording.inputs, *recording.rates, *olds)]
         wanted = [recording.sound, *(slot.tensor for slot in self.slots)]
 
@@ -139,8 +150,11 @@ class Plan:
 
     def current(self) -> bool:
         """Whether everything that is not an argument is where it was."""
-        there = all(t.data_ptr() == place for t, place in self._places)
-        return there and all(slot.holder.get(slot.key) is t for slot, t in self._fixed)
+        return (
+            all(t.data_ptr() == place for t, place in self._places)
+            and all(slot.found is t for slot, t in self._fixed)
+            and [_kind(slot.found) for slot in self.slots] == self._kinds
+        )
 
     def __call__(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> Outcome | None:
         """Run the iteration.
@@ -209,6 +223,12 @@ class Plan:
         torch._foreach_copy_(own, [t.detach() for t in arguments])
         graph.replay()
         return [t.clone() for t in results]
+
+
+def _kind(value: Any) -> Any:
+    """What a program depends on of its arguments."""
+    tensor = isinstance(value, torch.Tensor)
+    return (value.shape, value.dtype, value.device) if tensor else type(value)
 
 
 def _room(t: Tensor, scratch: dict[int, Tensor]) -> Tensor:

@@ -15,6 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ddpnopt.typing import Tensor
 
 aten = torch.ops.aten
+#: Places of arguments that operators write to without their schema's saying so: running statistics.
+UNDECLARED: dict[Any, tuple[int, ...]] = {
+    getattr(aten, name).default: (3, 4)
+    for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +71,13 @@ class Call:
         names = [a.name for a in self.func._schema.arguments]
         given = {**dict(zip(names, self.args, strict=False)), **self.kwargs}
         writes = [a.name for a in self.func._schema.arguments if _is_write(a)]
-        return _values([given[name] for name in writes if name in given])
+        undeclared = [self.args[place] for place in UNDECLARED.get(self.func, ())]
+        return _values([*(given[name] for name in writes if name in given), *undeclared])
 
 
 def mutated(func: Any) -> bool:
     """Whether an operator writes to an argument."""
-    return any(_is_write(argument) for argument in func._schema.arguments)
+    return func in UNDECLARED or any(_is_write(argument) for argument in func._schema.arguments)
 
 
 def _is_write(argument: Any) -> bool:

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from ddpnopt.undoing import insist
 WARM = 4
 #: Kinds of batches that have a program of their own; others run as written.
 PLANS = 8
+#: Recordings that turn out to look into the model's structure, or can't be run again, before it is
+#: given up: now and then a step does more than usual.
+POSTPONED, REFUSED = 50, 3
 #: Runs in a row with other decisions before the iteration is recorded anew.
 MISSES = 3
 #: Recordings in a row that were run fewer times than this before it is given up.
@@ -60,7 +64,7 @@ class CapturedStep:
         self.replayed = self.written = self.missed = 0
         self.reason = ""
         self._plans: dict[Any, Plan | int] = {}
-        self._fruitless = 0
+        self._fruitless = self._postponed = self._refused = 0
         self._rates: list[Tensor] = []
         self._known_rates: list[Any] = []
         self._settings: list[Any] = []
@@ -139,15 +143,20 @@ class CapturedStep:
                 sound = tracer.conclude()
             self.written += 1
             self._look_at_numbers(tracer, numbers)
-            if not tracer.refusal:
+            if not (tracer.refusal or tracer.postponed):
                 copies = optimizer.engine.copies
                 recording = Recording(
                     tracer, sound, inputs, self._rates, state, made, optimizer.last_step, copies
                 )
                 self._plans[key] = Plan(recording, self._compiled)
         optimizer.zero_grad()
-        if tracer.refusal:
-            self._give_up(tracer.refusal)
+        if tracer.postponed:
+            self._postponed += 1
+        elif tracer.refusal:
+            self._refused += 1
+        if self._postponed >= POSTPONED or self._refused >= REFUSED:
+            unsettled = "the model's structure is still being found out"
+            self._give_up(unsettled if tracer.postponed else tracer.refusal + self._hint())
         return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, made)
 
     @contextmanager
@@ -156,32 +165,37 @@ class CapturedStep:
         slots, numbers = [], []
         before = dict(self._plans)
         for slot, device in self._places():
-            value = slot.holder[slot.key]
+            value = slot.found
             if isinstance(value, int | float) and not isinstance(value, bool):
                 wide = torch.float32 if device.type == "mps" else torch.float64
-                slot.holder[slot.key] = torch.tensor(float(value), dtype=wide, device=device)
+                slot.put(torch.tensor(float(value), dtype=wide, device=device))
                 numbers.append((slot, type(value)))
-            if isinstance(slot.holder[slot.key], torch.Tensor):
-                slots.append((slot, slot.holder[slot.key]))
+            if isinstance(slot.found, torch.Tensor):
+                slots.append((slot, slot.found))
         try:
             yield slots, numbers
         finally:
             if self._plans == before:
                 for slot, kind in numbers:
-                    slot.holder[slot.key] = kind(slot.holder[slot.key])
+                    slot.put(kind(slot.found))
 
     def _places(self) -> Iterator[tuple[Slot, torch.device]]:
         optimizer = self.optimizer
         for p, state in optimizer.state.items():
-            yield from ((Slot(state, name), p.device) for name in list(state))
-        device = optimizer.engine.parameters()[0].device
-        running = optimizer.engine.running
-        yield from ((Slot(running, name), device) for name in list(running))
+            for name in list(state):
+                yield Slot(partial(_state, optimizer, p), name), p.device
+        engine = optimizer.engine
+        device = engine.parameters()[0].device
+        for name in list(engine.running):
+            yield Slot(lambda: engine.running, name), device
+        for inner in getattr(optimizer, "inners", ()):
+            for p in list(inner.gains):
+                yield Slot(partial(getattr, inner, "gains"), p), p.device
 
     def _look_at_numbers(self, tracer: Tracer, numbers: Sequence[tuple[Slot, Any]]) -> None:
         """What was a number, and is one again, has been computed by the host."""
         for slot, _ in numbers:
-            if not isinstance(slot.holder.get(slot.key), torch.Tensor):
+            if not isinstance(slot.found, torch.Tensor):
                 tracer.refuse(f"the optimizer keeps a number ('{slot.key}')")
 
     # Rates ----------------------------------------------------------------------------------
@@ -242,6 +256,15 @@ class CapturedStep:
             f"capture: {why}; iterations run as they are written", DDPNOptWarning, stacklevel=4
         )
 
+    def _hint(self) -> str:
+        """The usual reason, where an optimizer is wrapped."""
+        unfused = [
+            group
+            for group in self.optimizer.param_groups
+            if "fused" in group and not (group["fused"] or group.get("capturable"))
+        ]
+        return "; make the wrapped optimizer with fused=True" if unfused else ""
+
     def _missed(self, key: Any, plan: Plan, args: Any, kwargs: Any) -> Any:
         self.missed += 1
         plan.misses += 1
@@ -256,13 +279,14 @@ class CapturedStep:
 
     def _commit(self, plan: Plan, outcome: Outcome) -> None:
         for slot, tensor in zip(plan.slots, outcome.state, strict=True):
-            slot.holder[slot.key] = tensor
+            slot.put(tensor)
         self.optimizer.report_later(outcome.report)
 
     def _verify(self, plan: Plan, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
         """Run an iteration from the record and as it is written, and keep the latter's.
 
-        A third run, from weights off by their rounding, tells how far equal runs may be apart.
+        Another run from the record, with weights off by their rounding, tells how far runs may be
+        apart that are equal but for rounding.
         """
         before = [t.clone() for t in plan.changed]
         states = [slot.tensor for slot in plan.slots]
@@ -270,26 +294,23 @@ class CapturedStep:
         if outcome is None:
             return self._as_written(args, kwargs)
 
-        def moved(states: Sequence[Tensor]) -> list[Tensor]:
+        def after(states: Sequence[Tensor]) -> list[Tensor]:
             return [t.clone() for t in (*plan.changed, *states)]
 
-        replayed = moved(outcome.state)
+        replayed = after(outcome.state)
         plan.restore()
         for t in plan.changed:
             if t.is_floating_point():
                 t.mul_(1 + 8 * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
         shaken = [t.clone() for t in plan.changed]
-        try:
-            self._as_written(args, kwargs)
-            nearby = moved([slot.tensor for slot in plan.slots])
-        finally:  # not from the plan's copies, which are the optimizer's own, too
-            for t, old in zip(plan.changed, before, strict=True):
-                t.copy_(old)
-            for slot, old in zip(plan.slots, states, strict=True):
-                slot.holder[slot.key] = old
+        another = plan(inputs, self._rates)
+        nearby = None if another is None else after(another.state)
+        for t, old in zip(plan.changed, before, strict=True):
+            t.copy_(old)
         made = self._as_written(args, kwargs)
-        written = moved([slot.tensor for slot in plan.slots])
-        self.written -= 1  # the third run is none of the training's
+        if nearby is None:
+            return made
+        written = after([slot.tensor for slot in plan.slots])
         starts = [*before, *states], [*shaken, *states]
         off = max(map(_apart, replayed, written, nearby, *starts), default=0.0)
         self.optimizer.zero_grad()
@@ -359,6 +380,12 @@ def capture(optimizer: Shell, loss: Callable[..., Any], *, compile: bool = False
     return CapturedStep(optimizer, loss, compile=compile)
 
 
+def _state(optimizer: Shell, p: Tensor) -> dict[Any, Any]:
+    """A parameter's state, wherever it is now: loading replaces it."""
+    found: dict[Any, Any] = optimizer.state.get(p, {})
+    return found
+
+
 def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
@@ -387,7 +414,7 @@ def _apart(
     Args:
         replayed: A tensor after a run from the record.
         written: After the code's step.
-        nearby: After the code's step from weights off by their rounding.
+        nearby: After a run from the record from weights off by their rounding.
         before: Before the first two.
         shaken: Before the third.
 
@@ -398,10 +425,9 @@ def _apart(
         return 0.0 if torch.equal(replayed, written) else math.inf
     wide = torch.promote_types(written.dtype, torch.float32)
     a, b, c, start, other = (t.to(wide) for t in (replayed, written, nearby, before, shaken))
-    step = b - start
     rounding = 8 * torch.finfo(written.dtype).eps * float(b.norm())
-    explained = rounding + 10 * float((c - other - step).norm())
-    beyond, size = max(0.0, float((a - b).norm()) - explained), float(step.norm())
+    explained = rounding + 10 * float(((c - other) - (a - start)).norm())
+    beyond, size = max(0.0, float((a - b).norm()) - explained), float((b - start).norm())
     if size > 0:
         return beyond / size
     return math.inf if beyond > 0 else 0.0

@@ -31,6 +31,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         calls: The operators in order, without those of tensors that were made from numbers alone.
         externals: Tensors that were there before, or are such constants.
         half: Some tensor has half precision.
+        postponed: This iteration is not a usual one.
         refusal: Why the operators can't be run again in place of the code; empty if they can.
     """
 
@@ -38,7 +39,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.externals: dict[Value, Tensor] = {}
-        self.half = False
+        self.half = self.postponed = False
         self.refusal = ""
         self._conditions: list[tuple[Tensor, bool]] = []
         self._values = WeakIdKeyDictionary()
@@ -69,6 +70,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._conditions:
             return torch.ones((), dtype=torch.bool)
         return torch.stack([c if holds else ~c for c, holds in self._conditions]).all()
+
+    def postpone(self) -> None:
+        """This iteration is not to be run again."""
+        self.postponed = True
 
     def refuse(self, why: str) -> None:
         """The first reason stands."""

@@ -35,7 +35,7 @@ class Reader(ABC):
     moment: str = ""
 
     @abstractmethod
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """Learning rate over the momentum's life, and curvature, of a group.
 
         Args:

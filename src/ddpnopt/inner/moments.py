@@ -12,6 +12,7 @@ from ddpnopt.curvature import AdamW as AdamWCurvature
 from ddpnopt.curvature import RMSprop as RMSpropCurvature
 from ddpnopt.curvature.base import Curvature, seen
 from ddpnopt.curvature.base import State as ReadState
+from ddpnopt.decisions import as_number
 from ddpnopt.hyperparameters import Hyper
 from ddpnopt.inner.base import Group, Reader, State, excess, feed_average
 from ddpnopt.typing import Tensor
@@ -29,8 +30,10 @@ class _Adam(AdamWCurvature):
         largest = state.get("max_exp_avg_sq") if self.amsgrad else None
         if largest is not None and moment is not None:
             moment = torch.maximum(moment, largest)
-        # A number: torch counts in float32, in which 1 - beta2^t is not exact.
-        return super().inverse({**state, "step": float(state.get("step", 0))}, moment)
+        # Torch counts in float32, in which 1 - beta2^t is not exact.
+        step = as_number(state.get("step", 0))
+        step = step.double() if isinstance(step, Tensor) else step
+        return super().inverse({**state, "step": step}, moment)
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,13 @@ class Adam(Reader):
     def __init__(self, curvature: type[_Adam] = _Adam, blank: dict[str, float] | None = None):
         self.curvature, self.blank = curvature, blank or {}
 
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """The factor 1 - beta1 of one step is made up for by those that follow."""
         betas = tuple(float(b) for b in group["betas"])
         assert len(betas) == 2
         amsgrad = bool(group.get("amsgrad", False))
         curvature = self.curvature(betas, float(group["eps"]), amsgrad)
-        return Hyper(float(group["lr"]), 0.0, _coupled(group), curvature)
+        return Hyper(as_number(group["lr"]), 0.0, _coupled(group), curvature)
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """v is an average."""
@@ -81,10 +84,10 @@ class RMSprop(Reader):
 
     moment = "square_avg"
 
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """Centred or not: the mean that centring takes away only makes the step longer."""
         curvature = _RMSprop(float(group["alpha"]), float(group["eps"]), "batch", group["centered"])
-        return Hyper(float(group["lr"]), float(group["momentum"]), _coupled(group), curvature)
+        return Hyper(as_number(group["lr"]), float(group["momentum"]), _coupled(group), curvature)
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """v is an average."""
@@ -151,9 +154,9 @@ class Adagrad(Reader):
 
     moment = "sum"
 
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """From the group."""
-        return Hyper(float(group["lr"]), 0.0, _coupled(group), _Adagrad(float(group["eps"])))
+        return Hyper(as_number(group["lr"]), 0.0, _coupled(group), _Adagrad(float(group["eps"])))
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """The sum takes what d^2 lacks."""
@@ -183,10 +186,10 @@ class Adadelta(Reader):
 
     moment = "square_avg"
 
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """From the group."""
         curvature = _Adadelta(float(group["eps"]), float(group["rho"]))
-        return Hyper(float(group["lr"]), 0.0, _coupled(group), curvature)
+        return Hyper(as_number(group["lr"]), 0.0, _coupled(group), curvature)
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """v is an average."""
@@ -214,11 +217,11 @@ class Adamax(Reader):
 
     moment = "exp_inf"
 
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """From the group."""
         first, second = (float(b) for b in group["betas"])
         curvature = _Adamax(float(group["eps"]), (first, second))
-        return Hyper(float(group["lr"]), 0.0, _coupled(group), curvature)
+        return Hyper(as_number(group["lr"]), 0.0, _coupled(group), curvature)
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """u takes the plain gradient's size where that is the larger one."""

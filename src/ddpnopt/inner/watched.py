@@ -6,6 +6,7 @@ from __future__ import annotations
 from ddpnopt.curvature import Identity
 from ddpnopt.hyperparameters import Hyper
 from ddpnopt.inner.base import Group, Reader
+from ddpnopt.typing import Tensor
 
 
 class Watched(Reader):
@@ -17,6 +18,6 @@ class Watched(Reader):
 
     rescales = True
 
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """The gain that was seen."""
         return Hyper(gain, 0.0, 0.0, Identity())

@@ -34,7 +34,7 @@ schedulefree: Any = importlib.import_module("schedulefree")
 class AveragedSGD(Reader):
     """P = eta."""
 
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """From the group alone."""
         return Hyper(float(group["lr"]), 0.0, 0.0, Identity())
 
@@ -55,7 +55,7 @@ class AveragedAdam(Reader):
 
     moment = "exp_avg_sq"
 
-    def hyper(self, group: Group, gain: float) -> Hyper:
+    def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """From the group alone."""
         betas = (float(group["betas"][0]), float(group["betas"][1]))
         M = _Counted(betas, float(group["eps"]), before=int(group["k"]))

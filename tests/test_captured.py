@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: MIT
+"""Iterations run from a record are the iterations as they are written."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import ddpnopt
+from ddpnopt import DDPNOpt, DDPNOptWarning, Feedback, NonFiniteError, capture
+from ddpnopt.captured.plan import Plan
+from ddpnopt.captured.step import MISSES
+
+pytestmark = pytest.mark.filterwarnings("ignore:each sample is weighted once")
+
+CLASSES, STEPS = 4, 14
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dense": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 7), nn.Sigmoid(), nn.Linear(7, CLASSES)
+        ),
+        (5,),
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(3, 4, 2),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(16, CLASSES),
+        ),
+        (2, 6, 6),
+    ),
+    "BatchNorm": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 6), nn.Linear(6, CLASSES)
+        ),
+        (5,),
+    ),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "closed loop": {"lr": 0.5},
+    "open loop": {"lr": 0.5, "feedback": "open_loop"},
+    "off": {"lr": 0.1, "feedback": False},
+    "no weight gradients": {"lr": 0.5, "weight_gradients": False},
+    "momentum, decay": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2},
+    "rmsprop": {"lr": 1e-2, "curvature": "rmsprop", "momentum": 0.5},
+    "adamw": {"lr": 1e-2, "curvature": "adamw", "weight_decay": 0.1},
+    "adamw, open loop": {"lr": 1e-2, "curvature": "adamw", "feedback": "open_loop"},
+    "low_rank": {"lr": 0.5, "value": "low_rank"},
+    "gauss_newton": {"lr": 0.5, "value": "gauss_newton"},
+    "dense": {"lr": 0.5, "value": "dense"},
+}
+
+
+def batches(
+    shape: tuple[int, ...], steps: int = STEPS, samples: int = 6
+) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(samples, *shape, generator=generator, dtype=torch.float64),
+            torch.randint(CLASSES, (samples,), generator=generator),
+        )
+        for _ in range(steps)
+    ]
+
+
+def model(name: str = "dense") -> tuple[nn.Module, tuple[int, ...]]:
+    torch.manual_seed(0)
+    build, shape = NETS[name]
+    return build().double(), shape
+
+
+def plain(opt: torch.optim.Optimizer, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    opt.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    opt.step()
+    return loss.detach()
+
+
+def on(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: F.cross_entropy(net(x), y)
+
+
+def apart(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return max(float((p - q).abs().max()) for p, q in pairs)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", NETS)
+def test_a_record_is_the_code(name: str, options: str) -> None:
+    (net, shape), (twin, _) = model(name), model(name)
+    opt, other = DDPNOpt(net, **OPTIONS[options]), DDPNOpt(twin, **OPTIONS[options])
+    step = capture(other, on(twin))
+    for x, y in batches(shape):
+        expected = plain(opt, net, x, y)
+        torch.testing.assert_close(step(x, y), expected, rtol=1e-9, atol=1e-12)
+        for group in (*opt.param_groups, *other.param_groups):
+            group["lr"] *= 0.9  # a scheduler: no new record
+    assert (step.reason, step.missed) == ("", 0)
+    assert step.replayed == STEPS - 6  # four to begin with, one recorded, one compared
+    # Behind BatchNorm a bias has no gradient but rounding, which RMSprop and AdamW enlarge.
+    assert apart(net, twin) < (1e-9 if name == "BatchNorm" else 1e-13)
+    assert opt.state_dict()["ddpnopt"]["coupling"] == pytest.approx(
+        other.state_dict()["ddpnopt"]["coupling"]
+    )
+
+
+INNER: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "Adam, amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True, fused=True),
+}
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop", False])
+@pytest.mark.parametrize("inner", INNER)
+def test_around_torch_optimizers(inner: str, feedback: bool | str) -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt = Feedback(net, INNER[inner](list(net.parameters())), feedback=feedback)
+    other = Feedback(twin, INNER[inner](list(twin.parameters())), feedback=feedback)
+    step = capture(other, on(twin))
+    for x, y in batches(shape):
+        plain(opt, net, x, y)
+        step(x, y)
+        for group in (*opt.param_groups, *other.param_groups):
+            group["lr"] *= 0.9
+    assert step.reason == ""
+    assert step.replayed == STEPS - 6
+    assert apart(net, twin) < 1e-13
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    samples=st.integers(2, 9),
+    lr=st.floats(1e-3, 10),
+)
+def test_any_dense_net(widths: list[int], samples: int, lr: float) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = [3, *widths, CLASSES]
+        layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        return nn.Sequential(*(m for one in layers for m in (one, nn.Tanh()))).double()
+
+    net, twin = build(), build()
+    opt, other = DDPNOpt(net, lr=lr), DDPNOpt(twin, lr=lr)
+    step = capture(other, on(twin))
+    for x, y in batches((3,), 9, samples):
+        plain(opt, net, x, y)
+        step(x, y)
+    assert step.reason == ""
+    assert apart(net, twin) < 1e-9  # a step at an absurd rate enlarges rounding
+
+
+def test_what_the_step_did_is_reported() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = DDPNOpt(net, lr=2.0), DDPNOpt(twin, lr=2.0)
+    step = capture(other, on(twin))
+    for x, y in batches(shape):
+        plain(opt, net, x, y)
+        step(x, y)
+        assert opt.last_step is not None
+        assert other.last_step is not None
+        for a, b in zip(opt.last_step.layers, other.last_step.layers, strict=True):
+            assert a.name == b.name
+            torch.testing.assert_close(a.coefficient, b.coefficient, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(a.S, b.S, rtol=1e-9, atol=1e-12)
+    assert step.replayed > 0
+    assert ddpnopt.scalars(opt.last_step).keys() == ddpnopt.scalars(other.last_step).keys()
+
+
+def test_batches_of_two_sizes_have_a_record_each() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = DDPNOpt(net, lr=0.5), DDPNOpt(twin, lr=0.5)
+    step = capture(other, on(twin))
+    for (x, y), (few, labels) in zip(batches(shape), batches(shape, samples=3), strict=True):
+        for one, two in ((x, y), (few, labels)):
+            plain(opt, net, one, two)
+            step(one, two)
+    assert step.replayed == 2 * (STEPS - 6)
+    assert apart(net, twin) < 1e-13
+
+
+def test_a_loss_of_another_scale_is_done_as_it_is_written() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = DDPNOpt(net, lr=0.5), DDPNOpt(twin, lr=0.5)
+    step = capture(other, lambda x, y, scale: scale * F.cross_entropy(twin(x), y))
+    scales = [1.0] * 8 + [0.5] + [1.0] * 3 + [0.25] * 12
+    for (x, y), scale in zip(batches(shape, len(scales)), scales, strict=True):
+        opt.zero_grad()
+        (scale * F.cross_entropy(net(x), y)).backward()
+        opt.step()
+        step(x, y, torch.tensor(scale, dtype=torch.float64))
+    assert apart(net, twin) < 1e-13
+    assert step.missed == 1 + MISSES
+    # Two before the first miss, three before the others, and from the second record on.
+    assert step.replayed == 2 + 3 + 12 - MISSES - 2
+    assert step.reason == ""
+
+
+def test_state_is_the_optimizers_own_throughout() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = (DDPNOpt(one, lr=1e-2, curvature="adamw") for one in (net, twin))
+    step = capture(other, on(twin))
+    data = batches(shape, 24)
+    for x, y in data[:10]:
+        plain(opt, net, x, y)
+        step(x, y)
+    saved, weights = copy.deepcopy(other.state_dict()), copy.deepcopy(twin.state_dict())
+    for x, y in data[10:14]:
+        step(x, y)
+    other.load_state_dict(saved)
+    twin.load_state_dict(weights)
+    for x, y in data[10:]:
+        plain(opt, net, x, y)
+        step(x, y)
+    assert apart(net, twin) < 1e-13
+    third, _ = model()
+    resumed = DDPNOpt(third, lr=1e-2, curvature="adamw")
+    third.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    for x, y in data[10:]:
+        plain(resumed, third, x, y)
+    assert apart(net, third) < 1e-13
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_numbers_that_are_not_finite_change_nothing(nonfinite: str) -> None:
+    net, shape = model("BatchNorm")
+    opt = DDPNOpt(net, lr=0.5, momentum=0.9, nonfinite=nonfinite)
+    step = capture(opt, on(net))
+    data = batches(shape, 16)
+    for x, y in data[:10]:
+        step(x, y)
+    assert step.replayed > 0
+    before = copy.deepcopy([*net.parameters()])
+    momenta = copy.deepcopy([state["momentum_buffer"] for state in opt.state.values()])
+    x, y = data[10]
+    spoilt = x.clone()
+    spoilt[0, 0] = math.nan
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError):
+            step(spoilt, y)
+    else:
+        step(spoilt, y)
+        assert opt.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    now = [state["momentum_buffer"] for state in opt.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(momenta, now, strict=True))
+
+
+def test_an_interrupted_run_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, shape = model("BatchNorm")
+    opt = DDPNOpt(net, lr=0.5)
+    step = capture(opt, on(net))
+    data = batches(shape, 10)
+    for x, y in data[:9]:
+        step(x, y)
+    (plan,) = step._plans.values()
+    assert isinstance(plan, Plan)
+    function, before = plan._function, copy.deepcopy(net.state_dict())
+
+    def interrupted(*given: Tensor) -> list[Tensor]:
+        function(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "_function", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(*data[9])
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_settings_that_change_void_the_records() -> None:
+    (net, shape), (twin, _) = model("BatchNorm"), model("BatchNorm")
+    opt, other = DDPNOpt(net, lr=0.2, momentum=0.5), DDPNOpt(twin, lr=0.2, momentum=0.5)
+    step = capture(other, on(twin))
+    for turn, (x, y) in enumerate(batches(shape, 30)):
+        if turn == 10:
+            net.eval()
+            twin.eval()
+        if turn == 20:
+            for group in (*opt.param_groups, *other.param_groups):
+                group["momentum"] = 0.8
+        plain(opt, net, x, y)
+        step(x, y)
+    assert step.replayed == 3 * 4
+    assert apart(net, twin) < 1e-12
+
+
+def test_weights_that_move_elsewhere_are_found() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = DDPNOpt(net, lr=0.5), DDPNOpt(twin, lr=0.5)
+    step = capture(other, on(twin))
+    for turn, (x, y) in enumerate(batches(shape, 20)):
+        if turn == 10:
+            for p in twin.parameters():
+                p.data = p.data.clone()
+        plain(opt, net, x, y)
+        step(x, y)
+    assert apart(net, twin) < 1e-13
+
+
+def test_what_the_loss_returns_comes_back() -> None:
+    net, shape = model()
+    opt = DDPNOpt(net, lr=0.5)
+
+    def loss(batch: dict[str, Tensor], weight: float) -> dict[str, Any]:
+        z = net(batch["x"])
+        return {"loss": weight * F.cross_entropy(z, batch["y"]), "z": z, "name": "mine"}
+
+    step = capture(opt, loss)
+    for x, y in batches(shape):
+        with torch.no_grad():
+            expected = net(x)
+        made = step({"x": x, "y": y}, weight=0.5)
+        torch.testing.assert_close(made["z"], expected)
+        torch.testing.assert_close(made["loss"], 0.5 * F.cross_entropy(expected, y))
+        assert not made["loss"].requires_grad
+        assert made["name"] == "mine"
+    assert step.replayed > 0
+
+
+def given_up(make: Callable[[nn.Module], Any], **options: Any) -> tuple[str, nn.Module]:
+    """Train with what can't be recorded: the warning, and the trained net."""
+    net, shape = model()
+    opt = DDPNOpt(net, **{"lr": 0.5, **options})
+    step = capture(opt, make(net))
+    torch.manual_seed(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in batches(shape):
+            step(x, y)
+    (warning,) = (one for one in caught if str(one.message).startswith("capture:"))
+    assert issubclass(warning.category, DDPNOptWarning)
+    assert warning.filename == __file__
+    assert step.replayed == 0
+    assert step.written == STEPS
+    assert step.reason in str(warning.message)
+    return step.reason, net
+
+
+def test_random_numbers_are_refused() -> None:
+    reason, net = given_up(lambda net: lambda x, y: F.cross_entropy(net(F.dropout(x, 0.5)), y))
+    assert "random" in reason
+    assert "test_captured.py" in reason
+    twin, shape = model()
+    opt = DDPNOpt(twin, lr=0.5)
+    torch.manual_seed(3)
+    for x, y in batches(shape):
+        plain(opt, twin, F.dropout(x, 0.5), y)
+    assert apart(net, twin) < 1e-15  # what was tried has left no trace
+
+
+def test_python_that_changes_from_call_to_call_is_noticed() -> None:
+    def counting(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        calls = iter(range(1, 1000))
+        return lambda x, y: F.cross_entropy(net(x * (1 + 0.1 * next(calls))), y)
+
+    reason, _ = given_up(counting)
+    assert "changes from call to call" in reason
+
+
+def test_numbers_that_the_loss_reads_are_refused() -> None:
+    def scaled(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: F.cross_entropy(net(x / x.abs().max().item()), y)
+
+    reason, _ = given_up(scaled)
+    assert "a number is read" in reason
+    assert "test_captured.py" in reason
+
+
+def test_masks_are_refused() -> None:
+    def masked(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: F.cross_entropy(net(x), y) + net[0].weight[net[0].weight > 9].sum()
+
+    reason, _ = given_up(masked)
+    assert "shape depends on numbers" in reason
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+def test_kronecker_curvatures_run_as_they_are_written(curvature: str) -> None:
+    reason, net = given_up(on, curvature=curvature, lr=0.01)
+    assert "a number" in reason
+    twin, shape = model()
+    opt = DDPNOpt(twin, curvature=curvature, lr=0.01)
+    for x, y in batches(shape):
+        plain(opt, twin, x, y)
+    assert apart(net, twin) < 1e-15
+
+
+def test_optimizers_that_read_their_rate_are_told_the_way_out() -> None:
+    net, shape = model()
+    step = capture(Feedback(net, torch.optim.AdamW(net.parameters())), on(net))
+    with pytest.warns(DDPNOptWarning, match="fused=True"):
+        for x, y in batches(shape):
+            step(x, y)
+    assert "fused=True" in step.reason
+
+
+def test_what_is_no_optimizer_of_ours_is_refused() -> None:
+    net, _ = model()
+    with pytest.raises(TypeError, match="SGD"):
+        capture(torch.optim.SGD(net.parameters(), lr=0.1), on(net))  # type: ignore[arg-type]
+    step = capture(DDPNOpt(net), lambda: "nothing")
+    with pytest.raises(TypeError, match="no tensor"):
+        step()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_records_are_the_code() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = (DDPNOpt(one, lr=1e-2, curvature="adamw") for one in (net, twin))
+    step = capture(other, on(twin), compile=True)
+    for x, y in batches(shape):
+        plain(opt, net, x, y)
+        step(x, y)
+    assert step.replayed == STEPS - 6
+    assert apart(net, twin) < 1e-12
+
+
+def test_what_the_compiler_can_not_do_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any, **options: Any) -> Any:
+        def fails(*given: Tensor) -> None:
+            raise RuntimeError("no compiler here\nmore of it")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", broken)
+    (net, shape), (twin, _) = model(), model()
+    opt, other = DDPNOpt(net, lr=0.5), DDPNOpt(twin, lr=0.5)
+    step = capture(other, on(twin), compile=True)
+    with pytest.warns(DDPNOptWarning, match=r"no compiler here\)"):
+        for x, y in batches(shape):
+            plain(opt, net, x, y)
+            step(x, y)
+    assert step.replayed == STEPS - 6
+    assert apart(net, twin) < 1e-13
