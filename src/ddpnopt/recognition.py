@@ -51,6 +51,8 @@ class Recogniser:
         self.common = 0.0
         #: The number of rows with a gradient then.
         self.rows = 0
+        #: The number of all rows of the last pass.
+        self._whole = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, as plain values."""
@@ -140,7 +142,15 @@ class Recogniser:
         if not self.common or z.numel() > chunk_size(z):
             self.common = 0.0
             return None
-        known = hard_label_cost(name, z, G, self.common, axis, samples)
+        known, whole = None, G.numel() // G.shape[axis]
+        if self.rows and whole != self._whole:  # a batch of another size, all of it with labels
+            w = self.common * self.rows / whole
+            known = hard_label_cost(name, z, G, w, axis, samples)
+            if known is not None:
+                self.common, self.rows = w, whole
+        self._whole = whole
+        if known is None:
+            known = hard_label_cost(name, z, G, self.common, axis, samples)
         if known is None and self.rows:
             rows = int((G.movedim(axis, -1).abs().amax(-1) > 0).sum())
             if rows not in (0, self.rows):

@@ -202,7 +202,6 @@ class CapturedStep:
 
     def _make_rates(self) -> None:
         if len(self._rates) != len(self.optimizer.param_groups):
-            self._plans.clear()
             self._rates = [_rate_of(group["params"]) for group in self.optimizer.param_groups]
             self._known_rates = []
         self._set_rates()
