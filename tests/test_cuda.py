@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,45 @@ def test_autocast_and_grad_scaler_train(dtype: torch.dtype) -> None:
         losses.append(loss.item())
     assert optimizer.last_step is not None and optimizer.last_step.depth == "closed_loop"
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.3},
+        {"lr": 0.3, "feedback": "open_loop"},
+        {"lr": 0.3, "weight_gradients": False},
+        {"lr": 1e-2, "curvature": "adamw"},
+        {"lr": 0.3, "value": "low_rank"},
+    ],
+    ids=lambda options: ", ".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("architecture", ["mlp-20x4-tanh", "cnn-8", "resnet-8x1-bn"])
+@pytest.mark.filterwarnings("ignore:each sample is weighted once")
+def test_a_cuda_graph_is_the_code(
+    architecture: str, options: dict[str, Any], compiled: bool
+) -> None:
+    if compiled and architecture != "mlp-20x4-tanh":
+        pytest.skip("compiling takes half a minute each")
+    shape = NETS[architecture]
+    torch.manual_seed(0)
+    net = build_model(architecture, shape, 4).double().cuda()
+    twin = copy.deepcopy(net)
+    opt, other = ddpnopt.DDPNOpt(net, **options), ddpnopt.DDPNOpt(twin, **options)
+    step = ddpnopt.capture(
+        other, lambda x, y: nn.functional.cross_entropy(twin(x), y), compile=compiled
+    )
+    for _ in range(20):
+        x, y = torch.randn(16, *shape).double().cuda(), torch.randint(4, (16,)).cuda()
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        opt.step()
+        torch.testing.assert_close(step(x, y), loss.detach(), rtol=1e-8, atol=1e-10)
+        for group in (*opt.param_groups, *other.param_groups):
+            group["lr"] *= 0.95
+    assert step.reason == ""
+    assert step.replayed > 0
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)

@@ -32,8 +32,8 @@ POSTPONED, REFUSED = 50, 3
 MISSES = 3
 #: Recordings in a row that were run fewer times than this before it is given up.
 FRUITLESS, FRUITFUL = 3, 20
-#: How far a run may be from the code's step, as a share of it; and where half precision is used.
-CLOSE, CLOSE_HALF = 1e-3, 5e-2
+#: How far a run may be from the code's step, as a share of it; and with half precision or TF32.
+CLOSE, CLOSE_COARSE = 1e-3, 5e-2
 
 
 class CapturedStep:
@@ -310,10 +310,14 @@ class CapturedStep:
         if nearby is None:
             return made
         written = after([slot.tensor for slot in plan.slots])
-        starts = [*before, *states], [*shaken, *states]
+        # Weights by what the step has changed, states by what they are: some hardly change.
+        starts = (
+            [*before, *map(torch.zeros_like, states)],
+            [*shaken, *map(torch.zeros_like, states)],
+        )
         off = max(map(_apart, replayed, written, nearby, *starts), default=0.0)
         self.optimizer.zero_grad()
-        if not off <= (CLOSE_HALF if plan.half else CLOSE):
+        if not off <= (CLOSE_COARSE if plan.half or _tf32(plan.changed) else CLOSE):
             self._give_up(
                 f"a recorded iteration differs from the code by {off:.0%} of the step: something "
                 "else than the batch and the weights changes from call to call"
@@ -403,6 +407,12 @@ def _rate_of(parameters: Sequence[Tensor]) -> Tensor:
         wide = torch.promote_types(wide, p.dtype)
     device = parameters[0].device if parameters else None
     return torch.zeros((), dtype=wide, device=device)
+
+
+def _tf32(changed: Sequence[Tensor]) -> bool:
+    """Whether products of 32 bits may be rounded to TensorFloat-32."""
+    coarse = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    return coarse and any(t.is_cuda and t.dtype == torch.float32 for t in changed)
 
 
 def _apart(
