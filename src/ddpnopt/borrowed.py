@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,33 +22,11 @@ from ddpnopt.positions import Gain, Kronecker
 from ddpnopt.ranks import Ranks
 from ddpnopt.sizes import Sizes
 from ddpnopt.typing import Tensor
+from ddpnopt.updates import Update
 from ddpnopt.value.base import Blocks
 
 #: States that hold a running sum or mean of gradients.
 MOMENTA = frozenset({"momentum_buffer", "exp_avg"})
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """One parameter's update, to be made.
-
-    Attributes:
-        p: The parameter.
-        d: Gradient to step on, without weight decay.
-        moment: M's statistics, where they are known already.
-        fed: What M is fed with where they are not.
-        squares: Sum over samples of the squared gradients, and the number of samples, likewise.
-        plain: The plain gradient, where d is a re-weighted one.
-        follows: M was fed with the plain gradient and is to follow d.
-    """
-
-    p: Tensor
-    d: Tensor
-    moment: Tensor | None = None
-    fed: Tensor | None = None
-    squares: tuple[Tensor, int] | None = None
-    plain: Tensor | None = None
-    follows: bool = False
 
 
 class Borrowed:

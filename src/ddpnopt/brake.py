@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import Borrowed, Update
+from ddpnopt.borrowed import Borrowed
 from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.host import Host
@@ -37,6 +37,7 @@ from ddpnopt.step import Step
 from ddpnopt.terminal import concatenated
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
+from ddpnopt.updates import Update
 from ddpnopt.value.base import Blocks
 
 #: r as a share of what the step is to win.

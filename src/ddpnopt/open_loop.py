@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import Update
 from ddpnopt.checks import check_backward, check_gradients, check_model
 from ddpnopt.company import Company
 from ddpnopt.dtensors import local
@@ -37,6 +36,7 @@ from ddpnopt.shards import guest_of
 from ddpnopt.spread import check_parts
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.undoing import insist
+from ddpnopt.updates import Update
 from ddpnopt.value import ValueFunction
 from ddpnopt.wrapped import Wrapped
 

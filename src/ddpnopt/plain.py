@@ -9,7 +9,6 @@ from functools import cached_property
 
 import torch
 
-from ddpnopt.borrowed import Update
 from ddpnopt.directions import squares
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
@@ -17,6 +16,7 @@ from ddpnopt.positions import Kronecker
 from ddpnopt.ranks import Ranks
 from ddpnopt.step import Step
 from ddpnopt.typing import Tensor
+from ddpnopt.updates import Update
 
 #: By parameter: what has been added to p.grad, and what M was fed with besides p.grad.
 Carried = Mapping[Tensor, tuple[Tensor | None, Tensor | None]]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ddpnopt import directions
 from ddpnopt.bellman import backward
-from ddpnopt.borrowed import Borrowed, Update
+from ddpnopt.borrowed import Borrowed
 from ddpnopt.decisions import traced
 from ddpnopt.diagnosis import diagnosed
 from ddpnopt.errors import UnsupportedModelError
@@ -29,6 +29,7 @@ from ddpnopt.report import LayerReport
 from ddpnopt.stages import Stage, Trajectory, whole
 from ddpnopt.terminal import concatenated
 from ddpnopt.typing import Tensor
+from ddpnopt.updates import Update
 from ddpnopt.value.base import Blocks, Coupling, ValueFunction, mean_field
 
 #: Decay of the running coupling where the plain gradient is not computed.
@@ -156,8 +157,6 @@ class Step:
         recursion.pool = self.ranks.pool
         backward(self.layers, recursion, self.feed, self.settings.value.statistics)
 
-    # Statistics -----------------------------------------------------------------------------
-
     def plain_gradient(self, name: str, p: nn.Parameter) -> Tensor | None:
         """The plain batch gradient in p.grad's present units; None where it is not computed."""
         known = p.grad is not None and not self._is_held(name, p)
@@ -257,8 +256,7 @@ class Step:
         length: float | Tensor = 0.0
         for name, p in layer.params.items():
             P, norm = layer.gain.get(name), self.norms.get(p)
-            held = self._is_held(name, p) or p in self.base
-            if held or norm is None or not scalar(P):
+            if self._is_held(name, p) or p in self.base or norm is None or not scalar(P):
                 return None
             length += P * (norm / self.settings.correction_scale) ** 2
         return length

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from ddpnopt.borrowed import MOMENTA, Borrowed, Update
+from ddpnopt.borrowed import MOMENTA, Borrowed
 from ddpnopt.decisions import as_number
 from ddpnopt.dtensors import local, summed
 from ddpnopt.narrowed import Counted, Group, Inner, attributes, copied, holds
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import Undoing
+from ddpnopt.updates import Update
 
 
 class Wrapped(Borrowed):

@@ -11,9 +11,9 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt, Feedback
-from ddpnopt.borrowed import Update
 from ddpnopt.curvature import AdamW, RMSprop
 from ddpnopt.narrowed import Inner
+from ddpnopt.updates import Update
 from ddpnopt.wrapped import Wrapped
 from wrapped.common import batch, dense
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import Update
 from ddpnopt.cuts import Cut, cut
 from ddpnopt.engine import Engine
 from ddpnopt.hyperparameters import curvature_options
@@ -32,6 +31,7 @@ from ddpnopt.stages import Trajectory
 from ddpnopt.step import Step
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
+from ddpnopt.updates import Update
 
 
 class _ChainOnly(Engine):

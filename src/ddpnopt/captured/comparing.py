@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""Is an iteration that is run from the record the iteration as it is written?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ddpnopt.captured.plan import Outcome, Plan
+from ddpnopt.typing import Tensor
+
+#: How far a run may be from the code's step, as a share of it; and with half precision or TF32.
+CLOSE, CLOSE_COARSE = 1e-3, 5e-2
+
+
+def compare(
+    plan: Plan, run: Callable[[], Outcome | None], written: Callable[[], Any]
+) -> tuple[Any, float | None]:
+    """Run an iteration from the record and as it is written, and keep the latter's.
+
+    Another run from the record, with weights off by their rounding, tells how far runs may be apart
+    that are equal but for rounding.
+
+    Args:
+        plan: The record.
+        run: Runs it.
+        written: Runs the iteration as it is written.
+
+    Returns:
+        What the latter returns, and by how much the former is too far from it, as a share of the
+        step; None where the record could not be run.
+    """
+    before = [t.clone() for t in plan.changed]
+    states = [slot.tensor for slot in plan.slots]
+    outcome = run()
+    if outcome is None:
+        return written(), None
+
+    def after(states: Sequence[Tensor]) -> list[Tensor]:
+        return [t.clone() for t in (*plan.changed, *states)]
+
+    replayed = after(outcome.state)
+    for t, old in zip(plan.changed, before, strict=True):
+        t.copy_(old)
+        if t.is_floating_point():
+            t.mul_(1 + 8 * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
+    shaken = [t.clone() for t in plan.changed]
+    another = run()
+    nearby = None if another is None else after(another.state)
+    for t, old in zip(plan.changed, before, strict=True):
+        t.copy_(old)
+    made = written()
+    if nearby is None:
+        return made, None
+    now = after([slot.tensor for slot in plan.slots])
+    # Weights by what the step has changed, states by what they are: some hardly change.
+    blank = [torch.zeros_like(t) for t in states]
+    starts = [*before, *blank], [*shaken, *blank]
+    off = max(map(_apart, replayed, now, nearby, *starts), default=0.0)
+    allowed = CLOSE_COARSE if plan.half or _tf32(plan.changed) else CLOSE
+    return made, off if off > allowed or math.isnan(off) else 0.0
+
+
+def _tf32(changed: Sequence[Tensor]) -> bool:
+    """Whether products of 32 bits may be rounded to TensorFloat-32."""
+    coarse = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    return coarse and any(t.is_cuda and t.dtype == torch.float32 for t in changed)
+
+
+def _apart(
+    replayed: Tensor, written: Tensor, nearby: Tensor, before: Tensor, shaken: Tensor
+) -> float:
+    """How far a replayed step is from the written one, beyond what rounding explains.
+
+    Args:
+        replayed: A tensor after a run from the record.
+        written: After the code's step.
+        nearby: After a run from the record from weights off by their rounding.
+        before: Before the first two.
+        shaken: Before the third.
+
+    Returns:
+        A share of what the step has changed.
+    """
+    if not written.is_floating_point():
+        return 0.0 if torch.equal(replayed, written) else math.inf
+    wide = torch.promote_types(written.dtype, torch.float32)
+    a, b, c, start, other = (t.to(wide) for t in (replayed, written, nearby, before, shaken))
+    rounding = 8 * torch.finfo(written.dtype).eps * float(b.norm())
+    explained = rounding + 10 * float(((c - other) - (a - start)).norm())
+    beyond, size = max(0.0, float((a - b).norm()) - explained), float((b - start).norm())
+    if size > 0:
+        return beyond / size
+    return math.inf if beyond > 0 else 0.0
