@@ -77,11 +77,13 @@ class Outcome:
     Attributes:
         made: As the loss function returns it.
         report: For ``opt.last_step``, made when it is asked for.
-        state: The tensors for the slots.
+        before: The tensors that the slots had.
+        state: Those that they are to have.
     """
 
     made: Any
     report: Callable[[], StepReport | None]
+    before: Sequence[Tensor]
     state: Sequence[Tensor]
 
 
@@ -137,7 +139,10 @@ class Plan:
         scratch = [tracer.value(t) for t in recording.scratch.values()]
         self.program = Program(tracer.calls, arguments, externals, results, scratch)
         self.compiled = compiled
-        self._function = self.program.function(native=not compiled)
+        #: Memory for the new state, in turn with the old one's; where it is of use.
+        self._rooms = [torch.empty_like(old) for old in olds] if compiled else []
+        kept = range(1, 1 + len(self._rooms))
+        self._function = self.program.function(native=not compiled, kept=kept)
         if compiled:
             self._function = torch.compile(self._function, fullgraph=True, dynamic=False)
         self._externals = [t.detach() for t in self.program.externals.values()]
@@ -162,7 +167,8 @@ class Plan:
         Returns:
             None where the host would decide otherwise: then nothing has changed.
         """
-        arguments = [*inputs, *rates, *(slot.tensor for slot in self.slots)]
+        before = [slot.tensor for slot in self.slots]
+        arguments = [*inputs, *rates, *before]
         self._backed = False
         try:
             with torch.no_grad():
@@ -177,8 +183,16 @@ class Plan:
         return Outcome(
             self._filled(results),
             lambda: _mapped(self._report, lambda at: results[at.place]),
+            before,
             results[1 : 1 + len(self.slots)],
         )
+
+    def commit(self, outcome: Outcome) -> None:
+        """Keep what a run has made of the state; may be begun again."""
+        for slot, tensor in zip(self.slots, outcome.state, strict=True):
+            slot.put(tensor)
+        if self._rooms and not self._graph:
+            self._rooms = list(outcome.before)
 
     def _filled(self, results: Sequence[Tensor]) -> Any:
         """What the loss function returns."""
@@ -199,11 +213,12 @@ class Plan:
         self._backed = True
 
     def _run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        return self._function(*arguments, *self._externals)
+        return self._function(*arguments, *self._externals, *self._rooms)
 
     def interpret(self) -> None:
         """Run the operators one by one from now on."""
         self.compiled, self._function = False, self.program.function(native=True)
+        self._rooms = []
 
     # CUDA graphs ----------------------------------------------------------------------------
 

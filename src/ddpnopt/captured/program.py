@@ -134,14 +134,17 @@ class Program:
             self.externals.update(zip(call.outputs, tensors, strict=True))
         self.calls = kept
 
-    def function(self, native: bool) -> Callable[..., list[Tensor]]:
-        """The program as a function of the arguments and the externals, in order.
+    def function(self, native: bool, kept: Sequence[int] = ()) -> Callable[..., list[Tensor]]:
+        """The program as a function of the arguments, the externals and the rooms, in order.
 
         Args:
             native: For operators that are called one by one; else for a compiler.
+            kept: Places of results that are written to rooms, given by the caller: fresh memory
+                costs a compiled program more than its arithmetic.
         """
         graph = fx.Graph()
         nodes = {v: graph.placeholder(f"t{v.index}") for v in (*self.arguments, *self.externals)}
+        rooms = {place: graph.placeholder(f"room{place}") for place in kept}
         node_of = _called if native else _compiled
         for call in self.calls:
             args, kwargs = tree_map(
@@ -159,7 +162,11 @@ class Program:
                             if isinstance(node, list)
                             else graph.call_function(getitem, (node, place))
                         )
-        graph.output([nodes[v] for v in self.results])
+        results = [nodes[v] for v in self.results]
+        for place, room in rooms.items():
+            graph.call_function(aten.copy_.default, (room, results[place]))
+            results[place] = room
+        graph.output(results)
         return fx.GraphModule(torch.nn.Module(), graph).forward
 
 

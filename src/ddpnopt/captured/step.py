@@ -227,8 +227,7 @@ class CapturedStep:
     # Running --------------------------------------------------------------------------------
 
     def _commit(self, plan: Plan, outcome: Outcome) -> None:
-        for slot, tensor in zip(plan.slots, outcome.state, strict=True):
-            slot.put(tensor)
+        plan.commit(outcome)
         self.optimizer.report_later(outcome.report)
 
     def _verify(self, plan: Plan, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:

@@ -209,6 +209,7 @@ def _ddp(nets: tuple[int, ...] = (1, 2, 3), period: int = 1, **options: Any) -> 
 
 
 _SGD, _OPEN = torch.optim.SGD, "open_loop"
+_FUSED = _Torch(torch.optim.AdamW, {"fused": True})
 _MOMENTUM = _Torch(_SGD, {"lr": 0.05, "momentum": 0.9})
 
 VARIANTS: Mapping[str, Variant] = {
@@ -232,6 +233,9 @@ VARIANTS: Mapping[str, Variant] = {
     "Feedback(SGD momentum), open loop": Variant(_Wrapped(_MOMENTUM, _OPEN)),
     "Feedback(AdamW)": Variant(_Wrapped(_Torch(torch.optim.AdamW), True)),
     "Feedback(AdamW), open loop": Variant(_Wrapped(_Torch(torch.optim.AdamW), _OPEN)),
+    "AdamW fused": Variant(_FUSED),
+    "Feedback(AdamW fused)": Variant(_Wrapped(_FUSED, True)),
+    "Feedback(AdamW fused), open loop": Variant(_Wrapped(_FUSED, _OPEN)),
     "DDPNOpt KFAC closed, every 10": _ddp(period=10, curvature=KFAC(update_every=10)),
     "DDPNOpt EKFAC closed, every 10": _ddp(period=10, curvature=EKFAC(update_every=10)),
     "DDPNOpt KFAC closed, statistics every 10": _ddp(
@@ -269,6 +273,8 @@ _CAPTURED = (
     "DDPNOpt RMSprop closed loop",
     "DDPNOpt AdamW closed loop",
     "DDPNOpt low_rank",
+    "Feedback(AdamW fused)",
+    "Feedback(AdamW fused), open loop",
 )
 #: Names of the ways to run a recorded iteration.
 CAPTURES = ("replayed", "compiled")

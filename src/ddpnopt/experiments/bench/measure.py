@@ -57,7 +57,7 @@ class Job:
         self._initial: list[Tensor] = []
         self._captured: ddpnopt.CapturedStep | None = None
         if variant.captured:
-            assert isinstance(self.optimizer, ddpnopt.DDPNOpt)
+            assert isinstance(self.optimizer, ddpnopt.DDPNOpt | ddpnopt.Feedback)
             self._captured = ddpnopt.capture(
                 self.optimizer,
                 lambda x, y: net.loss(self.model(x), y),
