@@ -157,9 +157,10 @@ def test_what_the_first_steps_need_is_in_the_peak() -> None:
 def test_the_first_steps_checks_are_not_in_the_operations() -> None:
     cost = measure.footprint(NETS[1], VARIANTS["DDPNOpt closed, no weight grads"])
     assert cost.steady_mib <= cost.tensor_mib
-    job = measure.Job(NETS[1], VARIANTS["DDPNOpt closed, no weight grads"])
+    variant = VARIANTS["DDPNOpt closed, no weight grads"]
+    job = measure.Job(NETS[1], variant)
     assert measure.operations(job, 1) > 1e9 * cost.gflop
-    for _ in range(measure.SETTLE):
+    for _ in range(variant.settle):
         job.step()
     with Operations() as own:
         job.step()

@@ -452,3 +452,138 @@ def test_what_the_compiler_can_not_do_runs_uncompiled(monkeypatch: pytest.Monkey
             step(x, y)
     assert step.replayed == STEPS - 6
     assert apart(net, twin) < 1e-13
+
+
+def followed(
+    loss: Callable[[nn.Module], Callable[..., Any]], calls: list[tuple[Any, ...]], **options: Any
+) -> tuple[float, ddpnopt.CapturedStep]:
+    """Train from the record and by the loop: how far the weights are apart, and the record."""
+    (net, _), (twin, _) = model(), model()
+    opt, other = (DDPNOpt(one, **{"lr": 0.3, **options}) for one in (net, twin))
+    step, plainly = capture(other, loss(twin)), loss(net)
+    for given in calls:
+        opt.zero_grad()
+        plainly(*copy.deepcopy(given)).backward()
+        opt.step()
+        step(*given)
+    return apart(net, twin), step
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_two_passes_are_not_recorded_by_half() -> None:
+    def twice(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: F.cross_entropy(net(x), y) + F.cross_entropy(net(x / 2), y)
+
+    far, step = followed(twice, batches((5,), 2) * 10, lr=1e-4)
+    assert "out of sight" in step.reason
+    assert far < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+@pytest.mark.parametrize("read", ["tolist", "numpy"])
+def test_numbers_read_without_an_operator_are_refused(read: str) -> None:
+    def scaled(net: nn.Module) -> Callable[..., Tensor]:
+        return lambda x, y, w: F.cross_entropy(net(x), y) * float(getattr(w, read)()[0])
+
+    weights = [torch.ones(1)] * 9 + [torch.full((1,), 0.2)] * 5
+    calls = [(x, y, w) for (x, y), w in zip(batches((5,)), weights, strict=True)]
+    far, step = followed(scaled, calls)
+    assert "a number is read" in step.reason
+    assert far < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_arguments_changed_in_place_are_refused() -> None:
+    def halved(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: F.cross_entropy(net(x.mul_(0.5)), y)
+
+    far, step = followed(halved, batches((5,)))
+    assert "in place" in step.reason
+    assert far < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_what_the_loss_counts_for_itself_is_noticed() -> None:
+    net, shape = model()
+    calls = iter(range(100))
+    step = capture(DDPNOpt(net), lambda x, y: (F.cross_entropy(net(x), y), x.sum() * next(calls)))
+    for x, y in batches(shape):
+        step(x, y)
+    assert "changes from call to call" in step.reason
+
+
+def test_an_argument_that_the_loss_also_holds_is_two_tensors() -> None:
+    x0 = batches((5,))[0][0]
+
+    def held(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: F.cross_entropy(net(x), y) + 0.1 * net(x0).square().mean()
+
+    data = batches((5,))
+    calls = [(x0, data[0][1])] * 8 + data
+    far, step = followed(held, calls, feedback=False)
+    assert step.replayed > 8
+    assert far < 1e-13
+
+
+def test_one_tensor_may_be_two_arguments() -> None:
+    def twice(net: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda x, same, y: F.cross_entropy(net((x + same) / 2), y)
+
+    data = batches((5,), 20)
+    calls = [(x, x, y) for x, y in data[:10]]
+    calls += [(x, z, y) for (x, y), (z, _) in zip(data[10:], data, strict=False)]
+    far, step = followed(twice, calls)
+    assert step.replayed > 8
+    assert far < 1e-13
+
+
+def test_an_optimizer_that_is_detached_takes_plain_steps() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = DDPNOpt(net, lr=2.0), DDPNOpt(twin, lr=2.0)
+    step = capture(other, on(twin))
+    for turn, (x, y) in enumerate(batches(shape, 20)):
+        if turn == 10:
+            opt.detach()
+            other.detach()
+        plain(opt, net, x, y)
+        step(x, y)
+    assert apart(net, twin) < 1e-13
+
+
+def test_buffers_that_are_replaced_are_found() -> None:
+    (net, shape), (twin, _) = model("BatchNorm"), model("BatchNorm")
+    opt, other = DDPNOpt(net, lr=0.2), DDPNOpt(twin, lr=0.2)
+    step = capture(other, on(twin))
+    for turn, (x, y) in enumerate(batches(shape, 20)):
+        if turn == 10:
+            for one in (net, twin):
+                one[1].running_mean = torch.full((8,), 3.0, dtype=torch.float64)
+        plain(opt, net, x, y)
+        step(x, y)
+    assert apart(net, twin) < 1e-12
+
+
+def test_true_is_not_one() -> None:
+    def chosen(net: nn.Module) -> Callable[..., Tensor]:
+        return lambda x, y, f: (3.0 if f is True else 1.0) * F.cross_entropy(net(x), y)
+
+    calls = [(x, y, 1 if i < 10 else True) for i, (x, y) in enumerate(batches((5,), 18))]
+    far, _ = followed(chosen, calls)
+    assert far < 1e-13
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_hooks_are_called_and_arguments_that_have_no_hash_are_taken() -> None:
+    net, shape = model()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+    called: list[int] = []
+    sgd.register_step_post_hook(lambda *_: called.append(1))
+    step = capture(Feedback(net, sgd), on(net))
+    for x, y in batches(shape):
+        step(x, y)
+    assert len(called) == STEPS
+    other = capture(DDPNOpt(net), lambda x, y, odd: F.cross_entropy(net(x), y))
+    x, y = batches(shape)[0]
+    other(x, y, slice(1))
+    other(x, y, {1, 2})
+    assert other.reason

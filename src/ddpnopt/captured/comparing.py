@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ddpnopt.captured.plan import Outcome, Plan
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import insist
 
 #: How far a run may be from the code's step, as a share of it; and with half precision or TF32.
 CLOSE, CLOSE_COARSE = 1e-3, 5e-2
@@ -35,29 +37,42 @@ def compare(
     """
     before = [t.clone() for t in plan.changed]
     states = [slot.tensor for slot in plan.slots]
-    outcome = run()
+    try:
+        outcome = run()
+    except BaseException:  # an interrupt may come right behind the run
+        insist(lambda: [t.copy_(old) for t, old in zip(plan.changed, before, strict=True)])
+        raise
     if outcome is None:
         return written(), None
 
     def after(states: Sequence[Tensor]) -> list[Tensor]:
         return [t.clone() for t in (*plan.changed, *states)]
 
-    replayed = after(outcome.state)
-    for t, old in zip(plan.changed, before, strict=True):
-        t.copy_(old)
-        if t.is_floating_point():
-            t.mul_(1 + 8 * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
-    shaken = [t.clone() for t in plan.changed]
-    another = run()
-    nearby = None if another is None else after(another.state)
-    for t, old in zip(plan.changed, before, strict=True):
-        t.copy_(old)
+    def put_back() -> None:
+        for t, old in zip(plan.changed, before, strict=True):
+            t.copy_(old)
+
+    try:
+        replayed = after((*outcome.state, *_tensors(outcome.made)))
+        put_back()
+        for t in plan.changed:
+            if t.is_floating_point():
+                t.mul_(1 + 8 * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
+        shaken = [t.clone() for t in plan.changed]
+        another = run()
+        nearby: list[Tensor] | None = None
+        if another is not None:
+            nearby = after((*another.state, *_tensors(another.made)))
+    finally:
+        insist(put_back)
     made = written()
     if nearby is None:
         return made, None
-    now = after([slot.tensor for slot in plan.slots])
-    # Weights by what the step has changed, states by what they are: some hardly change.
-    blank = [torch.zeros_like(t) for t in states]
+    if _others(outcome.made) != _others(made):
+        return made, math.inf
+    now = after((*(slot.tensor for slot in plan.slots), *_tensors(made)))
+    # Weights by what the step has changed, what else there is by what it is: some hardly changes.
+    blank = [torch.zeros_like(t) for t in (*states, *_tensors(made))]
     starts = [*before, *blank], [*shaken, *blank]
     off = max(map(_apart, replayed, now, nearby, *starts), default=0.0)
     allowed = CLOSE_COARSE if plan.half or _tf32(plan.changed) else CLOSE
@@ -68,6 +83,14 @@ def _tf32(changed: Sequence[Tensor]) -> bool:
     """Whether products of 32 bits may be rounded to TensorFloat-32."""
     coarse = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
     return coarse and any(t.is_cuda and t.dtype == torch.float32 for t in changed)
+
+
+def _tensors(made: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+
+
+def _others(made: Any) -> list[Any]:
+    return [leaf for leaf in tree_leaves(made) if not isinstance(leaf, torch.Tensor)]
 
 
 def _apart(

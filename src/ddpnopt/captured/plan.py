@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.program import Program
@@ -58,6 +60,7 @@ class Recording:
         made: What the loss function returned.
         report: What the step has done.
         scratch: The optimizer's own memory for copies of weights, by parameter.
+        modules: Those of the model.
     """
 
     tracer: Tracer
@@ -68,6 +71,7 @@ class Recording:
     made: Any
     report: StepReport | None
     scratch: dict[int, Tensor]
+    modules: Sequence[nn.Module]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +81,11 @@ class Outcome:
     Attributes:
         made: As the loss function returns it.
         report: For ``opt.last_step``, made when it is asked for.
-        before: The tensors that the slots had.
-        state: Those that they are to have.
+        state: The tensors for the slots.
     """
 
     made: Any
     report: Callable[[], StepReport | None]
-    before: Sequence[Tensor]
     state: Sequence[Tensor]
 
 
@@ -139,15 +141,21 @@ class Plan:
         scratch = [tracer.value(t) for t in recording.scratch.values()]
         self.program = Program(tracer.calls, arguments, externals, results, scratch)
         self.compiled = compiled
-        #: Memory for the new state, in turn with the old one's; where it is of use.
-        self._rooms = [torch.empty_like(old) for old in olds] if compiled else []
-        kept = range(1, 1 + len(self._rooms))
-        self._function = self.program.function(native=not compiled, kept=kept)
+        self._function = self.program.function(native=not compiled)
         if compiled:
             self._function = torch.compile(self._function, fullgraph=True, dynamic=False)
         self._externals = [t.detach() for t in self.program.externals.values()]
         changed = list(self.program.changed.values())
-        self._places = [(t, t.data_ptr()) for t in changed]
+        read = {id(t) for t in self.program.externals.values()}
+        owners = [one for m in recording.modules for one in (m._parameters, m._buffers)]
+        #: The model's tensors: where they are held, and where in memory they are.
+        self._places = [
+            (holder, name, t, t.data_ptr())
+            for holder in owners
+            for name, t in holder.items()
+            if t is not None and id(t) in read
+        ]
+        self._constant = [i for i, v in enumerate(results) if v in self.program.externals]
         self.changed = [t.detach() for t in changed]
         self._room = [_room(t, recording.scratch) for t in changed]
         self._backed = False
@@ -156,7 +164,7 @@ class Plan:
     def current(self) -> bool:
         """Whether everything that is not an argument is where it was."""
         return (
-            all(t.data_ptr() == place for t, place in self._places)
+            all(h.get(n) is t and t.data_ptr() == at for h, n, t, at in self._places)
             and all(slot.found is t for slot, t in self._fixed)
             and [_kind(slot.found) for slot in self.slots] == self._kinds
         )
@@ -167,23 +175,23 @@ class Plan:
         Returns:
             None where the host would decide otherwise: then nothing has changed.
         """
-        before = [slot.tensor for slot in self.slots]
-        arguments = [*inputs, *rates, *before]
+        arguments = [*inputs, *rates, *(slot.tensor for slot in self.slots)]
         self._backed = False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _without_autocast(self.changed):
                 self._back_up()
                 results = self._launch(arguments) if self._graph else self._run(arguments)
             if not bool(results[0]):
                 self.restore()
                 return None
+            for place in self._constant:  # the caller may write to them
+                results[place] = results[place].clone()
         except BaseException:
             self.restore()
             raise
         return Outcome(
             self._filled(results),
             lambda: _mapped(self._report, lambda at: results[at.place]),
-            before,
             results[1 : 1 + len(self.slots)],
         )
 
@@ -191,8 +199,6 @@ class Plan:
         """Keep what a run has made of the state; may be begun again."""
         for slot, tensor in zip(self.slots, outcome.state, strict=True):
             slot.put(tensor)
-        if self._rooms and not self._graph:
-            self._rooms = list(outcome.before)
 
     def _filled(self, results: Sequence[Tensor]) -> Any:
         """What the loss function returns."""
@@ -213,12 +219,11 @@ class Plan:
         self._backed = True
 
     def _run(self, arguments: Sequence[Tensor]) -> list[Tensor]:
-        return self._function(*arguments, *self._externals, *self._rooms)
+        return self._function(*arguments, *self._externals)
 
     def interpret(self) -> None:
         """Run the operators one by one from now on."""
         self.compiled, self._function = False, self.program.function(native=True)
-        self._rooms = []
 
     # CUDA graphs ----------------------------------------------------------------------------
 
@@ -238,6 +243,13 @@ class Plan:
         torch._foreach_copy_(own, [t.detach() for t in arguments])
         graph.replay()
         return [t.clone() for t in results]
+
+
+def _without_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    """The program has its own casts."""
+    kind = tensors[0].device.type if tensors else "cpu"
+    on = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _kind(value: Any) -> Any:

@@ -102,6 +102,7 @@ class Program:
         calls: Those that are needed.
         constants: Tensors that no run changes; what was made from numbers alone among them.
         changed: Tensors from before that every run writes to.
+        writes_arguments: So it does to arguments, which are not its own.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Program:
         read = {v for call in self.calls for v in call.inputs} | set(results)
         self.externals = {v: t for v, t in self.externals.items() if v in read}
         self.changed = {v: t for v, t in self.externals.items() if v.storage in written}
+        self.writes_arguments = any(v.storage in written for v in self.arguments)
 
     def _hoist(self, written: set[int]) -> None:
         """What is made from numbers alone, and never written to, is made once."""
@@ -134,17 +136,14 @@ class Program:
             self.externals.update(zip(call.outputs, tensors, strict=True))
         self.calls = kept
 
-    def function(self, native: bool, kept: Sequence[int] = ()) -> Callable[..., list[Tensor]]:
-        """The program as a function of the arguments, the externals and the rooms, in order.
+    def function(self, native: bool) -> Callable[..., list[Tensor]]:
+        """The program as a function of the arguments and the externals, in order.
 
         Args:
             native: For operators that are called one by one; else for a compiler.
-            kept: Places of results that are written to rooms, given by the caller: fresh memory
-                costs a compiled program more than its arithmetic.
         """
         graph = fx.Graph()
         nodes = {v: graph.placeholder(f"t{v.index}") for v in (*self.arguments, *self.externals)}
-        rooms = {place: graph.placeholder(f"room{place}") for place in kept}
         node_of = _called if native else _compiled
         for call in self.calls:
             args, kwargs = tree_map(
@@ -162,11 +161,7 @@ class Program:
                             if isinstance(node, list)
                             else graph.call_function(getitem, (node, place))
                         )
-        results = [nodes[v] for v in self.results]
-        for place, room in rooms.items():
-            graph.call_function(aten.copy_.default, (room, results[place]))
-            results[place] = room
-        graph.output(results)
+        graph.output([nodes[v] for v in self.results])
         return fx.GraphModule(torch.nn.Module(), graph).forward
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ddpnopt import decisions
+from ddpnopt.captured.calls import autocast_of, copied, first_line, has_hooks, kind_of
 from ddpnopt.captured.comparing import compare
 from ddpnopt.captured.numbers import Rates, State
 from ddpnopt.captured.plan import Outcome, Plan, Recording
-from ddpnopt.captured.tracing import Tracer
+from ddpnopt.captured.tracing import Reads, Tracer
 from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
@@ -66,7 +68,8 @@ class CapturedStep:
         self._fruitless = self._postponed = self._refused = 0
         self._rates = Rates(optimizer)
         self._settings: list[Any] = []
-        self._modules = list(optimizer.model.modules())
+        self._model: nn.Module | None = None
+        self._modules: list[nn.Module] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run an iteration: gradients cleared, forward pass, backward pass, step.
@@ -86,16 +89,19 @@ class CapturedStep:
         """From a record, if there is one that fits."""
         leaves, tree = tree_flatten((args, kwargs))
         inputs = [t for t in leaves if isinstance(t, torch.Tensor)]
-        key = (tree, tuple(map(_kind, leaves)))
+        key = (tree, autocast_of(inputs), tuple(map(kind_of, leaves)))
+        if not self._hashable(key):
+            return self._as_written(args, kwargs)
         self._watch_settings()
         plan = self._plans.get(key, 0)
         if isinstance(plan, int):
-            if plan < WARM or not self._usual():
-                if key in self._plans or len(self._plans) < PLANS:
-                    self._plans[key] = plan + 1
+            if plan < WARM or not self._usual(inputs):
+                if key not in self._plans and len(self._plans) >= PLANS:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[key] = plan + 1
                 return self._as_written(args, kwargs)
             return self._record(key, inputs, args, kwargs)
-        if not self._usual() or not plan.current():
+        if not self._usual(inputs) or not plan.current():
             del self._plans[key]
             return self._as_written(args, kwargs)
         self._rates.update()
@@ -137,18 +143,24 @@ class CapturedStep:
         optimizer = self.optimizer
         optimizer.zero_grad()
         self._rates.update()
-        tracer, state = Tracer(), State(optimizer)
+        # Of copies: the loss function may know these tensors by another way, too.
+        args, kwargs = tree_map(copied, (args, kwargs))
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        others = self._others()
+        state, tracer = State(optimizer), Tracer()
         plan: Plan | None = None
         try:
             with self._rates.in_groups():
                 for t in (*inputs, *self._rates.tensors, *(old for _, old in state.tensors)):
                     tracer.value(t)
-                with decisions.tracing(tracer), tracer:
+                with decisions.tracing(tracer), Reads(tracer), tracer:
                     made = self._iteration(args, kwargs)
                     sound = tracer.conclude()
             self.written += 1
             for name in state.computed():
                 tracer.refuse(f"the optimizer keeps a number ('{name}')")
+            if not tracer.refusal:
+                self._look_again(tracer, made, others)
             if not (tracer.refusal or tracer.postponed):
                 recording = Recording(
                     tracer,
@@ -159,14 +171,38 @@ class CapturedStep:
                     made,
                     optimizer.last_step,
                     optimizer.engine.copies,
+                    self._modules,
                 )
-                plan = self._plans[key] = Plan(recording, self._compiled)
+                candidate = Plan(recording, self._compiled)
+                if candidate.program.writes_arguments:
+                    tracer.refuse("an argument is changed in place")
+                else:
+                    plan = self._plans[key] = candidate
+                    self._refused = 0
         finally:
             if plan is None:
                 state.as_numbers()
         optimizer.zero_grad()
         self._judge(tracer)
         return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, made)
+
+    def _others(self) -> list[Tensor]:
+        """Parameters of the model that some other optimizer trains, if any does."""
+        own = {id(p) for p in self.optimizer.engine.parameters()}
+        return [p for m in self._modules for p in m.parameters(False) if id(p) not in own]
+
+    def _look_again(self, tracer: Tracer, made: Any, others: Sequence[Tensor]) -> None:
+        """Refuse what only shows when the iteration is over."""
+        plain = (torch.Tensor, int, float, str, type(None))
+        odd = next((leaf for leaf in tree_leaves(made) if not isinstance(leaf, plain)), None)
+        if odd is not None:
+            tracer.refuse(f"the loss function returns a {type(odd).__name__}")
+        if any(p.grad is not None for p in others):
+            tracer.refuse("parameters that are not the optimizer's get gradients")
+        if tracer.strangers():
+            tracer.refuse("a tensor is made out of sight, as with several passes in closed loop")
+        if tracer.constants_change():
+            tracer.refuse("a tensor made from numbers alone is changed in place")
 
     def _judge(self, tracer: Tracer) -> None:
         """Give recording up if it keeps failing."""
@@ -182,7 +218,11 @@ class CapturedStep:
 
     def _watch_settings(self) -> None:
         """Other settings than those of the recordings make them void."""
+        model, engine = self.optimizer.model, self.optimizer.engine
+        if model is not self._model:
+            self._model, self._modules = model, list(model.modules())
         settings: list[Any] = [m.training for m in self._modules]
+        settings += [engine.recorder is None, engine.waiting]
         for group in self.optimizer.param_groups:
             settings += [p.requires_grad for p in group["params"]]
             settings += [v for name, v in group.items() if name not in ("params", "lr")]
@@ -190,13 +230,24 @@ class CapturedStep:
         if settings != self._settings:
             self._plans, self._settings = {}, settings
 
-    def _usual(self) -> bool:
+    def _hashable(self, key: Any) -> bool:
+        """Whether batches of this kind can be told from others."""
+        try:
+            hash(key)
+        except TypeError as error:
+            self._give_up(f"an argument can't be told from others ({first_line(error)})")
+        return not self.reason
+
+    def _usual(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing is in the way of running from the record at this call."""
-        optimizer = self.optimizer
-        if optimizer.engine.company.ranks.several:
+        if self.optimizer.engine.company.ranks.several:
             self._give_up("several ranks train together")
-        elif optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-            self._give_up("the optimizer has step hooks")
+        elif has_hooks(self.optimizer):
+            self._give_up("an optimizer has step hooks")
+        elif any(t.requires_grad for t in inputs):
+            self._give_up("an argument requires gradients")
+        elif decisions.traced():  # in another thread
+            return False
         return not self.reason and all(0 <= rate < math.inf for rate in self._rates.numbers)
 
     def _give_up(self, why: str) -> None:
@@ -242,8 +293,8 @@ class CapturedStep:
             return made
         if off:
             self._give_up(
-                f"a recorded iteration differs from the code by {off:.0%} of the step: something "
-                "else than the batch and the weights changes from call to call"
+                f"a recorded iteration differs from the code by {off:.0%}: perhaps something else "
+                "than the batch and the weights changes from call to call"
             )
             return made
         plan.verified = True
@@ -251,7 +302,7 @@ class CapturedStep:
             try:
                 plan.capture_graph(inputs, self._rates.tensors)
             except RuntimeError as error:
-                self._give_up(f"a CUDA graph can't hold the iteration ({_first_line(error)})")
+                self._give_up(f"a CUDA graph can't hold the iteration ({first_line(error)})")
         return made
 
     def _first_run(self, plan: Plan, inputs: list[Tensor]) -> Outcome | None:
@@ -262,7 +313,7 @@ class CapturedStep:
             return plan(inputs, self._rates.tensors)
         except Exception as error:  # whatever a compiler may raise; shown, and done without it
             self._said.append(
-                f"torch.compile failed ({_first_line(error)}); the recorded operators are run one "
+                f"torch.compile failed ({first_line(error)}); the recorded operators are run one "
                 "by one"
             )
             plan.interpret()
@@ -302,14 +353,3 @@ def capture(optimizer: Shell, loss: Callable[..., Any], *, compile: bool = False
         ...     loss = step(x, y)
     """
     return CapturedStep(optimizer, loss, compile=compile)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _kind(leaf: Any) -> Any:
-    """What a program depends on of an argument: its value where it is no tensor."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    return leaf

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -20,8 +23,28 @@ from ddpnopt.typing import Tensor
 aten = torch.ops.aten
 #: What gives the same memory under another name.
 SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
+#: What reads numbers without an operator.
+READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 #: Types whose operators are seen as what they are.
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class Reads(TorchFunctionMode):
+    """Sees numbers being read that are read by no operator.
+
+    Args:
+        tracer: Is told.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        split = func in (torch.tensor_split, torch.Tensor.tensor_split)
+        if func in READS or (split and isinstance((*args, None)[1], torch.Tensor)):
+            self._tracer.refuse(f"a number is read from a tensor ({_place()})")
+        return func(*args, **(kwargs or {}))
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -47,6 +70,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._literals: set[Value] = set()
         self._deciding = False
         self._count = 0
+        # Not by isinstance, which asks objects that only stand for others.
+        self._before = {id(t): weakref.ref(t) for t in gc.get_objects() if type(t) in PLAIN}
 
     def value(self, t: Tensor) -> Value:
         """What stands for a tensor; one that is not known was there before."""
@@ -62,18 +87,35 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             holds = bool(condition)
         finally:
             self._deciding = False
-        self._conditions.append((condition, holds))
+        if not self.refusal:
+            self._conditions.append((condition, holds))
         return holds
 
     def conclude(self) -> Tensor:
         """Whether all decisions are as they were; to be called within the block, at its end."""
-        if not self._conditions:
+        if self.refusal or not self._conditions:
             return torch.ones((), dtype=torch.bool)
         return torch.stack([c if holds else ~c for c, holds in self._conditions]).all()
 
     def postpone(self) -> None:
         """This iteration is not to be run again."""
         self.postponed = True
+
+    def strangers(self) -> bool:
+        """Whether a tensor was used that was not there before, and was made out of sight."""
+        known = {
+            v.storage for v, t in self.externals.items() if v in self._literals or self._old(t)
+        }
+        return any(v.storage not in known for v in self.externals)
+
+    def constants_change(self) -> bool:
+        """Whether a tensor that was made from numbers alone, once, is written to."""
+        constant = {v.storage for v in self.externals if v in self._literals}
+        return any(v.storage in constant for call in self.calls for v in call.written)
+
+    def _old(self, t: Tensor) -> bool:
+        before = self._before.get(id(t))
+        return before is not None and before() is t
 
     def refuse(self, why: str) -> None:
         """The first reason stands."""
@@ -86,10 +128,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "profiler":
             return func(*args, **kwargs)
         self._judge(func, args, kwargs)
+        if self.refusal:
+            return func(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         named = tree_map(self._named, (args, kwargs))
         out = func(*args, **kwargs)
         results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if any(t.layout != torch.strided for t in results):
+            self.refuse("a tensor is sparse")
+            return out
         if func in SAME:
             self._values[out] = self.value(inputs[0])
             if func is aten.lift_fresh.default:
@@ -133,12 +180,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.refuse(f"a tensor is a {type(strange).__name__}")
         elif any(t.layout != torch.strided for t in tensors):
             self.refuse("a tensor is sparse")
-        elif torch.Tag.nondeterministic_seeded in func.tags:
+        elif torch.Tag.nondeterministic_seeded in func.tags and not _certain(func, args, kwargs):
             self.refuse(f"random numbers are drawn ({func.__name__}, {_place()})")
         elif torch.Tag.data_dependent_output in func.tags and not self._deciding:
             self.refuse(f"a number is read from a tensor ({_place()})")
         elif torch.Tag.dynamic_output_shape in func.tags and _by_mask(func, tensors[1:]):
             self.refuse(f"a shape depends on numbers ({func.__name__}, {_place()})")
+
+
+def _certain(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator that may drop something drops nothing."""
+    names = [a.name for a in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" in names and given.get("dropout_p", 0.0) == 0
 
 
 def _by_mask(func: Any, indices: Sequence[Tensor]) -> bool:
