@@ -461,11 +461,11 @@ def followed(
     (net, _), (twin, _) = model(), model()
     opt, other = (DDPNOpt(one, **{"lr": 0.3, **options}) for one in (net, twin))
     step, plainly = capture(other, loss(twin)), loss(net)
-    for given in calls:
+    for batch in calls:
         opt.zero_grad()
-        plainly(*copy.deepcopy(given)).backward()
+        plainly(*copy.deepcopy(batch)).backward()
         opt.step()
-        step(*given)
+        step(*batch)
     return apart(net, twin), step
 
 

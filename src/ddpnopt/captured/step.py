@@ -115,8 +115,6 @@ class CapturedStep:
         self.replayed += 1
         return outcome.made
 
-    # As written -----------------------------------------------------------------------------
-
     def _as_written(self, args: Any, kwargs: Any) -> Any:
         self.optimizer.zero_grad()
         made = self._iteration(args, kwargs)
@@ -135,8 +133,6 @@ class CapturedStep:
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return made
-
-    # Recording ------------------------------------------------------------------------------
 
     def _record(self, key: Any, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
         """Run an iteration as it is written, and take it down."""
@@ -214,8 +210,6 @@ class CapturedStep:
             unsettled = "the model's structure is still being found out"
             self._give_up(unsettled if tracer.postponed else tracer.refusal + self._hint())
 
-    # Watching -------------------------------------------------------------------------------
-
     def _watch_settings(self) -> None:
         """Other settings than those of the recordings make them void."""
         model, engine = self.optimizer.model, self.optimizer.engine
@@ -274,8 +268,6 @@ class CapturedStep:
             if self._fruitless >= FRUITLESS:
                 self._give_up("what the step decides (about the loss, say) changes all the time")
         return self._as_written(args, kwargs)
-
-    # Running --------------------------------------------------------------------------------
 
     def _commit(self, plan: Plan, outcome: Outcome) -> None:
         plan.commit(outcome)
