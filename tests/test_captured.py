@@ -587,3 +587,13 @@ def test_hooks_are_called_and_arguments_that_have_no_hash_are_taken() -> None:
     other(x, y, slice(1))
     other(x, y, {1, 2})
     assert other.reason
+
+
+def test_constants_that_are_returned_are_the_callers() -> None:
+    net, shape = model()
+    step = capture(DDPNOpt(net), lambda x, y: (F.cross_entropy(net(x), y), torch.tensor(1.0)))
+    for x, y in batches(shape):
+        _, one = step(x, y)
+        one += 1
+        assert float(one) == 2
+    assert step.replayed > 0

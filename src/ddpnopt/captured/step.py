@@ -180,7 +180,8 @@ class CapturedStep:
                 state.as_numbers()
         optimizer.zero_grad()
         self._judge(tracer)
-        return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, made)
+        # Copies: what was made from numbers alone is the record's own.
+        return tree_map(lambda t: t.detach().clone() if isinstance(t, torch.Tensor) else t, made)
 
     def _others(self) -> list[Tensor]:
         """Parameters of the model that some other optimizer trains, if any does."""
