@@ -37,13 +37,6 @@ def compare(
     """
     before = [t.clone() for t in plan.changed]
     states = [slot.tensor for slot in plan.slots]
-    try:
-        outcome = run()
-    except BaseException:  # an interrupt may come right behind the run
-        insist(lambda: [t.copy_(old) for t, old in zip(plan.changed, before, strict=True)])
-        raise
-    if outcome is None:
-        return written(), None
 
     def after(states: Sequence[Tensor]) -> list[Tensor]:
         return [t.clone() for t in (*plan.changed, *states)]
@@ -52,6 +45,13 @@ def compare(
         for t, old in zip(plan.changed, before, strict=True):
             t.copy_(old)
 
+    try:
+        outcome = run()
+    except BaseException:  # an interrupt may come right behind the run
+        insist(put_back)
+        raise
+    if outcome is None:
+        return written(), None
     try:
         replayed = after((*outcome.state, *_tensors(outcome.made)))
         put_back()

@@ -46,14 +46,12 @@ class Call:
         args: Its arguments, tensors as `Value`.
         kwargs: Likewise.
         made: What it returned.
-        changes: It writes to an argument.
     """
 
     func: Any
     args: Any
     kwargs: Any
     made: Any
-    changes: bool
 
     @property
     def inputs(self) -> list[Value]:
@@ -100,7 +98,7 @@ class Program:
 
     Attributes:
         calls: Those that are needed.
-        constants: Tensors that no run changes; what was made from numbers alone among them.
+        externals: Those that they use; what is made from numbers alone, once, among them.
         changed: Tensors from before that every run writes to.
         writes_arguments: So it does to arguments, which are not its own.
     """

@@ -25,7 +25,7 @@ from ddpnopt.undoing import insist
 
 #: Iterations run as written before one is recorded: the first ones check the layers' maps.
 WARM = 4
-#: Kinds of batches that have a program of their own; others run as written.
+#: Kinds of batches that have a program at one time; the oldest gives way.
 PLANS = 8
 #: Recordings that turn out to look into the model's structure, or can't be run again, before it is
 #: given up: now and then a step does more than usual.
@@ -100,7 +100,7 @@ class CapturedStep:
                     del self._plans[next(iter(self._plans))]
                 self._plans[key] = plan + 1
                 return self._as_written(args, kwargs)
-            return self._record(key, inputs, args, kwargs)
+            return self._record(key, args, kwargs)
         if not self._usual(inputs) or not plan.current():
             del self._plans[key]
             return self._as_written(args, kwargs)
@@ -134,7 +134,7 @@ class CapturedStep:
         self.optimizer.step()
         return made
 
-    def _record(self, key: Any, inputs: list[Tensor], args: Any, kwargs: Any) -> Any:
+    def _record(self, key: Any, args: Any, kwargs: Any) -> Any:
         """Run an iteration as it is written, and take it down."""
         optimizer = self.optimizer
         optimizer.zero_grad()
@@ -330,8 +330,8 @@ def capture(optimizer: Shell, loss: Callable[..., Any], *, compile: bool = False
         optimizer: A `DDPNOpt` or a `Feedback`.
         loss: The batch's tensors to its loss, or to a tuple or dict whose first tensor is the loss.
             As under a CUDA graph its Python code runs in the recording alone.
-        compile: Compile the program; takes from ten seconds to a minute, and a C++ compiler on the
-            CPU.
+        compile: Compile the program; takes from ten seconds to a minute and a half, and a C++
+            compiler on the CPU.
 
     Returns:
         A function of a batch that takes a training step, and returns what ``loss`` returns.

@@ -142,8 +142,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is aten.lift_fresh.default:
                 self._literals.add(self._values[out])
             return out
-        changed = mutated(func)
-        if inputs and not changed and all(self._values[t] in self._literals for t in inputs):
+        if inputs and not mutated(func) and all(self._values[t] in self._literals for t in inputs):
             for t in results:
                 self._literals.add(self.value(t))
             return out
@@ -152,7 +151,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if t not in self._values:
                 self._new(t)
         made = tree_map(self._named, out)
-        self.calls.append(Call(func, named[0], named[1], made, changed))
+        self.calls.append(Call(func, named[0], named[1], made))
         return out
 
     def _named(self, leaf: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State, descend_quotient, larger, seen
+from ddpnopt.curvature.base import Curvature, Rate, State, descend_quotient, larger, seen
 from ddpnopt.ranges import check_number, not_negative, share
 from ddpnopt.typing import Tensor
 
@@ -66,13 +66,7 @@ class AdamW(Curvature):
         return seen(moment).sqrt_().div_(correction).add_(self.eps).reciprocal_()
 
     def update(
-        self,
-        p: Tensor,
-        d: Tensor,
-        state: State,
-        moment: Tensor | None,
-        lr: float | Tensor,
-        momentum: float,
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: Rate, momentum: float
     ) -> dict[str, Any]:
         """m <- beta1 m + (1 - beta1) d, u <- u - eta m^ / (sqrt(v^) + eps)."""
         assert moment is not None

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from ddpnopt.typing import Tensor
 
 State = Mapping[str, Any]
+#: A learning rate; a tensor without dimensions while a step is traced (`ddpnopt.capture`).
+Rate = float | Tensor
 
 
 class Curvature(ABC):
@@ -59,19 +61,12 @@ class Curvature(ABC):
 
     @abstractmethod
     def update(
-        self,
-        p: Tensor,
-        d: Tensor,
-        state: State,
-        moment: Tensor | None,
-        lr: float | Tensor,
-        momentum: float,
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: Rate, momentum: float
     ) -> dict[str, Any]:
         """Apply u <- u - eta M^-1 d in place; returns the parameter's new state.
 
         The order of operations is the borrowed torch optimizer's, so that equal d give equal bits.
-        While a step is traced (`ddpnopt.capture`) lr, and numbers in the state, are tensors without
-        dimensions.
+        While a step is traced numbers in the state are tensors without dimensions, too.
         """
 
     def follow(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ddpnopt.curvature.base import Curvature, State, momentum_step
+from ddpnopt.curvature.base import Curvature, Rate, State, momentum_step
 from ddpnopt.typing import Tensor
 
 
@@ -25,13 +25,7 @@ class Identity(Curvature):
         return None
 
     def update(
-        self,
-        p: Tensor,
-        d: Tensor,
-        state: State,
-        moment: Tensor | None,
-        lr: float | Tensor,
-        momentum: float,
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: Rate, momentum: float
     ) -> dict[str, Any]:
         """b <- mu b + d, u <- u - eta b."""
         return momentum_step(p, d, state, lr, momentum)

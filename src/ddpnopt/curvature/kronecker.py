@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddpnopt.curvature.base import Curvature, State, momentum_step
+from ddpnopt.curvature.base import Curvature, Rate, State, momentum_step
 from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
 from ddpnopt.positions import Kronecker, weight_squares
 from ddpnopt.ranges import check_number, count, positive, share
@@ -90,13 +90,7 @@ class Joint(Curvature):
         return None if moment is None else (moment + self.damping).reciprocal()
 
     def update(
-        self,
-        p: Tensor,
-        d: Tensor,
-        state: State,
-        moment: Tensor | None,
-        lr: float | Tensor,
-        momentum: float,
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: Rate, momentum: float
     ) -> dict[str, Any]:
         """b <- mu b + M^-1 d, u <- u - eta b."""
         new: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import torch
 
 from ddpnopt.curvature.base import (
     Curvature,
+    Rate,
     State,
     descend,
     descend_quotient,
@@ -70,13 +71,7 @@ class RMSprop(Curvature):
         return seen(moment).sqrt_().add_(self.eps).reciprocal_()
 
     def update(
-        self,
-        p: Tensor,
-        d: Tensor,
-        state: State,
-        moment: Tensor | None,
-        lr: float | Tensor,
-        momentum: float,
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: Rate, momentum: float
     ) -> dict[str, Any]:
         """b <- mu b + M^-1 d, u <- u - eta b."""
         assert moment is not None

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 
 from ddpnopt.curvature.adamw import AdamW
-from ddpnopt.curvature.base import Curvature, State, larger
+from ddpnopt.curvature.base import Curvature, Rate, State, larger
 from ddpnopt.curvature.identity import Identity
 from ddpnopt.curvature.rmsprop import RMSprop
 from ddpnopt.decisions import as_number
@@ -96,13 +96,7 @@ class Trust(Curvature):
         return moment[1].reciprocal() if own is None else own / moment[1]
 
     def update(
-        self,
-        p: Tensor,
-        d: Tensor,
-        state: State,
-        moment: Tensor | None,
-        lr: float | Tensor,
-        momentum: float,
+        self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: Rate, momentum: float
     ) -> dict[str, Any]:
         """M_0's own, on d over the factor."""
         assert moment is not None
