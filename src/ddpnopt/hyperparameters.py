@@ -54,6 +54,11 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def curvatures(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Curvature]:
+    """By parameter, where the groups name one: a wrapped optimizer's don't."""
+    return {p: _object(g["curvature"]) for g in groups if "curvature" in g for p in g["params"]}
+
+
 def needs_squares(options: Mapping[str, Any]) -> bool:
     """Whether a group's curvature is fed with the samples' squared gradients."""
     return _object(options).statistics == "squares"

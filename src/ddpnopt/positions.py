@@ -45,7 +45,7 @@ class Kronecker:
     Attributes:
         T_A: (g, i, i) transform of the inputs.
         T_G: (g, o, o) transform of the outputs.
-        scale: A number, or (g, o, i).
+        scale: A number (while a step is traced a tensor without dimensions), or (g, o, i).
         bias: The last input is the constant 1, whose weights are the layer's bias.
     """
 
@@ -53,6 +53,11 @@ class Kronecker:
     T_G: Tensor
     scale: float | Tensor
     bias: bool
+
+    @property
+    def scalar(self) -> bool:
+        """Whether the scale is one number for all coordinates."""
+        return not (isinstance(self.scale, Tensor) and self.scale.dim())
 
     def transform(
         self, U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"]
@@ -128,8 +133,7 @@ def weight_gram(
         gain: P, a number, a tensor of shape (g, o, i), or a Kronecker product.
     """
     if isinstance(gain, Kronecker):
-        scalar = not isinstance(gain.scale, Tensor)
-        if transforms_samples(V.shape[0], U.shape[2], V.shape[-1], U.shape[-1], scalar):
+        if transforms_samples(V.shape[0], U.shape[2], V.shape[-1], U.shape[-1], gain.scalar):
             U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1) if gain.bias else U
             return _samples_gram(U, V, gain)
         U, V = gain.transform(U, V)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""What a call of a captured iteration is told by."""
+"""What a call of a captured iteration is told by, and whether it can be run again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._pytree import tree_leaves
 
+from ddpnopt.captured.tracing import Tracer
+from ddpnopt.hyperparameters import curvatures
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
 
@@ -40,6 +44,44 @@ def has_hooks(optimizer: Shell) -> bool:
     every = (optimizer, *getattr(optimizer, "optimizers", ()))
     own = any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in every)
     return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
+def kind_of_step(optimizer: Shell) -> Hashable:
+    """What the coming step does that not every step does; None where that is not settled yet."""
+    known = curvatures(optimizer.param_groups)
+    kinds = tuple(known[p].kind(state) for p, state in optimizer.state.items() if p in known)
+    return None if None in kinds else kinds
+
+
+def look_again(tracer: Tracer, made: Any, others: Sequence[Tensor]) -> None:
+    """Refuse what only shows when the iteration is over."""
+    plain = (torch.Tensor, int, float, str, type(None))
+    odd = next((leaf for leaf in tree_leaves(made) if not isinstance(leaf, plain)), None)
+    if odd is not None:
+        tracer.refuse(f"the loss function returns a {type(odd).__name__}")
+    if any(p.grad is not None for p in others):
+        tracer.refuse("parameters that are not the optimizer's get gradients")
+    if tracer.strangers():
+        tracer.refuse("a tensor is made out of sight, as with several passes in closed loop")
+    if tracer.constants_change():
+        tracer.refuse("a tensor made from numbers alone is changed in place")
+
+
+def settings_of(optimizer: Shell, modules: Iterable[nn.Module]) -> list[Any]:
+    """What makes records void when it changes."""
+    engine = optimizer.engine
+    settings: list[Any] = [m.training for m in modules]
+    settings += [engine.recorder is None, engine.waiting]
+    for group in optimizer.param_groups:
+        settings += [p.requires_grad for p in group["params"]]
+        settings += [v for name, v in group.items() if name not in ("params", "lr")]
+    return [*settings, optimizer.diagnose, optimizer.options]
+
+
+def parameters_of_others(optimizer: Shell, modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters of the model that some other optimizer trains, if any does."""
+    own = {id(p) for p in optimizer.engine.parameters()}
+    return [p for m in modules for p in m.parameters(False) if id(p) not in own]
 
 
 def first_line(error: Exception) -> str:

@@ -68,7 +68,8 @@ def compare(
     made = written()
     if nearby is None:
         return made, None
-    if _others(outcome.made) != _others(made):
+    counts = [slot.found for slot, _ in plan.counts]
+    if _others(outcome.made) != _others(made) or outcome.counts != counts:
         return made, math.inf
     now = after((*(slot.tensor for slot in plan.slots), *_tensors(made)))
     # Weights by what the step has changed, what else there is by what it is: some hardly changes.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ddpnopt.captured.plan import Slot
+from ddpnopt.hyperparameters import curvatures
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
 
@@ -68,13 +69,18 @@ class State:
 
     Attributes:
         tensors: Its places, with the tensors that are there; numbers have become tensors.
+        counts: Places of the numbers that the host goes by, with these.
     """
 
     def __init__(self, optimizer: Shell) -> None:
         self.tensors: list[tuple[Slot, Tensor]] = []
+        self.counts: list[tuple[Slot, int]] = []
         self._numbers: list[tuple[Slot, type]] = []
         for slot, device in _places(optimizer):
             value = slot.found
+            if slot.counts:
+                self.counts.append((slot, value))
+                continue
             if isinstance(value, int | float) and not isinstance(value, bool):
                 wide = torch.float32 if device.type == "mps" else torch.float64
                 slot.put(torch.tensor(float(value), dtype=wide, device=device))
@@ -93,9 +99,11 @@ class State:
 
 
 def _places(optimizer: Shell) -> Iterator[tuple[Slot, torch.device]]:
+    known = curvatures(optimizer.param_groups)
     for p, state in optimizer.state.items():
+        counts = known[p].counts if p in known else ()
         for name in list(state):
-            yield Slot(partial(_of, optimizer, p), name), p.device
+            yield Slot(partial(_of, optimizer, p), name, name in counts), p.device
     engine = optimizer.engine
     device = engine.parameters()[0].device
     for name in list(engine.running):

@@ -25,10 +25,12 @@ class Slot:
     Attributes:
         holder: Finds the dictionary.
         key: The name in it.
+        counts: A number is there that the host goes by.
     """
 
     holder: Callable[[], dict[Any, Any]]
     key: Any
+    counts: bool = False
 
     @property
     def found(self) -> Any:
@@ -57,6 +59,7 @@ class Recording:
         inputs: Tensors of the batch.
         rates: The groups' learning rates.
         state: The places of the state, with the tensors that were there before.
+        counts: Those of numbers that the host goes by, with these.
         made: What the loss function returned.
         report: What the step has done.
         scratch: The optimizer's own memory for copies of weights, by parameter.
@@ -68,6 +71,7 @@ class Recording:
     inputs: Sequence[Tensor]
     rates: Sequence[Tensor]
     state: Sequence[tuple[Slot, Tensor]]
+    counts: Sequence[tuple[Slot, int]]
     made: Any
     report: StepReport | None
     scratch: dict[int, Tensor]
@@ -82,11 +86,13 @@ class Outcome:
         made: As the loss function returns it.
         report: For ``opt.last_step``, made when it is asked for.
         state: The tensors for the slots.
+        counts: The numbers for those of counts.
     """
 
     made: Any
     report: Callable[[], StepReport | None]
     state: Sequence[Tensor]
+    counts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,17 @@ class Plan:
         tracer = recording.tracer
         self.verified, self.half = False, tracer.half
         self.runs = self.misses = 0
-        #: State that every step replaces by new tensors, and state that stays where it is.
+        #: State that the step replaces by new tensors; state that it only reads, or not even that,
+        #: so that other steps may replace it; and state that it writes to where it is.
         self.slots = [slot for slot, old in recording.state if slot.tensor is not old]
-        self._fixed = [(slot, old) for slot, old in recording.state if slot.tensor is old]
+        written = tracer.written()
+        stays = [(slot, old) for slot, old in recording.state if slot.tensor is old]
+        self._fixed = [(slot, old) for slot, old in stays if tracer.value(old).storage in written]
+        self._read = [s for s, old in stays if tracer.value(old).storage not in written]
         olds = [old for slot, old in recording.state if slot.tensor is not old]
+        olds += [slot.tensor for slot in self._read]
         self._kinds = [_kind(old) for old in olds]
+        self.counts = [(slot, slot.found - before) for slot, before in recording.counts]
         arguments = [tracer.value(t) for t in (*recording.inputs, *recording.rates, *olds)]
         wanted = [recording.sound, *(slot.tensor for slot in self.slots)]
 
@@ -166,7 +178,7 @@ class Plan:
         return (
             all(h.get(n) is t and t.data_ptr() == at for h, n, t, at in self._places)
             and all(slot.found is t for slot, t in self._fixed)
-            and [_kind(slot.found) for slot in self.slots] == self._kinds
+            and [_kind(slot.found) for slot in (*self.slots, *self._read)] == self._kinds
         )
 
     def __call__(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> Outcome | None:
@@ -175,7 +187,7 @@ class Plan:
         Returns:
             None where the host would decide otherwise: then nothing has changed.
         """
-        arguments = [*inputs, *rates, *(slot.tensor for slot in self.slots)]
+        arguments = self._arguments(inputs, rates)
         self._backed = False
         try:
             with torch.no_grad(), _without_autocast(self.changed):
@@ -193,12 +205,18 @@ class Plan:
             self._filled(results),
             lambda: _mapped(self._report, lambda at: results[at.place]),
             results[1 : 1 + len(self.slots)],
+            [slot.found + more for slot, more in self.counts],
         )
+
+    def _arguments(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> list[Tensor]:
+        return [*inputs, *rates, *(slot.tensor for slot in (*self.slots, *self._read))]
 
     def commit(self, outcome: Outcome) -> None:
         """Keep what a run has made of the state; may be begun again."""
         for slot, tensor in zip(self.slots, outcome.state, strict=True):
             slot.put(tensor)
+        for (slot, _), number in zip(self.counts, outcome.counts, strict=True):
+            slot.put(number)
 
     def _filled(self, results: Sequence[Tensor]) -> Any:
         """What the loss function returns."""
@@ -230,7 +248,7 @@ class Plan:
     @torch.no_grad()
     def capture_graph(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> None:
         """From now on one launch runs all kernels; the program must have run once."""
-        arguments = [*inputs, *rates, *(slot.tensor for slot in self.slots)]
+        arguments = self._arguments(inputs, rates)
         own = [t.detach().clone() for t in arguments]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

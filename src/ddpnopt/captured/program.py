@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ddpnopt.captured.fused import FORMULAS
 from ddpnopt.typing import Tensor
 
 aten = torch.ops.aten
@@ -201,4 +202,6 @@ def _compiled(graph: fx.Graph, call: Call, args: tuple[Any, ...], kwargs: dict[s
     if call.func is aten.addmm.default and not kwargs and call.inputs[0].dim == 2:
         product = graph.call_function(aten.mm.default, args[1:])
         return graph.call_function(aten.add.Tensor, (args[0], product))
+    if call.func in FORMULAS and not {"grad_scale", "found_inf"} & kwargs.keys():
+        return graph.call_function(FORMULAS[call.func], args, kwargs)
     return graph.call_function(call.func, args, kwargs)

@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ddpnopt import decisions
-from ddpnopt.captured.calls import autocast_of, copied, first_line, has_hooks, kind_of
+from ddpnopt.captured import calls
 from ddpnopt.captured.comparing import compare
 from ddpnopt.captured.numbers import Rates, State
 from ddpnopt.captured.plan import Outcome, Plan, Recording
 from ddpnopt.captured.tracing import Reads, Tracer
 from ddpnopt.errors import DDPNOptWarning
+from ddpnopt.hyperparameters import curvatures
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import insist
@@ -64,7 +65,10 @@ class CapturedStep:
         self.replayed = self.written = self.missed = 0
         self.reason = ""
         self._said: list[str] = []
-        self._plans: dict[Any, Plan | int] = {}
+        #: Calls as written by kind of batch, and records by kinds of batch and step.
+        self._warm: dict[Any, int] = {}
+        self._plans: dict[tuple[Any, Any], Plan] = {}
+        self._counting = False
         self._fruitless = self._postponed = self._refused = 0
         self._rates = Rates(optimizer)
         self._settings: list[Any] = []
@@ -89,31 +93,41 @@ class CapturedStep:
         """From a record, if there is one that fits."""
         leaves, tree = tree_flatten((args, kwargs))
         inputs = [t for t in leaves if isinstance(t, torch.Tensor)]
-        key = (tree, autocast_of(inputs), tuple(map(kind_of, leaves)))
+        key = (tree, calls.autocast_of(inputs), tuple(map(calls.kind_of, leaves)))
         if not self._hashable(key):
             return self._as_written(args, kwargs)
         self._watch_settings()
-        plan = self._plans.get(key, 0)
-        if isinstance(plan, int):
-            if plan < WARM or not self._usual(inputs):
-                if key not in self._plans and len(self._plans) >= PLANS:
-                    del self._plans[next(iter(self._plans))]
-                self._plans[key] = plan + 1
+        kind = calls.kind_of_step(self.optimizer) if self._counting else ()
+        plan = self._plans.get((key, kind))
+        if plan is None:
+            if kind is None or self._warm.get(key, 0) < WARM or not self._usual(inputs):
+                self._warm_up(key)
                 return self._as_written(args, kwargs)
-            return self._record(key, args, kwargs)
+            return self._record((key, kind), args, kwargs)
         if not self._usual(inputs) or not plan.current():
-            del self._plans[key]
+            self._forget(key)
             return self._as_written(args, kwargs)
         self._rates.update()
         if not plan.verified:
             return self._verify(plan, inputs, args, kwargs)
         outcome = plan(inputs, self._rates.tensors)
         if outcome is None:
-            return self._missed(key, plan, args, kwargs)
+            return self._missed((key, kind), plan, args, kwargs)
         plan.misses, plan.runs = 0, plan.runs + 1
         insist(lambda: self._commit(plan, outcome))
         self.replayed += 1
         return outcome.made
+
+    def _warm_up(self, key: Any) -> None:
+        """Count an iteration of a kind of batch; the oldest kind gives way to a new one."""
+        if key not in self._warm and len(self._warm) >= PLANS:
+            self._forget(next(iter(self._warm)))
+        self._warm[key] = self._warm.get(key, 0) + 1
+
+    def _forget(self, key: Any) -> None:
+        """A kind of batch is as good as new."""
+        self._warm.pop(key, None)
+        self._plans = {known: plan for known, plan in self._plans.items() if known[0] != key}
 
     def _as_written(self, args: Any, kwargs: Any) -> Any:
         self.optimizer.zero_grad()
@@ -134,15 +148,15 @@ class CapturedStep:
         self.optimizer.step()
         return made
 
-    def _record(self, key: Any, args: Any, kwargs: Any) -> Any:
+    def _record(self, key: tuple[Any, Any], args: Any, kwargs: Any) -> Any:
         """Run an iteration as it is written, and take it down."""
         optimizer = self.optimizer
         optimizer.zero_grad()
         self._rates.update()
         # Of copies: the loss function may know these tensors by another way, too.
-        args, kwargs = tree_map(copied, (args, kwargs))
+        args, kwargs = tree_map(calls.copied, (args, kwargs))
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        others = self._others()
+        others = calls.parameters_of_others(self.optimizer, self._modules)
         state, tracer = State(optimizer), Tracer()
         plan: Plan | None = None
         try:
@@ -156,7 +170,7 @@ class CapturedStep:
             for name in state.computed():
                 tracer.refuse(f"the optimizer keeps a number ('{name}')")
             if not tracer.refusal:
-                self._look_again(tracer, made, others)
+                calls.look_again(tracer, made, others)
             if not (tracer.refusal or tracer.postponed):
                 recording = Recording(
                     tracer,
@@ -164,6 +178,7 @@ class CapturedStep:
                     inputs,
                     self._rates.tensors,
                     state.tensors,
+                    state.counts,
                     made,
                     optimizer.last_step,
                     optimizer.engine.copies,
@@ -183,24 +198,6 @@ class CapturedStep:
         # Copies: what was made from numbers alone is the record's own.
         return tree_map(lambda t: t.detach().clone() if isinstance(t, torch.Tensor) else t, made)
 
-    def _others(self) -> list[Tensor]:
-        """Parameters of the model that some other optimizer trains, if any does."""
-        own = {id(p) for p in self.optimizer.engine.parameters()}
-        return [p for m in self._modules for p in m.parameters(False) if id(p) not in own]
-
-    def _look_again(self, tracer: Tracer, made: Any, others: Sequence[Tensor]) -> None:
-        """Refuse what only shows when the iteration is over."""
-        plain = (torch.Tensor, int, float, str, type(None))
-        odd = next((leaf for leaf in tree_leaves(made) if not isinstance(leaf, plain)), None)
-        if odd is not None:
-            tracer.refuse(f"the loss function returns a {type(odd).__name__}")
-        if any(p.grad is not None for p in others):
-            tracer.refuse("parameters that are not the optimizer's get gradients")
-        if tracer.strangers():
-            tracer.refuse("a tensor is made out of sight, as with several passes in closed loop")
-        if tracer.constants_change():
-            tracer.refuse("a tensor made from numbers alone is changed in place")
-
     def _judge(self, tracer: Tracer) -> None:
         """Give recording up if it keeps failing."""
         if tracer.postponed:
@@ -213,31 +210,28 @@ class CapturedStep:
 
     def _watch_settings(self) -> None:
         """Other settings than those of the recordings make them void."""
-        model, engine = self.optimizer.model, self.optimizer.engine
+        model = self.optimizer.model
         if model is not self._model:
             self._model, self._modules = model, list(model.modules())
-        settings: list[Any] = [m.training for m in self._modules]
-        settings += [engine.recorder is None, engine.waiting]
-        for group in self.optimizer.param_groups:
-            settings += [p.requires_grad for p in group["params"]]
-            settings += [v for name, v in group.items() if name not in ("params", "lr")]
-        settings += [self.optimizer.diagnose, self.optimizer.options]
+        settings = calls.settings_of(self.optimizer, self._modules)
         if settings != self._settings:
-            self._plans, self._settings = {}, settings
+            self._plans, self._warm, self._settings = {}, {}, settings
+            known = curvatures(self.optimizer.param_groups).values()
+            self._counting = any(curvature.counts for curvature in known)
 
     def _hashable(self, key: Any) -> bool:
         """Whether batches of this kind can be told from others."""
         try:
             hash(key)
         except TypeError as error:
-            self._give_up(f"an argument can't be told from others ({first_line(error)})")
+            self._give_up(f"an argument can't be told from others ({calls.first_line(error)})")
         return not self.reason
 
     def _usual(self, inputs: Sequence[Tensor]) -> bool:
         """Whether nothing is in the way of running from the record at this call."""
         if self.optimizer.engine.company.ranks.several:
             self._give_up("several ranks train together")
-        elif has_hooks(self.optimizer):
+        elif calls.has_hooks(self.optimizer):
             self._give_up("an optimizer has step hooks")
         elif any(t.requires_grad for t in inputs):
             self._give_up("an argument requires gradients")
@@ -260,11 +254,11 @@ class CapturedStep:
         ]
         return "; make the wrapped optimizer with fused=True" if unfused else ""
 
-    def _missed(self, key: Any, plan: Plan, args: Any, kwargs: Any) -> Any:
+    def _missed(self, key: tuple[Any, Any], plan: Plan, args: Any, kwargs: Any) -> Any:
         self.missed += 1
         plan.misses += 1
         if plan.misses >= MISSES:
-            self._plans[key] = WARM
+            del self._plans[key]
             self._fruitless = self._fruitless + 1 if plan.runs < FRUITFUL else 0
             if self._fruitless >= FRUITLESS:
                 self._give_up("what the step decides (about the loss, say) changes all the time")
@@ -295,7 +289,7 @@ class CapturedStep:
             try:
                 plan.capture_graph(inputs, self._rates.tensors)
             except RuntimeError as error:
-                self._give_up(f"a CUDA graph can't hold the iteration ({first_line(error)})")
+                self._give_up(f"a CUDA graph can't hold the iteration ({calls.first_line(error)})")
         return made
 
     def _first_run(self, plan: Plan, inputs: list[Tensor]) -> Outcome | None:
@@ -306,8 +300,8 @@ class CapturedStep:
             return plan(inputs, self._rates.tensors)
         except Exception as error:  # whatever a compiler may raise; shown, and done without it
             self._said.append(
-                f"torch.compile failed ({first_line(error)}); the recorded operators are run one "
-                "by one"
+                f"torch.compile failed ({calls.first_line(error)}); the recorded operators are run "
+                "one by one"
             )
             plan.interpret()
             return plan(inputs, self._rates.tensors)

@@ -111,7 +111,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def constants_change(self) -> bool:
         """Whether a tensor that was made from numbers alone, once, is written to."""
         constant = {v.storage for v in self.externals if v in self._literals}
-        return any(v.storage in constant for call in self.calls for v in call.written)
+        return not constant.isdisjoint(self.written())
+
+    def written(self) -> set[int]:
+        """The storages that operators write to."""
+        return {v.storage for call in self.calls for v in call.written}
 
     def _old(self, t: Tensor) -> bool:
         before = self._before.get(id(t))

@@ -8,7 +8,7 @@ in and returned. A new curvature is one file here and one row in the registry.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,8 @@ class Curvature(ABC):
     #: M depends on the weights, too: the state that is read has them as "weights", eta / (1 - mu)
     #: as "rate", and as "layers" how many weights with two dimensions or more are trained.
     relative: ClassVar[bool] = False
+    #: Whole numbers in the state that say what a step does; they stay numbers while it is traced.
+    counts: ClassVar[tuple[str, ...]] = ()
 
     @property
     def statistics(self) -> str:
@@ -66,8 +68,15 @@ class Curvature(ABC):
         """Apply u <- u - eta M^-1 d in place; returns the parameter's new state.
 
         The order of operations is the borrowed torch optimizer's, so that equal d give equal bits.
-        While a step is traced numbers in the state are tensors without dimensions, too.
+        While a step is traced numbers in the state, but `counts`, are tensors without dimensions.
         """
+
+    def kind(self, state: State) -> Hashable:
+        """What the coming step does that not every step does; None where that is not settled yet.
+
+        Steps of one kind are the same operators, with the same numbers in them.
+        """
+        return ()
 
     def follow(
         self, state: State, gradient: Tensor, d: Tensor, moment: Tensor | None

@@ -6,11 +6,11 @@ Where one fails, it is tried again with growing damping, and then done in double
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 
+from ddpnopt.decisions import all_finite, anything
 from ddpnopt.errors import LinAlgError, NonFiniteError
 from ddpnopt.typing import Tensor
 
@@ -32,7 +32,7 @@ def inverse_factor(A: Tensor) -> tuple[Tensor, int]:
     """
     for failed, damped in enumerate(_damped(A)):
         L, info = torch.linalg.cholesky_ex(damped)
-        if not bool(info.any()):
+        if not anything(info):
             identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
             T = torch.linalg.solve_triangular(L, identity, upper=False)
             if failed == 0 or bool(T.isfinite().all()):
@@ -60,7 +60,7 @@ def eigenvectors(A: Tensor) -> tuple[Tensor, int]:
             Q: Tensor = torch.linalg.eigh(damped).eigenvectors
         except LinAlgError:  # counted by the caller
             continue
-        if math.isfinite(float(torch.linalg.vector_norm(Q))):
+        if all_finite(torch.linalg.vector_norm(Q)):
             return Q, min(failed, 1)
     return _careful(A)[1].to(A), 1
 

@@ -10,7 +10,7 @@ George et al. 2018).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
@@ -61,6 +61,7 @@ class Joint(Curvature):
     update_every: int = 10
     statistics_every: int = 1
 
+    counts: ClassVar[tuple[str, ...]] = ("step", "fallbacks")
     #: What of a layer's state a step without statistics leaves as it is.
     _kept: ClassVar[tuple[str, ...]] = ("A", "G", "T_A", "T_G")
 
@@ -148,12 +149,26 @@ class Joint(Curvature):
             updates = _updates(k, self.statistics_every)
             new["A"] = self._mean(new["A"], A / max(samples, 1), updates)
             new["G"] = self._mean(new["G"], G / max(rows, 1), updates)
-        due = _latest(k, self.update_every)
-        if due == k and _latest(k, self.statistics_every) > _latest(k - 1, self.update_every):
+        if self._decomposes(k):
             self._decompose(state, new)
         if factors is not None:
             self._measure(new, factors, bias, samples, counted)
         return new
+
+    def kind(self, state: State) -> Hashable:
+        """Whether the coming step updates and decomposes A and G, once the means have settled."""
+        if "step" not in state:  # a bias in its weight's matrix
+            return ()
+        k, joined = state["step"] + 1, "A" in state
+        updates = _updates(k, self.statistics_every) if joined else k
+        if updates * (1 - self.decay) < 1 or k <= max(self.update_every, self.statistics_every):
+            return None
+        return (_latest(k, self.statistics_every) == k, self._decomposes(k)) if joined else ()
+
+    def _decomposes(self, k: int) -> bool:
+        """Whether step k is due, and there are new statistics since the last that was."""
+        fresh = _latest(k, self.statistics_every) > _latest(k - 1, self.update_every)
+        return fresh and _latest(k, self.update_every) == k
 
     @abstractmethod
     def _decompose(self, state: State, new: dict[str, Any]) -> None:

@@ -206,8 +206,7 @@ class ConvRule(ConvolutionRule):
         outputs, inputs = V.shape[2] // conv.groups, conv.weight[0].numel()
         columns = V.shape[0]
         if isinstance(P, Kronecker):
-            scalar = not isinstance(P.scale, Tensor)
-            return transforms_samples(columns, positions, outputs, inputs, scalar)
+            return transforms_samples(columns, positions, outputs, inputs, P.scalar)
         few = positions * (inputs + columns * outputs) <= columns * inputs * outputs
         return diagonal(P) or not few
 

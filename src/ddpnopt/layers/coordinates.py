@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ddpnopt.decisions import holds
 from ddpnopt.positions import Kronecker, transformed
 from ddpnopt.typing import Float, Tensor
 
@@ -59,7 +60,7 @@ class Coordinates:
         outputs = self.outputs
         if weight is not None:
             outputs = outputs * weight.to(outputs.dtype)[:, None, None, None]
-        if isinstance(gain.scale, Tensor):
+        if not gain.scalar:
             return (_product(outputs, self.inputs).square() * gain.scale).sum()
         U, V = (one.transpose(0, 1).flatten(1, 2) for one in (self.inputs, outputs))
         return ((U @ U.mT) * (V @ V.mT)).sum() * gain.scale
@@ -67,7 +68,7 @@ class Coordinates:
     def direction(self, gain: Kronecker, weight: Float[Tensor, " b"]) -> Float[Tensor, "g o i"]:
         """P sum_i weight_i g_u,i."""
         outputs = self.outputs * weight.to(self.outputs.dtype)[:, None, None, None]
-        if isinstance(gain.scale, Tensor):
+        if not gain.scalar:
             T_A, T_G = gain.T_A.to(outputs.dtype), gain.T_G.to(outputs.dtype)
             return T_G.mT @ (_product(outputs, self.inputs) * gain.scale) @ T_A
         back = transformed(outputs, gain.T_G.mT), transformed(self.inputs, gain.T_A.mT)
@@ -86,4 +87,4 @@ def unlike(
     """What D holds besides the plain gradient; None where that is its rounding alone."""
     rest = D - plain
     size, whole = torch._foreach_norm([rest, D])
-    return rest if bool(size > tolerance * whole) else None
+    return rest if holds(size > tolerance * whole) else None
