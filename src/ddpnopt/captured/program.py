@@ -202,6 +202,8 @@ def _compiled(graph: fx.Graph, call: Call, args: tuple[Any, ...], kwargs: dict[s
     if call.func is aten.addmm.default and not kwargs and call.inputs[0].dim == 2:
         product = graph.call_function(aten.mm.default, args[1:])
         return graph.call_function(aten.add.Tensor, (args[0], product))
-    if call.func in FORMULAS and not {"grad_scale", "found_inf"} & kwargs.keys():
-        return graph.call_function(FORMULAS[call.func], args, kwargs)
+    scaled = kwargs.get("grad_scale") is not None or kwargs.get("found_inf") is not None
+    if call.func in FORMULAS and not scaled:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return graph.call_function(FORMULAS[call.func], args, given)
     return graph.call_function(call.func, args, kwargs)

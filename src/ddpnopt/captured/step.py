@@ -45,6 +45,7 @@ class CapturedStep:
         replayed: Iterations that were run from the record.
         written: Iterations that were run as they are written.
         missed: Those of them whose decisions were not those of the record.
+        compiles: Records are compiled; no longer so once `torch.compile` has failed.
         reason: Why no iteration is run from a record any more; empty while they are.
 
     Args:
@@ -61,7 +62,7 @@ class CapturedStep:
                 f"capture: expected a DDPNOpt or a Feedback, got {type(optimizer).__name__}; "
                 "torch's own optimizers have torch.compile and CUDA graphs of their own"
             )
-        self.optimizer, self.loss, self._compiled = optimizer, loss, compile
+        self.optimizer, self.loss, self.compiles = optimizer, loss, compile
         self.replayed = self.written = self.missed = 0
         self.reason = ""
         self._said: list[str] = []
@@ -184,7 +185,7 @@ class CapturedStep:
                     optimizer.engine.copies,
                     self._modules,
                 )
-                candidate = Plan(recording, self._compiled)
+                candidate = Plan(recording, self.compiles)
                 if candidate.program.writes_arguments:
                     tracer.refuse("an argument is changed in place")
                 else:
@@ -235,6 +236,8 @@ class CapturedStep:
             self._give_up("an optimizer has step hooks")
         elif any(t.requires_grad for t in inputs):
             self._give_up("an argument requires gradients")
+        elif self._counting and self.optimizer.engine.parameters()[0].is_cuda:
+            self._give_up("KFAC and EKFAC are recorded on CPUs alone")
         elif decisions.traced():  # in another thread
             return False
         return not self.reason and all(0 <= rate < math.inf for rate in self._rates.numbers)
@@ -303,6 +306,7 @@ class CapturedStep:
                 f"torch.compile failed ({calls.first_line(error)}); the recorded operators are run "
                 "one by one"
             )
+            self.compiles = False
             plan.interpret()
             return plan(inputs, self._rates.tensors)
 

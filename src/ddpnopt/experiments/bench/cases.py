@@ -78,9 +78,10 @@ class Variant:
         """Steps before anything is timed or counted.
 
         A DDPNOpt checks its linear maps in its first three; four iterations go before one is
-        recorded, and one more is compared.
+        recorded, and one more is compared. KFAC and EKFAC are recorded from step 20 on, where their
+        running means have settled, and steps that decompose apart from the others.
         """
-        return 8 if self.captured else 4
+        return (8 if self.period == 1 else 20 + 2 * self.period) if self.captured else 4
 
     @property
     def installed(self) -> bool:
@@ -272,6 +273,8 @@ _CAPTURED = (
     "DDPNOpt open, no weight grads",
     "DDPNOpt RMSprop closed loop",
     "DDPNOpt AdamW closed loop",
+    "DDPNOpt KFAC closed, every 10",
+    "DDPNOpt EKFAC closed, every 10",
     "DDPNOpt low_rank",
     "Feedback(AdamW fused)",
     "Feedback(AdamW fused), open loop",

@@ -38,6 +38,7 @@ class Job:
 
     Attributes:
         loss: The last step's loss.
+        compiled: Its iterations are run from a compiled record.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Job:
             self.optimizer = variant.make(self.model)
         self.x, self.y = net.data(device) if data is None else data
         self.clip, self.device, self.loss = variant.clip, device, 0.0
+        self.compiled = variant.captured == "compiled"
         self.criterion = net.loss
         self._initial: list[Tensor] = []
         self._captured: ddpnopt.CapturedStep | None = None
@@ -61,7 +63,7 @@ class Job:
             self._captured = ddpnopt.capture(
                 self.optimizer,
                 lambda x, y: net.loss(self.model(x), y),
-                compile=variant.captured == "compiled",
+                compile=self.compiled,
             )
 
     def step(self) -> Tensor:
@@ -85,6 +87,8 @@ class Job:
         loss: Tensor = iteration(self.x, self.y)
         if iteration.reason:
             raise RuntimeError(f"not run from a record: {iteration.reason}")
+        if self.compiled and not iteration.compiles:
+            raise RuntimeError("torch.compile failed: not run from a compiled record")
         return loss
 
     def remember(self) -> None:
