@@ -278,6 +278,28 @@ def test_figures_are_published_into_a_page(tmp_path: Path) -> None:
     assert "not a file that" in bench("--from", str(source)).output.replace("\n", " ")
 
 
+def test_runs_are_put_together(tmp_path: Path) -> None:
+    first, second = figures(3.0, gflop=1.5), figures(1.9)
+    first.failures = ["DDPNOpt closed loop on net 2: RuntimeError: no", "other on net 2: no"]
+    whole = document.joined([first, second])
+    name = "DDPNOpt closed loop"
+    assert whole.nets[0].variants[name].ratio == 1.9  # the later one's
+    assert whole.nets[0].over_baseline(name, "gflop") == 1.5  # not measured again
+    assert whole.failures == ["other on net 2: no"] and whole.command == "ddpnopt\nddpnopt"
+    assert first.nets[0].variants[name].ratio == 3.0
+    for path, one in ((tmp_path / "1.json", first), (tmp_path / "2.json", second)):
+        one.write(path)
+    done = bench("--from", f"{tmp_path}/1.json", "--from", f"{tmp_path}/2.json", "--markdown")
+    assert "| 1.90 |" in line(done.output, f"{name}: time")
+    assert "| 1.50 |" in line(done.output, f"{name}: flops")
+    second.threads = 2
+    with pytest.raises(document.DocumentError, match="1 and 2: runs of different threads"):
+        document.joined([first, second])
+    second.threads, second.nets[0].batch = 1, 64
+    with pytest.raises(document.DocumentError, match="net 2: runs of batches 128 and 64"):
+        document.joined([first, second])
+
+
 # Growth and large nets ----------------------------------------------------------------------
 
 GROWTH = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def compare(
     """Run an iteration from the record and as it is written, and keep the latter's.
 
     Another run from the record, with weights off by their rounding, tells how far runs may be apart
-    that are equal but for rounding.
+    that are equal but for rounding. A basis of eigenvectors, and what is written in it, may be any
+    other one: it is seen by its effect on the weights.
 
     Args:
         plan: The record.
@@ -36,7 +38,8 @@ def compare(
         step; None where the record could not be run.
     """
     before = [t.clone() for t in plan.changed]
-    states = [slot.tensor for slot in plan.slots]
+    told = [not slot.turns for slot in plan.slots]
+    states = list(compress((slot.tensor for slot in plan.slots), told))
 
     def after(states: Sequence[Tensor]) -> list[Tensor]:
         return [t.clone() for t in (*plan.changed, *states)]
@@ -53,7 +56,7 @@ def compare(
     if outcome is None:
         return written(), None
     try:
-        replayed = after((*outcome.state, *_tensors(outcome.made)))
+        replayed = after((*compress(outcome.state, told), *_tensors(outcome.made)))
         put_back()
         for t in plan.changed:
             if t.is_floating_point():
@@ -62,7 +65,7 @@ def compare(
         another = run()
         nearby: list[Tensor] | None = None
         if another is not None:
-            nearby = after((*another.state, *_tensors(another.made)))
+            nearby = after((*compress(another.state, told), *_tensors(another.made)))
     finally:
         insist(put_back)
     made = written()
@@ -71,7 +74,8 @@ def compare(
     counts = [slot.found for slot, _ in plan.counts]
     if _others(outcome.made) != _others(made) or outcome.counts != counts:
         return made, math.inf
-    now = after((*(slot.tensor for slot in plan.slots), *_tensors(made)))
+    states = list(compress((slot.tensor for slot in plan.slots), told))
+    now = after((*states, *_tensors(made)))
     # Weights by what the step has changed, what else there is by what it is: some hardly changes.
     blank = [torch.zeros_like(t) for t in (*states, *_tensors(made))]
     starts = [*before, *blank], [*shaken, *blank]

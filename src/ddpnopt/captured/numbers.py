@@ -101,9 +101,9 @@ class State:
 def _places(optimizer: Shell) -> Iterator[tuple[Slot, torch.device]]:
     known = curvatures(optimizer.param_groups)
     for p, state in optimizer.state.items():
-        counts = known[p].counts if p in known else ()
+        counts, basis = (known[p].counts, known[p].basis) if p in known else ((), ())
         for name in list(state):
-            yield Slot(partial(_of, optimizer, p), name, name in counts), p.device
+            yield Slot(partial(_of, optimizer, p), name, name in counts, name in basis), p.device
     engine = optimizer.engine
     device = engine.parameters()[0].device
     for name in list(engine.running):

@@ -26,11 +26,13 @@ class Slot:
         holder: Finds the dictionary.
         key: The name in it.
         counts: A number is there that the host goes by.
+        turns: What is there is in a basis that rounding alone may turn.
     """
 
     holder: Callable[[], dict[Any, Any]]
     key: Any
     counts: bool = False
+    turns: bool = False
 
     @property
     def found(self) -> Any:

@@ -41,6 +41,8 @@ class Curvature(ABC):
     relative: ClassVar[bool] = False
     #: Whole numbers in the state that say what a step does; they stay numbers while it is traced.
     counts: ClassVar[tuple[str, ...]] = ()
+    #: What of the state is in a basis of eigenvectors: rounding may turn it, to the same M.
+    basis: ClassVar[tuple[str, ...]] = ()
 
     @property
     def statistics(self) -> str:

@@ -229,6 +229,7 @@ class EKFAC(Joint):
     """
 
     name: ClassVar[str] = "ekfac"
+    basis: ClassVar[tuple[str, ...]] = ("T_A", "T_G", "scale")
     _kept: ClassVar[tuple[str, ...]] = (*Joint._kept, "scale")
 
     def _decompose(self, state: State, new: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ddpnopt.experiments.bench.cases import NETS, VARIANTS, chosen
-from ddpnopt.experiments.bench.document import Document, DocumentError, read
+from ddpnopt.experiments.bench.document import Document, DocumentError, joined, read
 from ddpnopt.experiments.bench.program import PARTS, QUICK_ROUNDS, ROUNDS, Plan, run
 from ddpnopt.experiments.bench.sheets import markdown, show
 from ddpnopt.experiments.markdown import update_page
@@ -63,8 +63,12 @@ JsonOption = Annotated[
     typer.Option("--json", metavar="FILE", help="File of the figures; DIR/bench.json."),
 ]
 FromOption = Annotated[
-    Path | None,
-    typer.Option("--from", metavar="FILE", help="Measure nothing: show the figures of this JSON."),
+    list[Path] | None,
+    typer.Option(
+        "--from",
+        metavar="FILE",
+        help="Measure nothing: show the figures of this JSON; of several, put together.",
+    ),
 ]
 BeforeOption = Annotated[
     Path | None,
@@ -104,8 +108,8 @@ def bench_command(
     messages = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
     try:
         earlier = None if before is None else read(before)
-        if source is not None:
-            document = read(source)
+        if source:
+            document = joined([read(one) for one in source])
         else:
             plan = Plan(
                 parts=_parts(part or []),
@@ -126,7 +130,7 @@ def bench_command(
         _deliver(document, earlier, as_markdown, publish, messages)
     except (DocumentError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    if source is None and _failed(document, messages):
+    if not source and _failed(document, messages):
         raise typer.Exit(1)
 
 

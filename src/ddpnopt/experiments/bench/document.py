@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -166,6 +167,61 @@ def read(path: Path) -> Document:
         raise DocumentError(
             f"{path}: not a file that `ddpnopt bench` wrote ({where}: {first['msg']})"
         ) from error
+
+
+def joined(documents: Sequence[Document]) -> Document:
+    """The figures of several runs in one document; what two have measured is the later one's.
+
+    Raises:
+        DocumentError: They are not of one machine, torch, device and number of threads.
+    """
+    whole = documents[0].model_copy(deep=True)
+    for more in documents[1:]:
+        for field in ("torch", "device", "machine", "threads"):
+            own, other = getattr(whole, field), getattr(more, field)
+            if own != other:
+                raise DocumentError(
+                    f"runs of different {field} are not put together: {own}, {other}"
+                )
+        known = {figures.net: figures for figures in whole.nets}
+        for figures in more.nets:
+            known[figures.net] = _completed(known.get(figures.net, figures), figures)
+        timed = any(e.ratio is not None for n in more.nets for e in n.variants.values())
+        whole = whole.model_copy(
+            update={
+                "nets": [known[number] for number in sorted(known)],
+                "rounds": more.rounds if timed else whole.rounds,
+                "quick": whole.quick or more.quick,
+                "growth": more.growth or whole.growth,
+                "growth_figure": more.growth_figure or whole.growth_figure,
+                "large": more.large or whole.large,
+                "failures": [*(f for f in whole.failures if not _mended(f, more)), *more.failures],
+                "command": "\n".join(filter(None, (whole.command, more.command))),
+            }
+        )
+    return whole
+
+
+def _mended(failure: str, later: Document) -> bool:
+    """Whether what could not be measured has been measured by a later run."""
+    return any(
+        failure.startswith(f"{name} on net {figures.net}:") and not entry.error
+        for figures in later.nets
+        for name, entry in figures.variants.items()
+    )
+
+
+def _completed(earlier: NetFigures, later: NetFigures) -> NetFigures:
+    if earlier.batch != later.batch:
+        raise DocumentError(
+            f"net {later.net}: runs of batches {earlier.batch} and {later.batch} stay apart"
+        )
+    variants = dict(earlier.variants)
+    for name, entry in later.variants.items():
+        before = variants.get(name, Entry()).model_dump()
+        now = {field: value for field, value in entry.model_dump().items() if value is not None}
+        variants[name] = Entry(**before | now)
+    return later.model_copy(update={"variants": variants})
 
 
 class Target(BaseModel):
