@@ -283,7 +283,7 @@ class CapturedStep:
             return made
         if off:
             self._give_up(
-                f"a recorded iteration differs from the code by {off:.0%}: perhaps something else "
+                f"a recorded iteration differs from the code by {off:.2%}: perhaps something else "
                 "than the batch and the weights changes from call to call"
             )
             return made

@@ -180,9 +180,7 @@ def joined(documents: Sequence[Document]) -> Document:
         for field in ("torch", "device", "machine", "threads"):
             own, other = getattr(whole, field), getattr(more, field)
             if own != other:
-                raise DocumentError(
-                    f"runs of different {field} are not put together: {own}, {other}"
-                )
+                raise DocumentError(f"{own} and {other}: runs of different {field} stay apart")
         known = {figures.net: figures for figures in whole.nets}
         for figures in more.nets:
             known[figures.net] = _completed(known.get(figures.net, figures), figures)
