@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ddpnopt.captured.compiling import Compiled
 from ddpnopt.captured.program import Program
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.report import LayerReport, StepReport
@@ -113,7 +114,7 @@ class Plan:
 
     Args:
         recording: The iteration.
-        compiled: Compile the program by `torch.compile`.
+        compiled: Compile the program by torch's compiler.
 
     Attributes:
         verified: A run has been compared with the code.
@@ -155,16 +156,17 @@ class Plan:
         scratch = [tracer.value(t) for t in recording.scratch.values()]
         self.program = Program(tracer.calls, arguments, externals, results, scratch)
         self.compiled = compiled
-        self._function = self.program.function(native=not compiled)
+        graph = self.program.graph(native=not compiled)
+        self._function: Callable[..., list[Tensor]] = graph.forward
         if compiled:
-            self._function = torch.compile(self._function, fullgraph=True, dynamic=False)
+            self._function = Compiled(graph, len(arguments))
         self._externals = [t.detach() for t in self.program.externals.values()]
         changed = list(self.program.changed.values())
         read = {id(t) for t in self.program.externals.values()}
         owners = [one for m in recording.modules for one in (m._parameters, m._buffers)]
         #: The model's tensors: where they are held, and where in memory they are.
         self._places = [
-            (holder, name, t, t.data_ptr())
+            (holder, name, t, _where(t))
             for holder in owners
             for name, t in holder.items()
             if t is not None and id(t) in read
@@ -178,7 +180,7 @@ class Plan:
     def current(self) -> bool:
         """Whether everything that is not an argument is where it was."""
         return (
-            all(h.get(n) is t and t.data_ptr() == at for h, n, t, at in self._places)
+            all(h.get(n) is t and _where(t) == at for h, n, t, at in self._places)
             and all(slot.found is t for slot, t in self._fixed)
             and [_kind(slot.found) for slot in (*self.slots, *self._read)] == self._kinds
         )
@@ -243,7 +245,7 @@ class Plan:
 
     def interpret(self) -> None:
         """Run the operators one by one from now on."""
-        self.compiled, self._function = False, self.program.function(native=True)
+        self.compiled, self._function = False, self.program.graph(native=True).forward
 
     # CUDA graphs ----------------------------------------------------------------------------
 
@@ -276,6 +278,11 @@ def _kind(value: Any) -> Any:
     """What a program depends on of its arguments."""
     tensor = isinstance(value, torch.Tensor)
     return (value.shape, value.dtype, value.device) if tensor else type(value)
+
+
+def _where(t: Tensor) -> Any:
+    """Where in memory a tensor's entries are."""
+    return t.data_ptr(), t.shape, t.stride()
 
 
 def _room(t: Tensor, scratch: dict[int, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -135,7 +135,7 @@ class Program:
             self.externals.update(zip(call.outputs, tensors, strict=True))
         self.calls = kept
 
-    def function(self, native: bool) -> Callable[..., list[Tensor]]:
+    def graph(self, native: bool) -> fx.GraphModule:
         """The program as a function of the arguments and the externals, in order.
 
         Args:
@@ -161,7 +161,7 @@ class Program:
                             else graph.call_function(getitem, (node, place))
                         )
         graph.output([nodes[v] for v in self.results])
-        return fx.GraphModule(torch.nn.Module(), graph).forward
+        return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def _needed(calls: Sequence[Call], remains: Iterable[int], results: Sequence[Value]) -> list[Call]:

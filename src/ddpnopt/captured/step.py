@@ -45,13 +45,13 @@ class CapturedStep:
         replayed: Iterations that were run from the record.
         written: Iterations that were run as they are written.
         missed: Those of them whose decisions were not those of the record.
-        compiles: Records are compiled; no longer so once `torch.compile` has failed.
+        compiles: Records are compiled; no longer so once torch's compiler has failed.
         reason: Why no iteration is run from a record any more; empty while they are.
 
     Args:
         optimizer: A `DDPNOpt`, or what else has its engine.
         loss: The batch to its loss, or to a tuple or dict whose first tensor is the loss.
-        compile: Compile the program by `torch.compile`.
+        compile: Compile the program by torch's compiler.
     """
 
     def __init__(
@@ -303,8 +303,8 @@ class CapturedStep:
             return plan(inputs, self._rates.tensors)
         except Exception as error:  # whatever a compiler may raise; shown, and done without it
             self._said.append(
-                f"torch.compile failed ({calls.first_line(error)}); the recorded operators are run "
-                "one by one"
+                f"torch's compiler failed ({calls.first_line(error)}); the recorded operators are "
+                "run one by one"
             )
             self.compiles = False
             plan.interpret()
@@ -317,7 +317,7 @@ def capture(optimizer: Shell, loss: Callable[..., Any], *, compile: bool = False
     The first iterations run as they are written. One is recorded: every operator of the forward
     pass, the backward pass and the step. The next one is run both ways and compared. From then on
     the operators are run by themselves: on a GPU as one CUDA graph, on the CPU one after another,
-    or compiled by `torch.compile` into few kernels.
+    or compiled by torch's compiler into few kernels.
 
     What the step decides by numbers on the way (is the loss still the one that was recognised, are
     all numbers finite, has the scalar equation converged) is decided as in the recording and

@@ -161,7 +161,7 @@ class Joint(Curvature):
             return ()
         k, joined = state["step"] + 1, "A" in state
         updates = _updates(k, self.statistics_every) if joined else k
-        if updates * (1 - self.decay) < 1 or k <= max(self.update_every, self.statistics_every):
+        if 1 - 1 / updates < self.decay or k <= max(self.update_every, self.statistics_every):
             return None
         return (_latest(k, self.statistics_every) == k, self._decomposes(k)) if joined else ()
 

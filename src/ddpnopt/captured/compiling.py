@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+"""A program made into few kernels by torch's compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import fx
+
+from ddpnopt.typing import Tensor
+
+
+class Compiled:
+    """A straight line of operators, compiled when it is first called.
+
+    By Inductor itself: `torch.compile` would read the program's Python first and ask at every call
+    whether it still holds, a fifth of a small net's step. What it would ask, `Plan.current` asks.
+
+    Args:
+        graph: The operators.
+        arguments: How many of its inputs, the first ones, are not the same tensors in every call;
+            they are never written to.
+    """
+
+    def __init__(self, graph: fx.GraphModule, arguments: int) -> None:
+        self._graph, self._arguments = graph, arguments
+        self._made: Callable[..., Any] | None = None
+        self._strides: list[tuple[int, ...]] = []
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """Run it.
+
+        Raises:
+            Exception: In the first call, whatever the compiler raises.
+        """
+        if self._made is None:
+            made = torch._inductor.compile(self._graph, list(inputs))
+            assert callable(made)
+            self._made, self._strides = made, [t.stride() for t in inputs[: self._arguments]]
+        given = map(_laid_out, inputs, self._strides)
+        return list(self._made(*given, *inputs[self._arguments :]))
+
+
+def _laid_out(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor in memory as the kernels expect it."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
