@@ -414,12 +414,12 @@ def counts(opt: torch.optim.Optimizer) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("options", KRONECKER)
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(("update", "every", "kinds"), [(3, 1, 2), (3, 3, 2), (4, 2, 3)])
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
 def test_kronecker_records_are_the_code(
-    kind: type[KFAC] | type[EKFAC], every: int, name: str, options: str
+    kind: type[KFAC] | type[EKFAC], update: int, every: int, kinds: int, name: str, options: str
 ) -> None:
-    curvature = kind(decay=0.5, update_every=3, statistics_every=every)
+    curvature = kind(decay=0.5, update_every=update, statistics_every=every)
     (net, shape), (twin, _) = model(name), model(name)
     opt, other = (
         DDPNOpt(one, lr=0.05, curvature=curvature, **KRONECKER[options]) for one in (net, twin)
@@ -431,9 +431,9 @@ def test_kronecker_records_are_the_code(
         for group in (*opt.param_groups, *other.param_groups):
             group["lr"] *= 0.98
     assert (step.reason, step.missed) == ("", 0)
-    # Four to begin with; steps that decompose and all others are recorded and compared apart.
-    assert step.replayed == 30 - 8
-    assert len(step._plans) == 2 and all(plan.runs > 5 for plan in step._plans.values())
+    # Four to begin with; steps of each kind are recorded and compared apart.
+    assert step.replayed == 30 - 4 - 2 * kinds
+    assert len(step._plans) == kinds and all(plan.runs > 3 for plan in step._plans.values())
     assert apart(net, twin) < 1e-11
     assert counts(opt) == counts(other)
 
@@ -449,21 +449,73 @@ def test_kronecker_records_begin_when_the_means_have_settled() -> None:
     assert replayed == [0] * 12 + [1, 2, 3, 3, 4, 5, 6, 7]
 
 
-def test_a_kronecker_record_goes_on_from_a_saved_state() -> None:
+def test_a_kronecker_record_goes_on_from_another_state() -> None:
     curvature = EKFAC(decay=0.5, update_every=3)
     (net, shape), (twin, _) = model(), model()
     opt, other = (DDPNOpt(one, lr=0.05, curvature=curvature) for one in (net, twin))
     step = capture(other, on(twin))
-    data = batches(shape, 40)
-    for x, y in data[:20]:
-        plain(opt, net, x, y)
-        step(x, y)
-    other.load_state_dict(copy.deepcopy(other.state_dict()))
-    for x, y in data[20:]:
+    for turn, (x, y) in enumerate(batches(shape, 40)):
+        if turn == 10:
+            kept, older = copy.deepcopy(net.state_dict()), copy.deepcopy(opt.state_dict())
+        if turn == 21:  # one step out of phase
+            for one, optimizer in ((net, opt), (twin, other)):
+                one.load_state_dict(kept)
+                optimizer.load_state_dict(copy.deepcopy(older))
         plain(opt, net, x, y)
         step(x, y)
     assert step.replayed >= 20 and step.reason == ""
     assert apart(net, twin) < 1e-11 and counts(opt) == counts(other)
+
+
+def test_layers_out_of_phase_have_their_own_kinds() -> None:
+    def build(net: nn.Module) -> DDPNOpt:
+        groups = [
+            {"params": list(net[0].parameters()), "curvature": KFAC(decay=0.5, update_every=2)},
+            {"params": list(net[2].parameters()), "curvature": "identity"},
+            {"params": list(net[4].parameters()), "curvature": EKFAC(decay=0.5, update_every=3)},
+        ]
+        return DDPNOpt(net, params=groups, lr=0.05)
+
+    (net, shape), (twin, _) = model(), model()
+    opt, other = build(net), build(twin)
+    step = capture(other, on(twin))
+    for x, y in batches(shape, 40):
+        plain(opt, net, x, y)
+        step(x, y)
+    assert len(step._plans) == 4 and step.reason == "" and step.replayed == 40 - 4 - 8
+    assert apart(net, twin) < 1e-11 and counts(opt) == counts(other)
+
+
+def test_options_changed_in_place_void_the_records() -> None:
+    curvature = KFAC(decay=0.5, update_every=3)
+    (net, shape), (twin, _) = model(), model()
+    opt, other = (DDPNOpt(one, lr=0.05, curvature=curvature) for one in (net, twin))
+    step = capture(other, on(twin))
+    for turn, (x, y) in enumerate(batches(shape, 40)):
+        if turn == 20:
+            for group in (*opt.param_groups, *other.param_groups):
+                group["curvature"]["damping"] *= 0.1
+        plain(opt, net, x, y)
+        step(x, y)
+    assert step.replayed >= 20
+    assert apart(net, twin) < 1e-11
+
+
+@pytest.mark.parametrize("curvature", [KFAC, EKFAC])
+def test_a_batch_that_can_not_be_factorised_is_skipped(
+    curvature: type[KFAC] | type[EKFAC],
+) -> None:
+    net, shape = model()
+    opt = DDPNOpt(net, lr=0.05, curvature=curvature(decay=0.5, update_every=2), nonfinite="skip")
+    step = capture(opt, on(net))
+    for turn, (x, y) in enumerate(batches(shape, 20)):
+        before = copy.deepcopy((net.state_dict(), counts(opt)))
+        step(torch.full_like(x, math.nan) if turn in (16, 17) else x, y)
+        if turn in (16, 17):  # of either kind
+            after, expected = net.state_dict(), before[0]
+            assert all(torch.equal(after[name], expected[name]) for name in after)
+            assert counts(opt) == before[1]
+    assert opt.skipped == 2 and step.replayed > 5 and step.reason == ""
 
 
 def test_optimizers_that_read_their_rate_are_told_the_way_out() -> None:
@@ -494,6 +546,21 @@ def test_compiled_records_are_the_code() -> None:
         step(x, y)
     assert step.replayed == STEPS - 6
     assert apart(net, twin) < 1e-12
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("curvature", [KFAC, EKFAC])
+def test_compiled_kronecker_records_are_the_code(curvature: type[KFAC] | type[EKFAC]) -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = (
+        DDPNOpt(one, lr=0.05, curvature=curvature(decay=0.5, update_every=3)) for one in (net, twin)
+    )
+    step = capture(other, on(twin), compile=True)
+    for x, y in batches(shape, 30):
+        plain(opt, net, x, y)
+        step(x, y)
+    assert step.compiles and step.replayed == 30 - 8
+    assert apart(net, twin) < 1e-11 and counts(opt) == counts(other)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

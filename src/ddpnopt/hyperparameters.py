@@ -56,7 +56,11 @@ def _hashable(value: Any) -> Any:
 
 def curvatures(groups: Iterable[Mapping[str, Any]]) -> dict[Tensor, Curvature]:
     """By parameter, where the groups name one: a wrapped optimizer's don't."""
-    return {p: _object(g["curvature"]) for g in groups if "curvature" in g for p in g["params"]}
+    found: dict[Tensor, Curvature] = {}
+    for group in groups:
+        if "curvature" in group:
+            found.update(dict.fromkeys(group["params"], _object(group["curvature"])))
+    return found
 
 
 def needs_squares(options: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils._pytree import tree_leaves
 
 from ddpnopt.captured.tracing import Tracer
-from ddpnopt.hyperparameters import curvatures
+from ddpnopt.curvature import Curvature
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
 
@@ -20,7 +20,8 @@ from ddpnopt.typing import Tensor
 def kind_of(leaf: Any) -> Any:
     """What a program depends on of an argument: its value where it is no tensor."""
     if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+        layout = leaf.shape, leaf.stride(), leaf.is_neg(), leaf.is_conj()
+        return type(leaf), layout, leaf.dtype, leaf.device, leaf.requires_grad
     return type(leaf), leaf
 
 
@@ -46,10 +47,19 @@ def has_hooks(optimizer: Shell) -> bool:
     return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
-def kind_of_step(optimizer: Shell) -> Hashable:
-    """What the coming step does that not every step does; None where that is not settled yet."""
-    known = curvatures(optimizer.param_groups)
-    kinds = tuple(known[p].kind(state) for p, state in optimizer.state.items() if p in known)
+def kind_of_step(optimizer: Shell, known: Mapping[Tensor, Curvature]) -> Hashable:
+    """What the coming step does that not every step does; None where that is not settled yet.
+
+    Args:
+        optimizer: The optimizer.
+        known: Its parameters' curvatures; in order, so that each kind is somebody's.
+    """
+    state = optimizer.state
+    kinds = tuple(
+        curvature.kind(state[p]) if p in state else "new"
+        for p, curvature in known.items()
+        if p.requires_grad
+    )
     return None if None in kinds else kinds
 
 
@@ -73,15 +83,30 @@ def settings_of(optimizer: Shell, modules: Iterable[nn.Module]) -> list[Any]:
     settings: list[Any] = [m.training for m in modules]
     settings += [engine.recorder is None, engine.waiting]
     for group in optimizer.param_groups:
-        settings += [p.requires_grad for p in group["params"]]
-        settings += [v for name, v in group.items() if name not in ("params", "lr")]
+        settings += [(id(p), p.requires_grad) for p in group["params"]]
+        settings += [_value(v) for name, v in group.items() if name not in ("params", "lr")]
     return [*settings, optimizer.diagnose, optimizer.options]
+
+
+def _value(option: Any) -> Any:
+    """An option as it is now: a mapping may be changed in place."""
+    return tuple(option.items()) if isinstance(option, Mapping) else option
 
 
 def parameters_of_others(optimizer: Shell, modules: Iterable[nn.Module]) -> list[Tensor]:
     """Parameters of the model that some other optimizer trains, if any does."""
     own = {id(p) for p in optimizer.engine.parameters()}
     return [p for m in modules for p in m.parameters(False) if id(p) not in own]
+
+
+def hint(optimizer: Shell) -> str:
+    """The usual reason, where an optimizer is wrapped."""
+    unfused = [
+        group
+        for group in optimizer.param_groups
+        if "fused" in group and not (group["fused"] or group.get("capturable"))
+    ]
+    return "; make the wrapped optimizer with fused=True" if unfused else ""
 
 
 def first_line(error: Exception) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import compress
 from typing import Any
 
 import torch
@@ -38,11 +37,10 @@ def compare(
         step; None where the record could not be run.
     """
     before = [t.clone() for t in plan.changed]
-    told = [not slot.turns for slot in plan.slots]
-    states = list(compress((slot.tensor for slot in plan.slots), told))
 
-    def after(states: Sequence[Tensor]) -> list[Tensor]:
-        return [t.clone() for t in (*plan.changed, *states)]
+    def after(states: Sequence[Tensor], made: Any) -> list[Tensor]:
+        told = [t for slot, t in zip(plan.slots, states, strict=True) if not slot.turns]
+        return [t.clone() for t in (*plan.changed, *told, *_tensors(made))]
 
     def put_back() -> None:
         for t, old in zip(plan.changed, before, strict=True):
@@ -56,16 +54,14 @@ def compare(
     if outcome is None:
         return written(), None
     try:
-        replayed = after((*compress(outcome.state, told), *_tensors(outcome.made)))
+        replayed = after(outcome.state, outcome.made)
         put_back()
         for t in plan.changed:
             if t.is_floating_point():
                 t.mul_(1 + 8 * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
         shaken = [t.clone() for t in plan.changed]
         another = run()
-        nearby: list[Tensor] | None = None
-        if another is not None:
-            nearby = after((*compress(another.state, told), *_tensors(another.made)))
+        nearby = None if another is None else after(another.state, another.made)
     finally:
         insist(put_back)
     made = written()
@@ -74,10 +70,9 @@ def compare(
     counts = [slot.found for slot, _ in plan.counts]
     if _others(outcome.made) != _others(made) or outcome.counts != counts:
         return made, math.inf
-    states = list(compress((slot.tensor for slot in plan.slots), told))
-    now = after((*states, *_tensors(made)))
+    now = after([slot.tensor for slot in plan.slots], made)
     # Weights by what the step has changed, what else there is by what it is: some hardly changes.
-    blank = [torch.zeros_like(t) for t in (*states, *_tensors(made))]
+    blank = [torch.zeros_like(t) for t in now[len(before) :]]
     starts = [*before, *blank], [*shaken, *blank]
     off = max(map(_apart, replayed, now, nearby, *starts), default=0.0)
     allowed = CLOSE_COARSE if plan.half or _tf32(plan.changed) else CLOSE

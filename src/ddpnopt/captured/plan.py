@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from ddpnopt.captured.compiling import Compiled
 from ddpnopt.captured.program import Program
 from ddpnopt.captured.tracing import Tracer
+from ddpnopt.errors import LinAlgError
 from ddpnopt.report import LayerReport, StepReport
 from ddpnopt.typing import Tensor
 
@@ -182,6 +183,7 @@ class Plan:
         return (
             all(h.get(n) is t and _where(t) == at for h, n, t, at in self._places)
             and all(slot.found is t for slot, t in self._fixed)
+            and all(isinstance(slot.found, int) for slot, _ in self.counts)
             and [_kind(slot.found) for slot in (*self.slots, *self._read)] == self._kinds
         )
 
@@ -202,6 +204,9 @@ class Plan:
                 return None
             for place in self._constant:  # the caller may write to them
                 results[place] = results[place].clone()
+        except LinAlgError:  # as written, another factorisation is tried
+            self.restore()
+            return None
         except BaseException:
             self.restore()
             raise

@@ -18,6 +18,7 @@ from ddpnopt.captured.comparing import compare
 from ddpnopt.captured.numbers import Rates, State
 from ddpnopt.captured.plan import Outcome, Plan, Recording
 from ddpnopt.captured.tracing import Reads, Tracer
+from ddpnopt.curvature import Curvature
 from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.hyperparameters import curvatures
 from ddpnopt.shell import Shell
@@ -26,7 +27,7 @@ from ddpnopt.undoing import insist
 
 #: Iterations run as written before one is recorded: the first ones check the layers' maps.
 WARM = 4
-#: Kinds of batches that have a program at one time; the oldest gives way.
+#: Kinds of batches that have programs, the oldest gives way; and kinds of steps of each.
 PLANS = 8
 #: Recordings that turn out to look into the model's structure, or can't be run again, before it is
 #: given up: now and then a step does more than usual.
@@ -69,6 +70,7 @@ class CapturedStep:
         #: Calls as written by kind of batch, and records by kinds of batch and step.
         self._warm: dict[Any, int] = {}
         self._plans: dict[tuple[Any, Any], Plan] = {}
+        self._curvatures: dict[Tensor, Curvature] = {}
         self._counting = False
         self._fruitless = self._postponed = self._refused = 0
         self._rates = Rates(optimizer)
@@ -98,10 +100,11 @@ class CapturedStep:
         if not self._hashable(key):
             return self._as_written(args, kwargs)
         self._watch_settings()
-        kind = calls.kind_of_step(self.optimizer) if self._counting else ()
+        kind = calls.kind_of_step(self.optimizer, self._curvatures) if self._counting else ()
         plan = self._plans.get((key, kind))
         if plan is None:
-            if kind is None or self._warm.get(key, 0) < WARM or not self._usual(inputs):
+            cold = self._warm.get(key, 0) < WARM or self._crowded(key)
+            if kind is None or cold or not self._usual(inputs):
                 self._warm_up(key)
                 return self._as_written(args, kwargs)
             return self._record((key, kind), args, kwargs)
@@ -110,6 +113,8 @@ class CapturedStep:
             return self._as_written(args, kwargs)
         self._rates.update()
         if not plan.verified:
+            if 0 in self._rates.numbers:  # a step that moves nothing shows nothing
+                return self._as_written(args, kwargs)
             return self._verify(plan, inputs, args, kwargs)
         outcome = plan(inputs, self._rates.tensors)
         if outcome is None:
@@ -124,6 +129,10 @@ class CapturedStep:
         if key not in self._warm and len(self._warm) >= PLANS:
             self._forget(next(iter(self._warm)))
         self._warm[key] = self._warm.get(key, 0) + 1
+
+    def _crowded(self, key: Any) -> bool:
+        """Whether as many kinds of steps as may be have a record."""
+        return bool(sum(known == key for known, _ in self._plans) >= PLANS)
 
     def _forget(self, key: Any) -> None:
         """A kind of batch is as good as new."""
@@ -207,7 +216,9 @@ class CapturedStep:
             self._refused += 1
         if self._postponed >= POSTPONED or self._refused >= REFUSED:
             unsettled = "the model's structure is still being found out"
-            self._give_up(unsettled if tracer.postponed else tracer.refusal + self._hint())
+            self._give_up(
+                unsettled if tracer.postponed else tracer.refusal + calls.hint(self.optimizer)
+            )
 
     def _watch_settings(self) -> None:
         """Other settings than those of the recordings make them void."""
@@ -217,8 +228,8 @@ class CapturedStep:
         settings = calls.settings_of(self.optimizer, self._modules)
         if settings != self._settings:
             self._plans, self._warm, self._settings = {}, {}, settings
-            known = curvatures(self.optimizer.param_groups).values()
-            self._counting = any(curvature.counts for curvature in known)
+            self._curvatures = curvatures(self.optimizer.param_groups)
+            self._counting = any(one.counts for one in self._curvatures.values())
 
     def _hashable(self, key: Any) -> bool:
         """Whether batches of this kind can be told from others."""
@@ -236,7 +247,7 @@ class CapturedStep:
             self._give_up("an optimizer has step hooks")
         elif any(t.requires_grad for t in inputs):
             self._give_up("an argument requires gradients")
-        elif self._counting and self.optimizer.engine.parameters()[0].is_cuda:
+        elif self._counting and self.optimizer.engine.parameters()[0].device.type != "cpu":
             self._give_up("KFAC and EKFAC are recorded on CPUs alone")
         elif decisions.traced():  # in another thread
             return False
@@ -247,15 +258,6 @@ class CapturedStep:
         self.reason = why
         self._plans = {}
         self._said.append(f"{why}; iterations run as they are written")
-
-    def _hint(self) -> str:
-        """The usual reason, where an optimizer is wrapped."""
-        unfused = [
-            group
-            for group in self.optimizer.param_groups
-            if "fused" in group and not (group["fused"] or group.get("capturable"))
-        ]
-        return "; make the wrapped optimizer with fused=True" if unfused else ""
 
     def _missed(self, key: tuple[Any, Any], plan: Plan, args: Any, kwargs: Any) -> Any:
         self.missed += 1

@@ -172,6 +172,8 @@ def read(path: Path) -> Document:
 def joined(documents: Sequence[Document]) -> Document:
     """The figures of several runs in one document; what two have measured is the later one's.
 
+    Growth and large nets are all of one run, the latest that has any.
+
     Raises:
         DocumentError: They are not of one machine, torch, device and number of threads.
     """
@@ -203,7 +205,7 @@ def joined(documents: Sequence[Document]) -> Document:
 def _mended(failure: str, later: Document) -> bool:
     """Whether what could not be measured has been measured by a later run."""
     return any(
-        failure.startswith(f"{name} on net {figures.net}:") and not entry.error
+        failure.startswith(f"{name} on net {figures.net}:") and entry.ratio is not None
         for figures in later.nets
         for name, entry in figures.variants.items()
     )
@@ -218,8 +220,13 @@ def _completed(earlier: NetFigures, later: NetFigures) -> NetFigures:
     for name, entry in later.variants.items():
         before = variants.get(name, Entry()).model_dump()
         now = {field: value for field, value in entry.model_dump().items() if value is not None}
+        if entry.ratio is None:  # what went wrong with the times did so
+            now["error"] = entry.error or before["error"]
         variants[name] = Entry(**before | now)
-    return later.model_copy(update={"variants": variants})
+    missing = {
+        name: p for name, p in {**earlier.missing, **later.missing}.items() if name not in variants
+    }
+    return later.model_copy(update={"variants": variants, "missing": missing})
 
 
 class Target(BaseModel):
