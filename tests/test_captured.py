@@ -537,15 +537,17 @@ def test_what_is_no_optimizer_of_ours_is_refused() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_records_are_the_code() -> None:
-    (net, shape), (twin, _) = model(), model()
+@pytest.mark.parametrize("name", NETS)
+def test_compiled_records_are_the_code(name: str) -> None:
+    (net, shape), (twin, _) = model(name), model(name)
     opt, other = (DDPNOpt(one, lr=1e-2, curvature="adamw") for one in (net, twin))
     step = capture(other, on(twin), compile=True)
     for x, y in batches(shape):
         plain(opt, net, x, y)
         step(x, y)
-    assert step.replayed == STEPS - 6
-    assert apart(net, twin) < 1e-12
+    assert step.replayed == STEPS - 6 and step.compiles
+    # As above: behind BatchNorm AdamW enlarges the rounding of a bias that has no gradient.
+    assert apart(net, twin) < (1e-9 if name == "BatchNorm" else 1e-12)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
