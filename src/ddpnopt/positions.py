@@ -57,7 +57,7 @@ class Kronecker:
     @property
     def scalar(self) -> bool:
         """Whether the scale is one number for all coordinates."""
-        return not (isinstance(self.scale, Tensor) and self.scale.dim())
+        return not diagonal(self.scale)
 
     def transform(
         self, U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"]

@@ -70,8 +70,8 @@ class CapturedStep:
         #: Calls as written by kind of batch, and records by kinds of batch and step.
         self._warm: dict[Any, int] = {}
         self._plans: dict[tuple[Any, Any], Plan] = {}
+        #: The parameters' curvatures, where any does not do the same in every step.
         self._curvatures: dict[Tensor, Curvature] = {}
-        self._counting = False
         self._fruitless = self._postponed = self._refused = 0
         self._rates = Rates(optimizer)
         self._settings: list[Any] = []
@@ -100,7 +100,7 @@ class CapturedStep:
         if not self._hashable(key):
             return self._as_written(args, kwargs)
         self._watch_settings()
-        kind = calls.kind_of_step(self.optimizer, self._curvatures) if self._counting else ()
+        kind = calls.kind_of_step(self.optimizer, self._curvatures) if self._curvatures else ()
         plan = self._plans.get((key, kind))
         if plan is None:
             cold = self._warm.get(key, 0) < WARM or self._crowded(key)
@@ -228,8 +228,8 @@ class CapturedStep:
         settings = calls.settings_of(self.optimizer, self._modules)
         if settings != self._settings:
             self._plans, self._warm, self._settings = {}, {}, settings
-            self._curvatures = curvatures(self.optimizer.param_groups)
-            self._counting = any(one.counts for one in self._curvatures.values())
+            known = curvatures(self.optimizer.param_groups)
+            self._curvatures = known if any(one.counts for one in known.values()) else {}
 
     def _hashable(self, key: Any) -> bool:
         """Whether batches of this kind can be told from others."""
@@ -247,7 +247,7 @@ class CapturedStep:
             self._give_up("an optimizer has step hooks")
         elif any(t.requires_grad for t in inputs):
             self._give_up("an argument requires gradients")
-        elif self._counting and self.optimizer.engine.parameters()[0].device.type != "cpu":
+        elif self._curvatures and self.optimizer.engine.parameters()[0].device.type != "cpu":
             self._give_up("KFAC and EKFAC are recorded on CPUs alone")
         elif decisions.traced():  # in another thread
             return False

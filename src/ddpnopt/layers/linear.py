@@ -127,7 +127,7 @@ def _kronecker_curvature(P: Kronecker, x: Tensor) -> Tensor:
         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
     squares = (x @ P.T_A[0].to(x.dtype).mT).square()
     T_G = P.T_G[0].to(x.dtype)
-    if isinstance(P.scale, Tensor) and not P.scalar:
+    if diagonal(P.scale):
         rows = squares @ P.scale[0].to(x.dtype).mT
         return T_G.mT @ (rows[:, :, None] * T_G)
     return (squares.sum(1) * P.scale)[:, None, None] * (T_G.mT @ T_G)

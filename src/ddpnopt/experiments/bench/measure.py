@@ -88,7 +88,7 @@ class Job:
         if iteration.reason:
             raise RuntimeError(f"not run from a record: {iteration.reason}")
         if self.compiled and not iteration.compiles:
-            raise RuntimeError("torch.compile failed: not run from a compiled record")
+            raise RuntimeError("torch's compiler failed: not run from a compiled record")
         return loss
 
     def remember(self) -> None:
