@@ -22,7 +22,7 @@ import ddpnopt
 from ddpnopt import DDPNOpt, DDPNOptWarning, Feedback, NonFiniteError, capture
 from ddpnopt.captured.fused import FORMULAS
 from ddpnopt.captured.plan import Plan
-from ddpnopt.captured.step import MISSES
+from ddpnopt.captured.records import MISSES
 from ddpnopt.curvature import EKFAC, KFAC
 
 pytestmark = pytest.mark.filterwarnings("ignore:each sample is weighted once")

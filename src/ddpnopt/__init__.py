@@ -3,7 +3,7 @@
 
 from ddpnopt import curvature, value
 from ddpnopt.baselines import EKFAC, EMSA, KFAC, SGDVGR, VanillaDDP
-from ddpnopt.captured import CapturedStep, capture
+from ddpnopt.captured import CapturedStep, CapturedUpdate, capture
 from ddpnopt.errors import (
     DDPNOptWarning,
     NonFiniteError,
@@ -33,6 +33,7 @@ __all__ = [
     "PAPER",
     "SGDVGR",
     "CapturedStep",
+    "CapturedUpdate",
     "DDPNOpt",
     "DDPNOptWarning",
     "Feedback",

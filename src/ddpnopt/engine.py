@@ -18,36 +18,31 @@ from ddpnopt.arrivals import Arrivals
 from ddpnopt.binding import Unbound
 from ddpnopt.checks import (
     check_backward,
-    check_gradients,
-    check_states,
-    check_update,
     takes_part,
     verify_once,
 )
 from ddpnopt.company import Company
-from ddpnopt.distributed import agree, backward_ended
+from ddpnopt.distributed import backward_ended
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
-from ddpnopt.front import averaged, merged, remember, weigh
+from ddpnopt.front import weigh
 from ddpnopt.gradients import Consumed, Fingerprint, finite
 from ddpnopt.host import Host
 from ddpnopt.inert import weakly
 from ddpnopt.linearise import linearise
-from ddpnopt.notices import CLIPPED_BIASES, FACTORISED_AGAIN, Notices
+from ddpnopt.notices import Notices
 from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
-from ddpnopt.plain import plain_updates
 from ddpnopt.ranks import Ranks
-from ddpnopt.report import StepReport
-from ddpnopt.reporting import outcome
+from ddpnopt.report import Report, StepReport
 from ddpnopt.reweighting import keep, reweigh
 from ddpnopt.rollout import Method, policies
 from ddpnopt.scaling import expected_rescaling
 from ddpnopt.spread import check_parts
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.step import Settings, Step
+from ddpnopt.taking import take
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
-from ddpnopt.undoing import insist
 
 
 class Engine:
@@ -91,6 +86,8 @@ class Engine:
         self.outputs = Outputs(options.terminal, self.notices)
         self.fingerprint, self.consumed = Fingerprint(), Consumed()
         self.recorder: Recorder | None = None
+        #: Takes a step on these passes in another way than `take` (`ddpnopt.capture`).
+        self.shortcut: Callable[[list[Trajectory]], Report] | None = None
         self.waiting = isinstance(model, Unbound)
         self.attach()
 
@@ -268,60 +265,16 @@ class Engine:
         self.fingerprint.clear()
         self.carried, self.open_report = {}, None
 
-    def step(self, closure: Callable[[], float] | None = None) -> StepReport:
+    def step(self, closure: Callable[[], float] | None = None) -> Report:
         """Take one step, ``closure`` called; raises before anything is changed, or puts it back."""
         trajectories = list(self.recorder.arrivals.completed) if self.recorder else []
         parameters = [p for p in self.parameters() if p.requires_grad]
         fresh = self.consumed.fresh(parameters) or not parameters
         check_backward(fresh, trajectories, self.recorder if self.options.feedback else None)
         rescale = self.fingerprint.rescaling()
-        ranks = self.company.ranks
-        step = self.new_step(trajectories, rescale / ranks.size, rescale / ranks.size)
-        step.closure = closure
-        held = not self.options.weight_gradients
-        sizes = check_gradients(step.borrowed, trajectories, self.names, held)
-        step.norms = {} if self.in_backward else sizes
-        in_feedback = agree(self, trajectories, self.usable(trajectories), sizes)
-        if in_feedback:
-            check_states(trajectories, self.options.closed_loop)
-        if rescale != 1.0 and held and in_feedback:
-            self.notices.say(CLIPPED_BIASES)
-        running, sketch = dict(self.running), self.sketch.get_state()
-
-        def undo() -> None:
-            if self.recorder is not None:
-                self.recorder.undoing.run()
-            step.borrowed.rollback()
-            self.running = running
-            self.sketch.set_state(sketch)
-
-        def conclude() -> None:
-            self.host.commit(step.borrowed)
-            self.rescale = rescale
-            self.finish()
-
-        try:
-            if in_feedback and not self.in_backward:
-                step.build()
-            fronts = [t.front for t in trajectories if t.front is not None and in_feedback]
-            front, known = averaged(merged(fronts), ranks), self.in_backward
-            length = plain_updates(step, self.parameters(), self.carried, front, rescale, known)
-            if step.layers:
-                assert self.recorder is not None
-                self.method(self.recorder, step, trajectories)
-            check_update(step.borrowed, self.names)
-            if step.borrowed.factorised_again:
-                self.notices.say(FACTORISED_AGAIN)
-            remember(step, fronts, length)
-            told = self.open_report if in_feedback and self.in_backward else None
-            active = in_feedback and bool(step.layers or fronts or self.in_backward)
-            made = outcome(self.options, step, active, told, rescale, self.skipped)
-            ranks.meet()
-        except BaseException:
-            insist(undo)
-            raise
-        insist(conclude)
-        return made
+        if self.shortcut is not None and closure is None and rescale == 1.0:
+            return self.shortcut(trajectories)
+        return take(self, trajectories, rescale, closure)
 
     def new_step(
         self,

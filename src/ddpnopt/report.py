@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ddpnopt.typing import Tensor
@@ -93,3 +94,7 @@ class StepReport:
     plain: tuple[tuple[str, str], ...] = ()
     skipped: int = 0
     front: LayerReport | None = None
+
+
+#: A report, or what makes it when it is asked for.
+Report = StepReport | Callable[[], StepReport | None]

@@ -14,7 +14,7 @@ from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import NonFiniteError
 from ddpnopt.options import Options
-from ddpnopt.report import StepReport
+from ddpnopt.report import Report, StepReport
 from ddpnopt.spread import check_ranks
 
 
@@ -31,7 +31,7 @@ class Shell(torch.optim.Optimizer):
     #: Attributes that copies take over.
     _kept: ClassVar[tuple[str, ...]] = ("model", "options", "_company")
     _company: Company
-    _report: StepReport | Callable[[], StepReport | None] | None = None
+    _report: Report | None = None
     _engine: Engine | None = None
 
     def detach(self) -> None:
@@ -60,11 +60,7 @@ class Shell(torch.optim.Optimizer):
         return self._report
 
     @last_step.setter
-    def last_step(self, report: StepReport | None) -> None:
-        self._report = report
-
-    def report_later(self, report: Callable[[], StepReport | None]) -> None:
-        """A step has been taken whose record is made when it is asked for."""
+    def last_step(self, report: Report | None) -> None:
         self._report = report
 
     @property

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Training iterations recorded once, and run without their Python code."""
+"""Training recorded once, and run without its Python code."""
 
-from ddpnopt.captured.step import CapturedStep, capture
+from ddpnopt.captured.capturing import capture
+from ddpnopt.captured.step import CapturedStep
+from ddpnopt.captured.update import CapturedUpdate
 
-__all__ = ["CapturedStep", "capture"]
+__all__ = ["CapturedStep", "CapturedUpdate", "capture"]

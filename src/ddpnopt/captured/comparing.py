@@ -19,7 +19,10 @@ CLOSE, CLOSE_COARSE = 1e-3, 5e-2
 
 
 def compare(
-    plan: Plan, run: Callable[[], Outcome | None], written: Callable[[], Any]
+    plan: Plan,
+    run: Callable[[], Outcome | None],
+    written: Callable[[], Any],
+    asked: Callable[[Any], Any],
 ) -> tuple[Any, float | None]:
     """Run an iteration from the record and as it is written, and keep the latter's.
 
@@ -31,6 +34,7 @@ def compare(
         plan: The record.
         run: Runs it.
         written: Runs the iteration as it is written.
+        asked: What a record makes of what the latter returns.
 
     Returns:
         What the latter returns, and by how much the former is too far from it, as a share of the
@@ -68,9 +72,9 @@ def compare(
     if nearby is None:
         return made, None
     counts = [slot.found for slot, _ in plan.counts]
-    if _others(outcome.made) != _others(made) or outcome.counts != counts:
+    if _others(outcome.made) != _others(asked(made)) or outcome.counts != counts:
         return made, math.inf
-    now = after([slot.tensor for slot in plan.slots], made)
+    now = after([slot.tensor for slot in plan.slots], asked(made))
     # Weights by what the step has changed, what else there is by what it is: some hardly changes.
     blank = [torch.zeros_like(t) for t in now[len(before) :]]
     starts = [*before, *blank], [*shaken, *blank]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.compiling import Compiled
-from ddpnopt.captured.program import Program
+from ddpnopt.captured.program import Program, Value
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.errors import LinAlgError
 from ddpnopt.report import LayerReport, StepReport
@@ -60,7 +60,7 @@ class Recording:
     Attributes:
         tracer: Its operators.
         sound: Whether the decisions are as they were.
-        inputs: Tensors of the batch.
+        inputs: Tensors that differ from run to run; None where there is none.
         rates: The groups' learning rates.
         state: The places of the state, with the tensors that were there before.
         counts: Those of numbers that the host goes by, with these.
@@ -72,7 +72,7 @@ class Recording:
 
     tracer: Tracer
     sound: Tensor
-    inputs: Sequence[Tensor]
+    inputs: Sequence[Tensor | None]
     rates: Sequence[Tensor]
     state: Sequence[tuple[Slot, Tensor]]
     counts: Sequence[tuple[Slot, int]]
@@ -120,6 +120,7 @@ class Plan:
     Attributes:
         verified: A run has been compared with the code.
         runs: How often it was run.
+        compared: How often it had been when it was compared last.
         misses: Runs in a row whose decisions were not the recording's.
         half: Some of it has half precision.
         compiled: The program is compiled; from its first run on.
@@ -128,7 +129,7 @@ class Plan:
     def __init__(self, recording: Recording, compiled: bool) -> None:
         tracer = recording.tracer
         self.verified, self.half = False, tracer.half
-        self.runs = self.misses = 0
+        self.runs = self.misses = self.compared = 0
         #: State that the step replaces by new tensors; state that it only reads, or not even that,
         #: so that other steps may replace it; and state that it writes to where it is.
         self.slots = [slot for slot, old in recording.state if slot.tensor is not old]
@@ -140,7 +141,6 @@ class Plan:
         olds += [slot.tensor for slot in self._read]
         self._kinds = [_kind(old) for old in olds]
         self.counts = [(slot, slot.found - before) for slot, before in recording.counts]
-        arguments = [tracer.value(t) for t in (*recording.inputs, *recording.rates, *olds)]
         wanted = [recording.sound, *(slot.tensor for slot in self.slots)]
 
         def placed(leaf: Any) -> Any:
@@ -152,6 +152,10 @@ class Plan:
         self._made = tree_map(placed, recording.made)
         self._report = _mapped(recording.report, placed)
         results = [tracer.value(t) for t in wanted]
+        #: Places of the inputs that are used.
+        self._used = _used(recording, results)
+        inputs = [recording.inputs[place] for place in self._used]
+        arguments = [tracer.value(t) for t in (*inputs, *recording.rates, *olds) if t is not None]
         known = set(arguments)
         externals = {v: t for v, t in tracer.externals.items() if v not in known}
         scratch = [tracer.value(t) for t in recording.scratch.values()]
@@ -187,7 +191,7 @@ class Plan:
             and [_kind(slot.found) for slot in (*self.slots, *self._read)] == self._kinds
         )
 
-    def __call__(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> Outcome | None:
+    def __call__(self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]) -> Outcome | None:
         """Run the iteration.
 
         Returns:
@@ -217,8 +221,11 @@ class Plan:
             [slot.found + more for slot, more in self.counts],
         )
 
-    def _arguments(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> list[Tensor]:
-        return [*inputs, *rates, *(slot.tensor for slot in (*self.slots, *self._read))]
+    def _arguments(
+        self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]
+    ) -> list[Tensor]:
+        given = [t for place in self._used if (t := inputs[place]) is not None]
+        return [*given, *rates, *(slot.tensor for slot in (*self.slots, *self._read))]
 
     def commit(self, outcome: Outcome) -> None:
         """Keep what a run has made of the state; may be begun again."""
@@ -255,7 +262,7 @@ class Plan:
     # CUDA graphs ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def capture_graph(self, inputs: Sequence[Tensor], rates: Sequence[Tensor]) -> None:
+    def capture_graph(self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]) -> None:
         """From now on one launch runs all kernels; the program must have run once."""
         arguments = self._arguments(inputs, rates)
         own = [t.detach().clone() for t in arguments]
@@ -270,6 +277,17 @@ class Plan:
         torch._foreach_copy_(own, [t.detach() for t in arguments])
         graph.replay()
         return [t.clone() for t in results]
+
+
+def _used(recording: Recording, results: Sequence[Value]) -> list[int]:
+    """Places of the inputs that operators read, or that are asked for; each tensor's once."""
+    tracer = recording.tracer
+    read = {v for call in tracer.calls for v in call.inputs} | set(results)
+    found: dict[Value, int] = {}
+    for place, t in enumerate(recording.inputs):
+        if t is not None and tracer.value(t) in read:
+            found.setdefault(tracer.value(t), place)
+    return list(found.values())
 
 
 def _without_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
@@ -294,6 +312,13 @@ def _room(t: Tensor, scratch: dict[int, Tensor]) -> Tensor:
     """Memory for a copy of what a run changes: the optimizer's own, where it has some."""
     known = scratch.get(id(t))
     return torch.empty_like(t, requires_grad=False) if known is None else known
+
+
+def reported(report: StepReport | None) -> list[Tensor]:
+    """The tensors of a step's record, in order."""
+    found: list[Tensor] = []
+    _mapped(report, found.append)
+    return found
 
 
 def _mapped(report: StepReport | None, f: Callable[[Any], Any]) -> StepReport | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,27 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values = WeakIdKeyDictionary()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._literals: set[Value] = set()
+        self._given: set[Value] = set()
         self._deciding = False
         self._count = 0
         # Not by isinstance, which asks objects that only stand for others.
         self._before = {id(t): weakref.ref(t) for t in gc.get_objects() if type(t) in PLAIN}
+
+    def give(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that what comes is known to use."""
+        self._given.update(map(self.value, tensors))
+
+    def refuse_others(self, known: Iterable[Tensor], made: Iterable[Tensor]) -> None:
+        """Refuse tensors from before that are neither given nor known.
+
+        Args:
+            known: Tensors that stay the same.
+            made: What is asked for.
+        """
+        told = self._given | self._literals | {self.value(t) for t in known}
+        used = {v for call in self.calls for v in call.inputs} | set(map(self.value, made))
+        if any(v in used and v not in told for v in self.externals):
+            self.refuse("it uses a tensor that is neither the model's nor the pass's")
 
     def value(self, t: Tensor) -> Value:
         """What stands for a tensor; one that is not known was there before."""
