@@ -25,7 +25,7 @@ from ddpnopt.front import corrections
 from ddpnopt.gradients import dense_gradients
 from ddpnopt.notices import ANOTHER_NOT_RECOGNISED, DEFAULT_GROUP, UNEVEN
 from ddpnopt.recognition import Recogniser
-from ddpnopt.reweighting import write
+from ddpnopt.reweighting import Reweighing, write
 from ddpnopt.spread import check_ranks, check_reduced
 from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
@@ -214,7 +214,7 @@ def _reweigh(
     except (NonFiniteError, UnsupportedModelError, RankError) as error:
         trajectories[0].error = error  # p.grad is still plain
         return
-    write(engine, step, mean)
+    write(engine, Reweighing.of(engine, step, mean))
 
 
 def _mean(engine: Engine, given: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:

@@ -8,7 +8,7 @@ in open loop what has been added to p.grad.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.ranks import Ranks
 from ddpnopt.report import Report, StepReport
-from ddpnopt.reweighting import keep, reweigh
+from ddpnopt.reweighting import Reweighing, keep, reweigh
 from ddpnopt.rollout import Method, policies
 from ddpnopt.scaling import expected_rescaling
 from ddpnopt.spread import check_parts
@@ -43,6 +43,16 @@ from ddpnopt.step import Settings, Step
 from ddpnopt.taking import take
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
+
+
+class Shortcut(Protocol):
+    """Does what the engine does in another way (`ddpnopt.capture`)."""
+
+    def take(self, trajectories: list[Trajectory]) -> Report:
+        """As `taking.take`, on gradients that nobody has changed."""
+
+    def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
+        """As `reweighting.reweighing`."""
 
 
 class Engine:
@@ -86,8 +96,7 @@ class Engine:
         self.outputs = Outputs(options.terminal, self.notices)
         self.fingerprint, self.consumed = Fingerprint(), Consumed()
         self.recorder: Recorder | None = None
-        #: Takes a step on these passes in another way than `take` (`ddpnopt.capture`).
-        self.shortcut: Callable[[list[Trajectory]], Report] | None = None
+        self.shortcut: Shortcut | None = None
         self.waiting = isinstance(model, Unbound)
         self.attach()
 
@@ -273,7 +282,7 @@ class Engine:
         check_backward(fresh, trajectories, self.recorder if self.options.feedback else None)
         rescale = self.fingerprint.rescaling()
         if self.shortcut is not None and closure is None and rescale == 1.0:
-            return self.shortcut(trajectories)
+            return self.shortcut.take(trajectories)
         return take(self, trajectories, rescale, closure)
 
     def new_step(

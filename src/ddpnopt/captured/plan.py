@@ -221,9 +221,7 @@ class Plan:
             [slot.found + more for slot, more in self.counts],
         )
 
-    def _arguments(
-        self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _arguments(self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]) -> list[Tensor]:
         given = [t for place in self._used if (t := inputs[place]) is not None]
         return [*given, *rates, *(slot.tensor for slot in (*self.slots, *self._read))]
 

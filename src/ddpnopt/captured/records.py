@@ -262,7 +262,9 @@ class Records:
             try:
                 plan.capture_graph(work.inputs, self._rates.tensors)
             except RuntimeError as error:
-                self._give_up(f"a CUDA graph can't hold the {self.what} ({calls.first_line(error)})")
+                self._give_up(
+                    f"a CUDA graph can't hold the {self.what} ({calls.first_line(error)})"
+                )
         return made
 
     def _first_run(self, plan: Plan, inputs: Sequence[Tensor | None]) -> Outcome | None:
@@ -308,7 +310,7 @@ class Records:
         self._plans = {}
         self._said.append(f"{why}; {self.what}s run as they are written")
 
-    def _say(self, stacklevel: int) -> None:
+    def say(self, stacklevel: int) -> None:
         """Say what there is to say to whoever has called."""
         while self._said:
             message = f"capture: {self._said.pop(0)}"

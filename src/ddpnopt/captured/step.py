@@ -60,7 +60,7 @@ class CapturedStep(Records):
         )
         recordable = not self.reason and self._hashable(kind)
         made = self._run(work) if recordable else self._as_written(work)
-        self._say(stacklevel=2)
+        self.say(stacklevel=2)
         return made
 
     def _hashable(self, kind: Any) -> bool:

@@ -14,61 +14,46 @@ from ddpnopt.captured.tracing import Tracer
 from ddpnopt.checks import check_states
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.report import Report, StepReport
+from ddpnopt.reweighting import Reweighing, reweighing
 from ddpnopt.shell import Shell
 from ddpnopt.stages import Trajectory
 from ddpnopt.taking import take
 from ddpnopt.typing import Tensor
 
 
-class CapturedUpdate(Records):
-    """``opt.step()`` of one optimizer, for as long as this is not removed.
+class _OfPasses(Records):
+    """Records of what is done with recorded passes."""
 
-    Attributes:
-        optimizer: The optimizer.
-        replayed: Steps that were run from the record.
-        written: Steps that were run as they are written.
-        missed: Those of them whose decisions were not those of the record.
-        compiles: Records are compiled; no longer so once torch's compiler has failed.
-        reason: Why no step is run from a record any more; empty while they are.
+    #: Less is seen of a pass than of an iteration: not what the model does between its layers, say.
+    compare_every = 100
 
-    Args:
-        optimizer: A `DDPNOpt`, or what else has its engine.
-        compile: Compile the records by torch's compiler.
-    """
+    def _on(self, trajectories: list[Trajectory], written: Callable[[], Any]) -> Any:
+        """Do it with these passes; ``written`` does it as it is written."""
+        engine = self.optimizer.engine
+        inputs = [t for one in trajectories for t in passes.tensors(one)]
+        inputs += passes.gradients(engine)
+        kind = (*map(passes.facts, trajectories), *map(calls.kind_of, inputs))
+        return self._run(Work(kind, inputs, written, lambda: (inputs, written)))
 
-    # A step sees less than an iteration: what the model does between its layers, say.
-    what, compare_every = "step", 100
+    def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
+        known = [t for m in self._modules for t in (*m.parameters(False), *m.buffers(False))]
+        known += self.optimizer.engine.copies.values()
+        tracer.refuse_others(known, reported(self._report(made)[1]))
 
-    def __init__(self, optimizer: Shell, *, compile: bool = False) -> None:
-        super().__init__(optimizer, compile=compile)
-        optimizer.engine.shortcut = self
 
-    def remove(self) -> None:
-        """From now on steps run as they are written."""
-        if self.optimizer.engine.shortcut is self:
-            self.optimizer.engine.shortcut = None
+class _Steps(_OfPasses):
+    """Records of the step."""
 
-    def __call__(self, trajectories: list[Trajectory]) -> Report:
-        """Take a step on passes whose gradients have not been changed since.
+    what = "step"
 
-        Raises:
-            Exception: As the step does.
-        """
-        made = self._step(trajectories)
-        self._say(stacklevel=6)
-        return made
-
-    def _step(self, trajectories: list[Trajectory]) -> Report:
+    def take(self, trajectories: list[Trajectory]) -> Report:
+        """A step on these passes."""
         engine = self.optimizer.engine
         if self.reason or len(trajectories) > 1 or not self._intact(trajectories):
             self.written += 1
             return take(engine, trajectories)
-        inputs = [t for one in trajectories for t in passes.tensors(one)]
-        inputs += passes.gradients(engine)
-        kind = (*map(passes.facts, trajectories), *map(calls.kind_of, inputs))
         # Runs from a record move the weights back and forth: their versions tell nothing then.
-        written = partial(take, engine, trajectories, intact=True)
-        made: Report = self._run(Work(kind, inputs, written, lambda: (inputs, written)))
+        made: Report = self._on(trajectories, partial(take, engine, trajectories, intact=True))
         return made
 
     def _intact(self, trajectories: list[Trajectory]) -> bool:
@@ -81,15 +66,109 @@ class CapturedUpdate(Records):
             return False
         return True
 
-    def _report(self, made: Any) -> tuple[Any, StepReport | None]:
+    def _report(self, made: StepReport) -> tuple[Any, StepReport | None]:
         return None, made
-
-    def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
-        known = [t for t in inputs if t is not None]
-        known += [t for m in self._modules for t in (*m.parameters(False), *m.buffers(False))]
-        tracer.refuse_others([*known, *self.optimizer.engine.copies.values()], reported(made))
 
     def _keep(self, plan: Plan, outcome: Outcome) -> Callable[[], StepReport | None]:
         plan.commit(outcome)
         self.optimizer.engine.finish()
         return outcome.report
+
+
+class _Reweighings(_OfPasses):
+    """Records of what open loop adds to p.grad."""
+
+    what = "re-weighting"
+
+    def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
+        """What these passes add."""
+        engine = self.optimizer.engine
+        written = partial(reweighing, engine, trajectories)
+        if self.reason or len(trajectories) > 1 or engine.base or engine.rescale != 1.0:
+            self.written += 1
+            return written()
+        made: Reweighing = self._on(trajectories, written)
+        return made
+
+    def _report(self, made: Reweighing) -> tuple[Any, StepReport | None]:
+        return (made.found, made.kept), made.report
+
+    def _keep(self, plan: Plan, outcome: Outcome) -> Reweighing:
+        plan.commit(outcome)
+        report = outcome.report()
+        assert report is not None
+        return Reweighing(*outcome.made, report)
+
+
+class CapturedUpdate:
+    """``opt.step()`` of one optimizer, run from a record for as long as this is not removed.
+
+    In open loop what ``backward`` adds to p.grad is recorded, too.
+
+    Attributes:
+        optimizer: The optimizer.
+
+    Args:
+        optimizer: A `DDPNOpt`, or what else has its engine.
+        compile: Compile the records by torch's compiler.
+    """
+
+    def __init__(self, optimizer: Shell, *, compile: bool = False) -> None:
+        self.optimizer = optimizer
+        self._steps = _Steps(optimizer, compile=compile)
+        self._reweighings = _Reweighings(optimizer, compile=compile)
+        optimizer.engine.shortcut = self
+
+    def remove(self) -> None:
+        """From now on steps run as they are written."""
+        if self.optimizer.engine.shortcut is self:
+            self.optimizer.engine.shortcut = None
+
+    @property
+    def _all(self) -> list[Records]:
+        return [self._steps, *([self._reweighings] if self.optimizer.engine.in_backward else [])]
+
+    @property
+    def replayed(self) -> int:
+        """Steps that were run from the record, all of their parts."""
+        return min(one.replayed for one in self._all)
+
+    @property
+    def written(self) -> int:
+        """Steps some part of which was run as it is written."""
+        return max(one.written for one in self._all)
+
+    @property
+    def missed(self) -> int:
+        """Parts of those whose decisions were not those of the record."""
+        return sum(one.missed for one in self._all)
+
+    @property
+    def compiles(self) -> bool:
+        """Records are compiled; no longer so once torch's compiler has failed."""
+        return all(one.compiles for one in self._all)
+
+    @property
+    def reason(self) -> str:
+        """Why some part is not run from a record any more; empty while all are."""
+        return next((one.reason for one in self._all if one.reason), "")
+
+    def take(self, trajectories: list[Trajectory]) -> Report:
+        """A step on passes whose gradients have not been changed since.
+
+        Raises:
+            Exception: As the step does.
+        """
+        made = self._steps.take(trajectories)
+        self._steps.say(stacklevel=7)
+        return made
+
+    def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
+        """What open loop adds to p.grad.
+
+        Raises:
+            Exception: As the code does.
+        """
+        made = self._reweighings.reweigh(trajectories)
+        self._reweighings.say(stacklevel=3)
+        return made
