@@ -625,7 +625,7 @@ class ByFormula(TorchDispatchMode):
 
 
 def test_what_the_compiler_can_not_do_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: Any) -> Any:
+    def broken(*given: Any, **options: Any) -> Any:
         raise RuntimeError("no compiler here\nmore of it")
 
     monkeypatch.setattr(torch._inductor, "compile", broken)

@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from ddpnopt.engine import Engine
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.report import StepReport
+from ddpnopt.report import Report, StepReport
 from ddpnopt.stages import Trajectory
 from ddpnopt.typing import Tensor
 
@@ -22,7 +22,7 @@ class ChainEngine(Engine):
     title: ClassVar[str] = "this method"
     graphs, alone = False, "a method of optimal control"
 
-    def step(self, closure: Callable[[], float] | None = None) -> StepReport:
+    def step(self, closure: Callable[[], float] | None = None) -> Report:
         """Take one step; passes of empty batches are left out, and where all are, nothing moves.
 
         Raises:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,18 +44,19 @@ class Compiled:
         return list(self._made(*given, *inputs[self._arguments :]))
 
 
-def _compiled(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+def _compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """By Inductor; on CPUs what calls the kernels is C++, too, a quarter of a small net's step."""
     everywhere = all(t.device.type == "cpu" for t in inputs)
     log = logging.getLogger("torch._inductor.ir")
     level = log.level
     try:
         log.setLevel(logging.ERROR)  # it tells of operators that have no C function: nobody's loss
-        made = torch._inductor.compile(graph, inputs, options={"cpp_wrapper": everywhere})
+        made = torch._inductor.compile(graph, list(inputs), options={"cpp_wrapper": everywhere})
     finally:
         log.setLevel(level)
     assert callable(made)
-    return made
+    run: Callable[..., Any] = made
+    return run
 
 
 def _laid_out(t: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -97,7 +97,8 @@ class _Reweighings(_OfPasses):
         plan.commit(outcome)
         report = outcome.report()
         assert report is not None
-        return Reweighing(*outcome.made, report)
+        found, kept = outcome.made
+        return Reweighing(found, kept, report)
 
 
 class CapturedUpdate:

@@ -62,8 +62,8 @@ class Variant:
         period: Steps between two refreshes of its curvature: what is timed or counted covers
             whole periods.
         package: Module that it needs beside ddpnopt's own; None: nothing.
-        captured: How its iterations are run: "" as they are written, "replayed" or "compiled" by
-            `ddpnopt.capture`.
+        captured: How its iterations are run: "" as they are written, else by `ddpnopt.capture`:
+            "replayed", "compiled", or as they are written with a "step compiled".
     """
 
     make: Callable[[nn.Module], torch.optim.Optimizer]
@@ -82,6 +82,11 @@ class Variant:
         running means have settled, and steps that decompose apart from the others.
         """
         return (8 if self.period == 1 else 20 + 2 * self.period) if self.captured else 4
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch's compiler has a part in it."""
+        return self.captured.endswith("compiled")
 
     @property
     def installed(self) -> bool:
@@ -279,8 +284,8 @@ _CAPTURED = (
     "Feedback(AdamW fused)",
     "Feedback(AdamW fused), open loop",
 )
-#: Names of the ways to run a recorded iteration.
-CAPTURES = ("replayed", "compiled")
+#: Names of the ways to run what is recorded.
+CAPTURES = ("replayed", "compiled", "step compiled")
 VARIANTS = {
     **VARIANTS,
     **{

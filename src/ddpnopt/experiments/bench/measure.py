@@ -38,7 +38,7 @@ class Job:
 
     Attributes:
         loss: The last step's loss.
-        compiled: Its iterations are run from a compiled record.
+        compiled: Its iterations, or its steps, are run from a compiled record.
     """
 
     def __init__(
@@ -54,17 +54,20 @@ class Job:
             self.optimizer = variant.make(self.model)
         self.x, self.y = net.data(device) if data is None else data
         self.clip, self.device, self.loss = variant.clip, device, 0.0
-        self.compiled = variant.captured == "compiled"
+        self.compiled = variant.compiled
         self.criterion = net.loss
         self._initial: list[Tensor] = []
-        self._captured: ddpnopt.CapturedStep | None = None
+        self._iteration: ddpnopt.CapturedStep | None = None
+        self._update: ddpnopt.CapturedUpdate | None = None
         if variant.captured:
-            assert isinstance(self.optimizer, ddpnopt.DDPNOpt | ddpnopt.Feedback)
-            self._captured = ddpnopt.capture(
-                self.optimizer,
-                lambda x, y: net.loss(self.model(x), y),
-                compile=self.compiled,
-            )
+            optimizer, compiled = self.optimizer, self.compiled
+            assert isinstance(optimizer, ddpnopt.DDPNOpt | ddpnopt.Feedback)
+            if variant.captured.startswith("step"):
+                self._update = ddpnopt.capture(optimizer, compile=compiled)
+            else:
+                self._iteration = ddpnopt.capture(
+                    optimizer, lambda x, y: net.loss(self.model(x), y), compile=compiled
+                )
 
     def step(self) -> Tensor:
         """One whole training step: zero_grad, forward, loss, backward, clip, step.
@@ -72,24 +75,26 @@ class Job:
         Returns:
             The loss before the step.
         """
-        if self._captured is not None:
-            return self._recorded(self._captured)
+        if self._iteration is not None:
+            loss: Tensor = self._iteration(self.x, self.y)
+            self._check(self._iteration)
+            return loss
         self.optimizer.zero_grad()
         loss = self.criterion(self.model(self.x), self.y)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
+        if self._update is not None:
+            self._check(self._update)
         return loss.detach()
 
-    def _recorded(self, iteration: ddpnopt.CapturedStep) -> Tensor:
-        """The same from the record, which must be what is measured."""
-        loss: Tensor = iteration(self.x, self.y)
-        if iteration.reason:
-            raise RuntimeError(f"not run from a record: {iteration.reason}")
-        if self.compiled and not iteration.compiles:
+    def _check(self, record: ddpnopt.CapturedStep | ddpnopt.CapturedUpdate) -> None:
+        """It must be the record that is measured."""
+        if record.reason:
+            raise RuntimeError(f"not run from a record: {record.reason}")
+        if self.compiled and not record.compiles:
             raise RuntimeError("torch's compiler failed: not run from a compiled record")
-        return loss
 
     def remember(self) -> None:
         """Keep the weights for `reset`."""

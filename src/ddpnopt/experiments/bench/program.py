@@ -63,7 +63,7 @@ class Plan:
         patterns = list(self.patterns)
         if self.quick and not patterns:
             wanted = {target.variant for target in targets().target}
-            patterns = sorted(n for n in wanted if VARIANTS[n].captured != "compiled")
+            patterns = sorted(n for n in wanted if not VARIANTS[n].compiled)
         return chosen(patterns, number)
 
     def command(self) -> str:
@@ -146,7 +146,7 @@ def _net(plan: Plan, number: int, document: Document, console: Console) -> NetFi
             bar.update(task, completed=total)
         if "memory" in plan.parts:
             # A compiler's kernels are no operators, which is what is counted.
-            seen = [name for name, v in variants.items() if v.captured != "compiled"]
+            seen = [name for name, v in variants.items() if not v.compiled]
             for name in bar.track(seen, description=f"net {number}: memory, operations"):
                 if not entries[name].error:
                     entries[name] = _with_footprint(net, variants[name], plan, entries[name])
