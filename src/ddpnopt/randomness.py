@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,3 +101,17 @@ class Randomness:
             torch.cuda.set_rng_state_all(self.torch_cuda)
         random.setstate(self.python)
         _numpy.restore(self.numpy)
+
+
+@contextmanager
+def drawing(state: Tensor | None) -> Iterator[None]:
+    """Within the block torch's CPU generator starts from a state; None: it is as it is."""
+    if state is None:
+        yield
+        return
+    outside = torch.get_rng_state()
+    try:
+        torch.set_rng_state(state)
+        yield
+    finally:
+        torch.set_rng_state(outside)

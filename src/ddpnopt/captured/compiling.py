@@ -46,12 +46,15 @@ class Compiled:
 
 def _compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """By Inductor; on CPUs what calls the kernels is C++, too, a quarter of a small net's step."""
-    everywhere = all(t.device.type == "cpu" for t in inputs)
+    options = {
+        "cpp_wrapper": all(t.device.type == "cpu" for t in inputs),
+        "fallback_random": True,  # the compiler's own generator draws other numbers
+    }
     log = logging.getLogger("torch._inductor.ir")
     level = log.level
     try:
         log.setLevel(logging.ERROR)  # it tells of operators that have no C function: nobody's loss
-        made = torch._inductor.compile(graph, list(inputs), options={"cpp_wrapper": everywhere})
+        made = torch._inductor.compile(graph, list(inputs), options=options)
     finally:
         log.setLevel(level)
     assert callable(made)

@@ -123,12 +123,13 @@ class Plan:
         compared: How often it had been when it was compared last.
         misses: Runs in a row whose decisions were not the recording's.
         half: Some of it has half precision.
+        random: It draws random numbers.
         compiled: The program is compiled; from its first run on.
     """
 
     def __init__(self, recording: Recording, compiled: bool) -> None:
         tracer = recording.tracer
-        self.verified, self.half = False, tracer.half
+        self.verified, self.half, self.random = False, tracer.half, tracer.random
         self.runs = self.misses = self.compared = 0
         #: State that the step replaces by new tensors; state that it only reads, or not even that,
         #: so that other steps may replace it; and state that it writes to where it is.

@@ -79,6 +79,11 @@ def mutated(func: Any) -> bool:
     return func in UNDECLARED or any(_is_write(argument) for argument in func._schema.arguments)
 
 
+def drawn(func: Any) -> bool:
+    """Whether an operator may draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
 def _is_write(argument: Any) -> bool:
     return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
@@ -127,7 +132,8 @@ class Program:
         """What is made from numbers alone, and never written to, is made once."""
         kept = []
         for call in self.calls:
-            if call.inputs or any(v.storage in written for v in call.outputs):
+            varies = call.inputs or drawn(call.func)
+            if varies or any(v.storage in written for v in call.outputs):
                 kept.append(call)
                 continue
             made = call.func(*call.args, **call.kwargs)
@@ -171,7 +177,8 @@ def _needed(calls: Sequence[Call], remains: Iterable[int], results: Sequence[Val
     kept = []
     for call in reversed(calls):
         writes = any(v.storage in live for v in call.written)
-        if writes or any(v in wanted for v in call.outputs):
+        # What is drawn decides what is drawn after it.
+        if writes or drawn(call.func) or any(v in wanted for v in call.outputs):
             kept.append(call)
             wanted.update(call.inputs)
             live.update(v.storage for v in call.inputs)

@@ -20,6 +20,7 @@ from ddpnopt.captured.tracing import Reads, Tracer
 from ddpnopt.curvature import Curvature
 from ddpnopt.errors import DDPNOptWarning
 from ddpnopt.hyperparameters import curvatures
+from ddpnopt.randomness import drawing
 from ddpnopt.report import StepReport
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
@@ -47,12 +48,14 @@ class Work:
         inputs: Tensors that differ from call to call, None where there is none.
         written: Does it as it is written.
         traced: Inputs, and what does it with them while it is taken down.
+        generator: State of torch's generator that random numbers are drawn from; None: none are.
     """
 
     kind: Hashable
     inputs: Sequence[Tensor | None]
     written: Callable[[], Any]
     traced: Callable[[], tuple[Sequence[Tensor | None], Callable[[], Any]]]
+    generator: Tensor | None = None
 
 
 class Records:
@@ -141,13 +144,18 @@ class Records:
             if 0 in self._rates.numbers:  # a step that moves nothing shows nothing
                 return self._as_written(work)
             return self._verify(plan, work)
-        outcome = plan(work.inputs, self._rates.tensors)
+        outcome = self._from(plan, work)
         if outcome is None:
             return self._missed((work.kind, kind), plan, work)
         plan.misses, plan.runs = 0, plan.runs + 1
         made = self._kept(plan, outcome)
         self.replayed += 1
         return made
+
+    def _from(self, plan: Plan, work: Work) -> Outcome | None:
+        """Run a record."""
+        with drawing(work.generator if plan.random else None):
+            return plan(work.inputs, self._rates.tensors)
 
     def _kept(self, plan: Plan, outcome: Outcome) -> Any:
         made: list[Any] = []
@@ -191,7 +199,7 @@ class Records:
         optimizer = self.optimizer
         self._rates.update()
         inputs, run = work.traced()
-        state, tracer = State(optimizer), Tracer()
+        state, tracer = State(optimizer), Tracer(draws=work.generator is not None)
         there = [t for t in inputs if t is not None]
         plan: Plan | None = None
         try:
@@ -245,11 +253,14 @@ class Records:
         """Compare the record with the code; from then on it is run."""
         made, off = compare(
             plan,
-            lambda: self._first_run(plan, work.inputs),
+            lambda: self._first_run(plan, work),
             lambda: self._as_written(work),
             lambda made: self._report(made)[0],
         )
         if off is None:
+            return made
+        if off and plan.compiled:
+            self._do_without_compiler(plan, f"a compiled {self.what} differs by {off:.2%}")
             return made
         if off:
             self._give_up(
@@ -267,20 +278,22 @@ class Records:
                 )
         return made
 
-    def _first_run(self, plan: Plan, inputs: Sequence[Tensor | None]) -> Outcome | None:
+    def _first_run(self, plan: Plan, work: Work) -> Outcome | None:
         """A run that may have to be compiled; what the compiler can't do is run as it is."""
         if not plan.compiled:
-            return plan(inputs, self._rates.tensors)
+            return self._from(plan, work)
         try:
-            return plan(inputs, self._rates.tensors)
+            return self._from(plan, work)
         except Exception as error:  # whatever a compiler may raise; shown, and done without it
-            self._said.append(
-                f"torch's compiler failed ({calls.first_line(error)}); the recorded operators are "
-                "run one by one"
-            )
-            self.compiles = False
-            plan.interpret()
-            return plan(inputs, self._rates.tensors)
+            why = f"torch's compiler failed ({calls.first_line(error)})"
+            self._do_without_compiler(plan, why)
+            return self._from(plan, work)
+
+    def _do_without_compiler(self, plan: Plan, why: str) -> None:
+        """The recorded operators are run as they are from now on."""
+        self._said.append(f"{why}; the recorded operators are run one by one")
+        self.compiles = False
+        plan.interpret()
 
     # What may make records void ----------------------------------------------------------------
 

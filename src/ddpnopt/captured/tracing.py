@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ddpnopt.captured.program import Call, Value, mutated
+from ddpnopt.captured.program import Call, Value, drawn, mutated
 from ddpnopt.typing import Tensor
 
 aten = torch.ops.aten
@@ -54,12 +54,17 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         calls: The operators in order, without those of tensors that were made from numbers alone.
         externals: Tensors that were there before, or are such constants.
         half: Some tensor has half precision.
+        random: Numbers are drawn from the CPU's default generator.
         postponed: This iteration is not a usual one.
         refusal: Why the operators can't be run again in place of the code; empty if they can.
+
+    Args:
+        draws: They may draw: the generator's state before them is known at every run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draws: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._draws, self.random = draws, False
         self.calls: list[Call] = []
         self.externals: dict[Value, Tensor] = {}
         self.half = self.postponed = False
@@ -163,7 +168,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is aten.lift_fresh.default:
                 self._literals.add(self._values[out])
             return out
-        if inputs and not mutated(func) and all(self._values[t] in self._literals for t in inputs):
+        varies = mutated(func) or drawn(func)
+        if inputs and not varies and all(self._values[t] in self._literals for t in inputs):
             for t in results:
                 self._literals.add(self.value(t))
             return out
@@ -200,8 +206,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.refuse(f"a tensor is a {type(strange).__name__}")
         elif any(t.layout != torch.strided for t in tensors):
             self.refuse("a tensor is sparse")
-        elif torch.Tag.nondeterministic_seeded in func.tags and not _certain(func, args, kwargs):
-            self.refuse(f"random numbers are drawn ({func.__name__}, {_place()})")
+        elif drawn(func) and not _certain(func, args, kwargs):
+            usual = kwargs.get("generator") is None and all(t.device.type == "cpu" for t in tensors)
+            self.random = True
+            if not (self._draws and usual):
+                self.refuse(f"random numbers are drawn ({func.__name__}, {_place()})")
         elif torch.Tag.data_dependent_output in func.tags and not self._deciding:
             self.refuse(f"a number is read from a tensor ({_place()})")
         elif torch.Tag.dynamic_output_shape in func.tags and _by_mask(func, tensors[1:]):

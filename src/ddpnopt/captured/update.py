@@ -33,7 +33,10 @@ class _OfPasses(Records):
         inputs = [t for one in trajectories for t in passes.tensors(one)]
         inputs += passes.gradients(engine)
         kind = (*map(passes.facts, trajectories), *map(calls.kind_of, inputs))
-        return self._run(Work(kind, inputs, written, lambda: (inputs, written)))
+        # A step draws in the second forward pass alone, which begins as the first has begun.
+        again = [one.call for one in trajectories if one.call is not None]
+        generator = again[0].randomness.torch_cpu if again else None
+        return self._run(Work(kind, inputs, written, lambda: (inputs, written), generator))
 
     def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
         known = [t for m in self._modules for t in (*m.parameters(False), *m.buffers(False))]
