@@ -20,21 +20,23 @@ CLOSE, CLOSE_COARSE = 1e-3, 5e-2
 
 def compare(
     plan: Plan,
-    run: Callable[[], Outcome | None],
+    run: Callable[[Callable[[Tensor], Tensor]], Outcome | None],
     written: Callable[[], Any],
     asked: Callable[[Any], Any],
+    seen: Callable[[Any], Any],
 ) -> tuple[Any, float | None]:
     """Run an iteration from the record and as it is written, and keep the latter's.
 
-    Another run from the record, with weights off by their rounding, tells how far runs may be apart
-    that are equal but for rounding. A basis of eigenvectors, and what is written in it, may be any
-    other one: it is seen by its effect on the weights.
+    Another run from the record, with all that it is given off by its rounding, tells how far runs
+    may be apart that are equal but for rounding. A basis of eigenvectors, and what is written in
+    it, may be any other one: it is seen by its effect on the weights.
 
     Args:
         plan: The record.
-        run: Runs it.
+        run: Runs it, on what the given function makes of its inputs.
         written: Runs the iteration as it is written.
         asked: What a record makes of what the latter returns.
+        seen: What is compared of that.
 
     Returns:
         What the latter returns, and by how much the former is too far from it, as a share of the
@@ -44,14 +46,14 @@ def compare(
 
     def after(states: Sequence[Tensor], made: Any) -> list[Tensor]:
         told = [t for slot, t in zip(plan.slots, states, strict=True) if not slot.turns]
-        return [t.clone() for t in (*plan.changed, *told, *_tensors(made))]
+        return [t.clone() for t in (*plan.changed, *told, *_tensors(seen(made)))]
 
     def put_back() -> None:
         for t, old in zip(plan.changed, before, strict=True):
             t.copy_(old)
 
     try:
-        outcome = run()
+        outcome = run(lambda t: t)
     except BaseException:  # an interrupt may come right behind the run
         insist(put_back)
         raise
@@ -61,10 +63,9 @@ def compare(
         replayed = after(outcome.state, outcome.made)
         put_back()
         for t in plan.changed:
-            if t.is_floating_point():
-                t.mul_(1 + 8 * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps)
+            t.copy_(_shaken(t))
         shaken = [t.clone() for t in plan.changed]
-        another = run()
+        another = run(_shaken)
         nearby = None if another is None else after(another.state, another.made)
     finally:
         insist(put_back)
@@ -81,6 +82,16 @@ def compare(
     off = max(map(_apart, replayed, now, nearby, *starts), default=0.0)
     allowed = CLOSE_COARSE if plan.half or _tf32(plan.changed) else CLOSE
     return made, off if off > allowed or math.isnan(off) else 0.0
+
+
+def _shaken(t: Tensor) -> Tensor:
+    """A tensor off by its rounding, one entry up and the next one down."""
+    if not t.is_floating_point() or t.numel() == 0:
+        return t
+    size = 8 * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps
+    ways = torch.ones(t.numel(), dtype=t.dtype, device=t.device)
+    ways[1::2] = -1
+    return t.detach() * (1 + size * ways.view(t.shape))
 
 
 def _tf32(changed: Sequence[Tensor]) -> bool:

@@ -54,10 +54,18 @@ def facts(trajectory: Trajectory) -> Hashable:
     front = None if t.front is None else tuple(map(id, t.front.corrections))
     cost = None if t.cost is None else (t.cost.name, t.cost.excess is None, t.cost.value is None)
     call = None if t.call is None else _facts(t.call)
-    path = None if t.path is None else tuple(t.path.steps[: t.path.end])
+    path = None if t.path is None else tuple(map(_hashable, t.path.steps[: t.path.end]))
     heads = tuple([s.name for s in t.heads])
     own = t.key, t.samples, t.boundary, t.share, tuple(t.calls)
     return own, tuple(stages), tuple(crossings), front, cost, call, path, heads
+
+
+def _hashable(step: tuple[Any, tuple[Any, ...]]) -> Hashable:
+    """A call on the way, slices spelt out."""
+    func, given = step
+    if any(type(one) is slice for one in given):
+        given = tuple((s.start, s.stop, s.step) if type(s) is slice else s for s in given)
+    return func, given
 
 
 def _facts(call: Call) -> Hashable:

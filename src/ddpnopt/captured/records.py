@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -106,6 +106,10 @@ class Records:
     def _report(self, made: Any) -> tuple[Any, StepReport | None]:
         """Of what the work has made: what is to be made again, and the record of the step."""
         raise NotImplementedError
+
+    def _seen(self, asked: Any) -> Any:
+        """What of that is compared, by what it is."""
+        return asked
 
     def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
         """Refuse what only shows when the work is done."""
@@ -253,9 +257,10 @@ class Records:
         """Compare the record with the code; from then on it is run."""
         made, off = compare(
             plan,
-            lambda: self._first_run(plan, work),
+            lambda of: self._first_run(plan, replace(work, inputs=_each(of, work.inputs))),
             lambda: self._as_written(work),
             lambda made: self._report(made)[0],
+            self._seen,
         )
         if off is None:
             return made
@@ -328,3 +333,7 @@ class Records:
         while self._said:
             message = f"capture: {self._said.pop(0)}"
             warnings.warn(message, DDPNOptWarning, stacklevel=stacklevel + 1)
+
+
+def _each(of: Callable[[Tensor], Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else of(t) for t in inputs]

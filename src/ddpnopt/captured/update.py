@@ -96,6 +96,10 @@ class _Reweighings(_OfPasses):
     def _report(self, made: Reweighing) -> tuple[Any, StepReport | None]:
         return (made.found, made.kept), made.report
 
+    def _seen(self, asked: Any) -> Any:
+        found, kept = asked  # what is added may be nothing but rounding
+        return {p: p.grad + d for p, d in found.items()}, kept
+
     def _keep(self, plan: Plan, outcome: Outcome) -> Reweighing:
         plan.commit(outcome)
         report = outcome.report()
@@ -111,6 +115,8 @@ class CapturedUpdate:
 
     Attributes:
         optimizer: The optimizer.
+        replayed: Steps that were run from the record, with all of their parts.
+        written: Steps some part of which was run as it is written.
 
     Args:
         optimizer: A `DDPNOpt`, or what else has its engine.
@@ -119,6 +125,8 @@ class CapturedUpdate:
 
     def __init__(self, optimizer: Shell, *, compile: bool = False) -> None:
         self.optimizer = optimizer
+        self.replayed = self.written = 0
+        self._written = 0, 0
         self._steps = _Steps(optimizer, compile=compile)
         self._reweighings = _Reweighings(optimizer, compile=compile)
         optimizer.engine.shortcut = self
@@ -129,33 +137,19 @@ class CapturedUpdate:
             self.optimizer.engine.shortcut = None
 
     @property
-    def _all(self) -> list[Records]:
-        return [self._steps, *([self._reweighings] if self.optimizer.engine.in_backward else [])]
-
-    @property
-    def replayed(self) -> int:
-        """Steps that were run from the record, all of their parts."""
-        return min(one.replayed for one in self._all)
-
-    @property
-    def written(self) -> int:
-        """Steps some part of which was run as it is written."""
-        return max(one.written for one in self._all)
-
-    @property
     def missed(self) -> int:
-        """Parts of those whose decisions were not those of the record."""
-        return sum(one.missed for one in self._all)
+        """Parts of steps whose decisions were not those of the record."""
+        return self._steps.missed + self._reweighings.missed
 
     @property
     def compiles(self) -> bool:
         """Records are compiled; no longer so once torch's compiler has failed."""
-        return all(one.compiles for one in self._all)
+        return self._steps.compiles and self._reweighings.compiles
 
     @property
     def reason(self) -> str:
         """Why some part is not run from a record any more; empty while all are."""
-        return next((one.reason for one in self._all if one.reason), "")
+        return self._steps.reason or self._reweighings.reason
 
     def take(self, trajectories: list[Trajectory]) -> Report:
         """A step on passes whose gradients have not been changed since.
@@ -164,6 +158,12 @@ class CapturedUpdate:
             Exception: As the step does.
         """
         made = self._steps.take(trajectories)
+        whole = self._steps.written == self._written[0]
+        if whole and self._reweighings.written == self._written[1]:
+            self.replayed += 1
+        else:
+            self.written += 1
+        self._written = self._steps.written, self._reweighings.written
         self._steps.say(stacklevel=7)
         return made
 
