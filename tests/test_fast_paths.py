@@ -133,8 +133,10 @@ def test_kept_gradients_of_convolutions(
     monkeypatch.setattr(ConvRule, "kept_gram", LayerRule.kept_gram)
     torch.manual_seed(3)
     slow = after(image_net(), (2, 9, 9), **options)
+    # Dividing by the root of its own square enlarges the rounding of a gradient near zero.
+    atol = 1e-11 if curvature in ("rmsprop", "adamw") else 1e-12
     for one, other in zip(fast, slow, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=atol)
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])

@@ -19,6 +19,8 @@ from torch import nn
 from ddpnopt.positions import diagonal, scalar
 from ddpnopt.typing import Tensor
 
+#: Channels below this are few; columns from which on a product's time grows with them.
+FEW, WIDE = 8, 32
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -48,46 +50,86 @@ class Kept:
         return found
 
 
-def shifted(conv: _Conv, x: Tensor, places: tuple[int, ...]) -> Iterator[Tensor]:
-    """The input that each tap sees: (n, channels, positions), in the order of the kernel.
+def _padded(conv: _Conv, x: Tensor, after: int, last: bool) -> Tensor:
+    """The input as the kernel sees it, (n groups, channels / groups, *places), in one copy.
+
+    Args:
+        conv: The layer.
+        x: (n, channels, ...).
+        after: Places of zeros to add at the end of the first axis.
+        last: Channels come last.
+    """
+    rows, axes, places = x.shape[0], len(conv.kernel_size), x.shape[2:]
+    around = list(conv._reversed_padding_repeated_twice)
+    if any(around) and conv.padding_mode != "zeros":
+        x, around = F.pad(x, around, mode=conv.padding_mode), [0] * (2 * axes)
+        places = x.shape[2:]
+    around[-1] += after
+    parts = x.reshape(rows, conv.groups, -1, *places)
+    first = 2 if last else 3
+    parts = parts.movedim(2, -1) if last else parts
+    shape = list(parts.shape)
+    shape[first : first + axes] = [
+        size + before + behind
+        for size, before, behind in zip(places, around[-2::-2], around[::-2], strict=True)
+    ]
+    inner = wide = x.new_empty(shape)
+    for axis, size in enumerate(places, start=first):
+        before, end = around[2 * (first - axis) - 2], wide.shape[axis]
+        inner.narrow(axis, 0, before).zero_()
+        inner.narrow(axis, before + size, end - before - size).zero_()
+        inner = inner.narrow(axis, before, size)
+    inner.copy_(parts)
+    return wide.flatten(0, 1)
+
+
+def shifted(conv: _Conv, x: Tensor, places: tuple[int, ...], last: bool) -> Iterator[Tensor]:
+    """The input that each tap sees, (n groups, channels / groups, positions), in kernel order.
 
     Args:
         conv: The layer.
         x: Its input.
         places: Sizes of its output.
+        last: Channels come last.
 
     Yields:
         With stride 1, positions are those of `widened`; else the output's own.
     """
-    around = list(conv._reversed_padding_repeated_twice)
-    axes = len(conv.kernel_size)
+    axes, first = len(conv.kernel_size), 1 if last else 2
     unit = all(s == 1 for s in conv.stride)
-    if unit and axes > 1 and conv.padding_mode == "zeros":
-        around[-1] += 1  # the last taps read past the end, where the columns are zero
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    seen = F.pad(x, around, mode=mode) if any(around) else x
-    taps = itertools.product(*(range(k) for k in conv.kernel_size))
-    if not unit:
-        for tap in taps:
-            part = seen
-            for axis, (at, d, s, size) in enumerate(
-                zip(tap, conv.dilation, conv.stride, places, strict=True), start=2
-            ):
-                part = part.narrow(axis, at * d, (size - 1) * s + 1)
-                part = part[(slice(None),) * axis + (slice(None, None, s),)]
-            yield part.flatten(2)
-        return
-    sizes = seen.shape[2:]
+    # The last taps read past the end, where the columns are zero.
+    seen = _padded(conv, x, int(unit and axes > 1), last)
+    sizes = seen.shape[first : first + axes]
     steps = [sizes[axis + 1 :].numel() for axis in range(axes)]
     length = places[0] * steps[0]
-    flat = seen.flatten(2)
-    reach = zip(conv.kernel_size, conv.dilation, steps, strict=True)
-    last = sum((k - 1) * d * f for k, d, f in reach)
-    if last + length > flat.shape[2]:
-        flat = F.pad(flat, (0, last + length - flat.shape[2]))
-    for tap in taps:
-        at = sum(t * d * f for t, d, f in zip(tap, conv.dilation, steps, strict=True))
-        yield flat[:, :, at : at + length]
+    flat = seen.flatten(first, first + axes - 1)
+    for tap in itertools.product(*(range(k) for k in conv.kernel_size)):
+        if unit:
+            at = sum(t * d * f for t, d, f in zip(tap, conv.dilation, steps, strict=True))
+            yield flat.narrow(first, at, length)
+            continue
+        part = seen
+        for axis, (at, d, s, size) in enumerate(
+            zip(tap, conv.dilation, conv.stride, places, strict=True), start=first
+        ):
+            part = part.narrow(axis, at * d, (size - 1) * s + 1)
+            part = part[(slice(None),) * axis + (slice(None, None, s),)]
+        yield part.flatten(first, first + axes - 1)
+
+
+def factors(conv: _Conv, x: Tensor, places: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """Factors (n groups, positions, taps channels / groups) of the products, with their taps.
+
+    Channels come last, where products are faster by a fifth, if there are many. Taps of few stand
+    side by side: a narrow product takes as long as a wider one.
+    """
+    channels = x.shape[1] // conv.groups
+    last = channels >= FEW
+    together = 1 if last or conv.groups > 1 else WIDE // channels
+    taps = shifted(conv, x, places, last)
+    while some := list(itertools.islice(taps, together)):
+        seen = some[0] if len(some) == 1 else torch.cat(some, 1)
+        yield len(some), seen if last else seen.transpose(1, 2)
 
 
 def widened(conv: _Conv, V: Tensor) -> Tensor:
@@ -126,11 +168,10 @@ def tap_gradients(conv: _Conv, x: Tensor, V: Tensor) -> Iterator[Tensor]:
     """
     columns, rows = V.shape[:2]
     wide = widened(conv, V)
-    for seen in shifted(conv, x, V.shape[3:]):
-        if conv.groups > 1:
-            seen = seen.reshape(rows * conv.groups, -1, seen.shape[2])
-        found = torch.bmm(wide, seen.transpose(1, 2))
-        yield found.reshape(rows, conv.groups, columns, V.shape[2] // conv.groups, -1)
+    for taps, seen in factors(conv, x, V.shape[3:]):
+        found = torch.bmm(wide, seen)
+        parts = found.reshape(rows, conv.groups, columns, V.shape[2] // conv.groups, taps, -1)
+        yield from parts.unbind(-2)
 
 
 def tap_matrices(
