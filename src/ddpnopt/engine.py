@@ -16,10 +16,10 @@ from torch.autograd.graph import GradientEdge
 
 from ddpnopt.arrivals import Arrivals
 from ddpnopt.binding import Unbound
+from ddpnopt.chains import verify_once
 from ddpnopt.checks import (
     check_backward,
     takes_part,
-    verify_once,
 )
 from ddpnopt.company import Company
 from ddpnopt.distributed import backward_ended

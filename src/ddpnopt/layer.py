@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ddpnopt.changes import Changed
 from ddpnopt.crossing import Predicted
 from ddpnopt.cuts import Cut
 from ddpnopt.layers import LayerRule, MatrixRule, tied
@@ -126,18 +127,21 @@ class Layer:
         """Z_x . dx, or g_x . dx."""
         if isinstance(dx, Predicted):
             return torch.cat(list(dx.q)).to(self.dtype)
+        if not self.factor and isinstance(dx, Changed):
+            given = [one.g_x for one in self.blocks if one.g_x is not None]
+            return _whole(
+                [
+                    dx.along(index, g_x, samples, self.dtype)
+                    for index, (g_x, samples) in enumerate(zip(given, self.counts, strict=True))
+                ]
+            )
         parts = []
         for stage, change, samples in zip(self.blocks, dx, self.counts, strict=True):
-            if self.factor:
-                assert stage.Z_x is not None
-                columns = per_sample(stage.Z_x.to(self.dtype), samples)
-                change = cast_state(change, self.dtype).reshape(samples, -1)
-                parts.append((columns @ change[..., None])[..., 0])
-            else:
-                assert stage.g_x is not None
-                g_x, change = cast_state(stage.g_x, self.dtype), cast_state(change, self.dtype)
-                change = flat(change, samples)
-                parts.append((flat(g_x, samples) * change).sum(1, keepdim=True))
+            found = stage.Z_x if self.factor else stage.g_x
+            assert found is not None
+            columns = per_sample((found if self.factor else found[None]).to(self.dtype), samples)
+            change = cast_state(change, self.dtype).reshape(samples, -1)
+            parts.append((columns @ change[..., None])[..., 0])
         return _whole(parts)
 
     def combine(self, a: Tensor | None, b: Tensor | None) -> Blocks:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
+from ddpnopt.changes import Changed
 from ddpnopt.crossing import Moved, Predicted
 from ddpnopt.cuts import cut, hook_replays
 from ddpnopt.errors import UnsupportedModelError
@@ -179,7 +180,7 @@ def _changes(
     if known:
         parts = [q for q in known if q is not None]
         return Predicted(parts) if len(parts) == len(blocks) else None
-    changes = []
+    now: list[Tensor] = []
     for stage, x in zip(blocks, states, strict=True):
         x = stage.arranged(x)
         if x.shape != stage.x.shape:
@@ -190,8 +191,8 @@ def _changes(
             )
         if stage.g_x is None and stage.Z_x is None and stage.J is None:
             return None
-        changes.append(x - stage.x)
-    return changes
+        now.append(x)
+    return Changed(now, [stage.x for stage in blocks])
 
 
 def _other_path(order: list[str], reached: list[str]) -> UnsupportedModelError:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
-from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
+from ddpnopt.errors import DDPNOptWarning, NonFiniteError, UnsupportedModelError
 from ddpnopt.value import Dense, GaussNewton, LowRank, Moreau
 from oracles.common import assert_same, assert_unchanged, data, distance, iterate, mlp, snapshot
 
@@ -207,3 +207,42 @@ def test_unrecognised_loss_still_trains_plainly(feedback: object) -> None:
             m(x).pow(2).mean().backward()
             o.step()
     assert_same(model, twin, 1e-12)
+
+
+class Spoilt(nn.Module):
+    """Passes its input on; one entry of the gradient that comes back is spoilt."""
+
+    def __init__(self, bad: float) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.0
+        if x.requires_grad:
+            x.register_hook(self.spoil)
+        return x
+
+    def spoil(self, gradient: torch.Tensor) -> torch.Tensor:
+        spoilt = gradient.clone()
+        spoilt.view(-1)[1] = self.bad
+        return spoilt
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("behind", ["convolution", "dense"])
+def test_a_gradient_that_is_not_finite_is_found_with_and_without_biases(
+    behind: str, bias: bool, bad: float
+) -> None:
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(2, 3, 2, bias=bias), nn.Linear(12, 3, bias=bias)
+    spoilt, through = Spoilt(bad), nn.Identity()
+    places = (spoilt, through) if behind == "convolution" else (through, spoilt)
+    model = nn.Sequential(first, places[0], nn.Flatten(), last, places[1]).double()
+    opt = DDPNOpt(model, lr=0.1, weight_gradients=False, feedback="open_loop")
+    before = snapshot(model)
+    F.cross_entropy(model(torch.randn(4, 2, 3, 3).double()), torch.arange(4) % 3).backward()
+    found = "the gradient at '0" if behind == "convolution" else "not finite"
+    with pytest.raises(NonFiniteError, match=found):
+        opt.step()
+    assert_unchanged(model, before)

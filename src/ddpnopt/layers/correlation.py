@@ -217,7 +217,7 @@ def tap_gram(
     total: Tensor | None = None
     for tap, G in enumerate(tap_gradients(conv, x, V)):
         if G.shape[2] == 1 and shaped is None:
-            part = G.flatten(1).square().sum(1)[:, None, None]
+            part = torch.linalg.vector_norm(G.flatten(1), dim=1).square()[:, None, None]
         else:
             weighted = G if shaped is None else G * shaped[..., tap][:, None]
             left, right = (one.transpose(1, 2).flatten(2) for one in (weighted, G))
