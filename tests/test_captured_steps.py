@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -448,6 +450,138 @@ def test_what_can_not_be_recorded_is_said_once_where_the_user_is() -> None:
     )
     assert warning.filename == __file__
     assert record.replayed == 0 and record.written == STEPS
+
+
+def test_the_rescaling_of_a_clipped_step_is_forgotten() -> None:
+    net, twin, opt, other = pair(lr=0.3, feedback="open_loop")
+    capture(other)
+    for turn, (x, y) in enumerate(batches(NETS["dense"][1], 30)):
+        for one, optimizer in ((net, opt), (twin, other)):
+            optimizer.zero_grad()
+            F.cross_entropy(one(x), y).backward()
+            if turn % 5 == 4:
+                nn.utils.clip_grad_norm_(one.parameters(), 0.01)
+            optimizer.step()
+        assert opt.engine.rescale == pytest.approx(other.engine.rescale, rel=1e-9)
+    assert apart(net, twin) < 1e-13
+
+
+def test_skipped_steps_are_counted_in_reports_from_the_record() -> None:
+    net, shape = model()
+    opt = DDPNOpt(net, lr=0.2, nonfinite="skip")
+    record = capture(opt)
+    for turn, (x, y) in enumerate(batches(shape, 20)):
+        one_step(opt, net, x * (math.nan if turn == 12 else 1), y)
+    assert record.replayed > 10
+    assert opt.last_step is not None and opt.last_step.skipped == 1
+
+
+def test_a_recorded_optimizer_that_is_dropped_leaves_the_model_alone() -> None:
+    net, shape = model()
+    hooks = [len(m._forward_hooks) for m in net.modules()]
+    opt = DDPNOpt(net, lr=0.2)
+    record = capture(opt)
+    gc.disable()  # it must not take a collection
+    try:
+        for x, y in batches(shape):
+            one_step(opt, net, x, y)
+        assert record.replayed > 0 and record.optimizer is opt
+        alive = weakref.ref(opt.engine)
+        del opt
+        assert alive() is None and record.optimizer is None
+    finally:
+        gc.enable()
+    assert [len(m._forward_hooks) for m in net.modules()] == hooks
+    record.remove()
+
+
+def test_sparse_gradients_run_as_they_are_written() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(9, 5, sparse=True), nn.Flatten(), nn.Linear(15, 4))
+
+    nets = build().double(), build().double()
+    opts = [DDPNOpt(net, lr=0.2) for net in nets]
+    record = capture(opts[1])
+    generator = torch.Generator().manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DDPNOptWarning)
+        for _ in range(STEPS):
+            x = torch.randint(9, (6, 3), generator=generator)
+            y = torch.randint(4, (6,), generator=generator)
+            for net, opt in zip(nets, opts, strict=True):
+                one_step(opt, net, x, y)
+    assert record.replayed == 0 and "sparse" in record.reason
+    assert apart(*nets) < 1e-13
+
+
+class Told(nn.Module):
+    """Takes an argument that has no hash."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor, how: bytearray) -> Tensor:
+        return self.b(torch.tanh(self.a(x)) * len(how))
+
+
+def test_arguments_that_can_not_be_told_apart() -> None:
+    torch.manual_seed(0)
+    net = Told().double()
+    opt = DDPNOpt(net, lr=0.2)
+    record = capture(opt)
+    with pytest.warns(DDPNOptWarning, match="can't be told from others"):
+        for x, y in batches((5,)):
+            opt.zero_grad()
+            F.cross_entropy(net(x, bytearray(2)), y).backward()
+            opt.step()
+    assert record.written == STEPS
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_half_precision(feedback: bool | str) -> None:
+    ends = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+        opt = DDPNOpt(net, lr=0.3, feedback=feedback)
+        record = capture(opt) if recorded else None
+        for x, y in batches((5,), 2 * STEPS):
+            opt.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(net(x.float()), y)
+            loss.backward()
+            opt.step()
+        ends.append((net, record))
+    record = ends[1][1]
+    assert record is not None and record.reason == "" and record.replayed >= STEPS
+    # The rate's own rounding to 32 bits turns roundings to bfloat16 (eps 8e-3) here and there.
+    assert apart(ends[0][0], ends[1][0]) < 8e-3
+
+
+def test_step_hooks_are_called() -> None:
+    net, _, opt, _ = pair(lr=0.2)
+    record, seen = capture(opt), []
+    opt.register_step_pre_hook(lambda *given: seen.append("before"))
+    opt.register_step_post_hook(lambda *given: seen.append("after"))
+    for x, y in batches(NETS["dense"][1]):
+        one_step(opt, net, x, y)
+    assert record.replayed > 0 and seen == ["before", "after"] * STEPS
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_a_brake_runs_as_it_is_written() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = (
+        Feedback(one, torch.optim.SGD(one.parameters(), lr=0.5), mode="brake")
+        for one in (net, twin)
+    )
+    capture(other)
+    for x, y in batches(shape, 2 * STEPS):
+        plain(opt, net, x, y)
+        plain(other, twin, x, y)
+    assert apart(net, twin) < 1e-12
 
 
 def test_a_torch_optimizer_is_refused() -> None:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +18,47 @@ from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What one call is to do.
+
+    Attributes:
+        kind: What a record depends on besides the numbers.
+        inputs: Tensors that differ from call to call, None where there is none.
+        written: Does it as it is written.
+        traced: Inputs, and what does it with them while it is taken down.
+        generator: State of torch's generator that random numbers are drawn from; None: none are.
+    """
+
+    kind: Hashable
+    inputs: Sequence[Tensor | None]
+    written: Callable[[], Any]
+    traced: Callable[[], tuple[Sequence[Tensor | None], Callable[[], Any]]]
+    generator: Tensor | None = None
+
+    def of(self, changed: Callable[[Tensor], Tensor]) -> Work:
+        """The same with other inputs."""
+        return replace(self, inputs=[None if t is None else changed(t) for t in self.inputs])
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Refuse what has no records.
+
+    Raises:
+        TypeError: The optimizer is none of this package.
+    """
+    if not isinstance(optimizer, Shell):
+        raise TypeError(
+            f"capture: expected a DDPNOpt or a Feedback, got {type(optimizer).__name__}; torch's "
+            "own optimizers have torch.compile and CUDA graphs of their own"
+        )
+
+
 def kind_of(leaf: Any) -> Any:
     """What a program depends on of an argument: its value where it is no tensor."""
     if isinstance(leaf, torch.Tensor):
-        layout = leaf.shape, leaf.stride(), leaf.is_neg(), leaf.is_conj()
+        strides = leaf.stride() if leaf.layout == torch.strided else leaf.layout
+        layout = leaf.shape, strides, leaf.is_neg(), leaf.is_conj()
         return type(leaf), layout, leaf.dtype, leaf.device, leaf.requires_grad
     return type(leaf), leaf
 

@@ -107,7 +107,7 @@ def _places(optimizer: Shell) -> Iterator[tuple[Slot, torch.device]]:
     engine = optimizer.engine
     device = engine.parameters()[0].device
     for name in list(engine.running):
-        yield Slot(lambda: engine.running, name), device
+        yield Slot(partial(_running, optimizer), name), device
     for inner in getattr(optimizer, "inners", ()):
         for p in list(inner.gains):
             yield Slot(partial(getattr, inner, "gains"), p), p.device
@@ -117,6 +117,11 @@ def _of(optimizer: Shell, p: Tensor) -> dict[Any, Any]:
     """A parameter's state, wherever it is now: loading replaces it."""
     found: dict[Any, Any] = optimizer.state.get(p, {})
     return found
+
+
+def _running(optimizer: Shell) -> dict[Any, Any]:
+    """The running coupling, wherever it is now."""
+    return optimizer.engine.running
 
 
 def _room(parameters: Sequence[Tensor]) -> Tensor:

@@ -47,7 +47,8 @@ def facts(trajectory: Trajectory) -> Hashable:
     """What a step on a pass depends on besides the tensors' numbers and shapes."""
     t = trajectory
     stages = [
-        (len(s.inputs), s.rows, s.unbatched, s.pulls, s.plain, s.layout, s.samples, len(s.repeats))
+        (s.time, len(s.inputs), s.rows, s.unbatched, s.pulls, s.plain)
+        + (s.layout, s.samples, len(s.repeats))
         for s in t.stages
     ]
     crossings = [(one.call, one.born, one.used, one.layout, one.beside) for one in t.crossings]
@@ -56,7 +57,8 @@ def facts(trajectory: Trajectory) -> Hashable:
     call = None if t.call is None else _facts(t.call)
     path = None if t.path is None else tuple(map(_hashable, t.path.steps[: t.path.end]))
     heads = tuple([s.name for s in t.heads])
-    own = t.key, t.samples, t.boundary, t.share, tuple(t.calls)
+    blind = tuple([(span.born, span.used) for span in t.blind])
+    own = t.key, t.samples, t.boundary, t.share, tuple(t.calls), blind
     return own, tuple(stages), tuple(crossings), front, cost, call, path, heads
 
 

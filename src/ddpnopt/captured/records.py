@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ddpnopt import decisions
 from ddpnopt.captured import calls
+from ddpnopt.captured.calls import Work
 from ddpnopt.captured.comparing import compare
 from ddpnopt.captured.numbers import Rates, State
 from ddpnopt.captured.plan import Outcome, Plan, Recording
@@ -39,25 +40,6 @@ MISSES = 3
 FRUITLESS, FRUITFUL = 3, 20
 
 
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What one call is to do.
-
-    Attributes:
-        kind: What a record depends on besides the numbers.
-        inputs: Tensors that differ from call to call, None where there is none.
-        written: Does it as it is written.
-        traced: Inputs, and what does it with them while it is taken down.
-        generator: State of torch's generator that random numbers are drawn from; None: none are.
-    """
-
-    kind: Hashable
-    inputs: Sequence[Tensor | None]
-    written: Callable[[], Any]
-    traced: Callable[[], tuple[Sequence[Tensor | None], Callable[[], Any]]]
-    generator: Tensor | None = None
-
-
 class Records:
     """Records of one optimizer's work, by kinds of batch and step.
 
@@ -81,11 +63,7 @@ class Records:
     what, compare_every = "", math.inf
 
     def __init__(self, optimizer: Shell, *, compile: bool = False) -> None:
-        if not isinstance(optimizer, Shell):
-            raise TypeError(
-                f"capture: expected a DDPNOpt or a Feedback, got {type(optimizer).__name__}; "
-                "torch's own optimizers have torch.compile and CUDA graphs of their own"
-            )
+        calls.check_optimizer(optimizer)
         self.optimizer, self.compiles = optimizer, compile
         self.replayed = self.written = self.missed = 0
         self.reason = ""
@@ -118,6 +96,24 @@ class Records:
     def _keep(self, plan: Plan, outcome: Outcome) -> Any:
         """A run from the record counts; may be begun again."""
         raise NotImplementedError
+
+    def _told(self, outcome: Outcome) -> Callable[[], StepReport | None]:
+        """The record of the step, as of now, made when it is asked for."""
+        skipped = self.optimizer.skipped
+
+        def report() -> StepReport | None:
+            made = outcome.report()
+            return None if made is None else replace(made, skipped=skipped)
+
+        return report
+
+    def _hashable(self, kind: Any) -> bool:
+        """Whether this kind can be told from others."""
+        try:
+            hash(kind)
+        except TypeError as error:
+            self._give_up(f"an argument can't be told from others ({calls.first_line(error)})")
+        return not self.reason
 
     def _obstacle(self, work: Work) -> str:
         """What is in the way of all records; or ''."""
@@ -257,7 +253,7 @@ class Records:
         """Compare the record with the code; from then on it is run."""
         made, off = compare(
             plan,
-            lambda of: self._first_run(plan, replace(work, inputs=_each(of, work.inputs))),
+            lambda of: self._first_run(plan, work.of(of)),
             lambda: self._as_written(work),
             lambda made: self._report(made)[0],
             self._seen,
@@ -333,7 +329,3 @@ class Records:
         while self._said:
             message = f"capture: {self._said.pop(0)}"
             warnings.warn(message, DDPNOptWarning, stacklevel=stacklevel + 1)
-
-
-def _each(of: Callable[[Tensor], Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else of(t) for t in inputs]

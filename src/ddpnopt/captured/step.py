@@ -10,8 +10,9 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ddpnopt.captured import calls
+from ddpnopt.captured.calls import Work
 from ddpnopt.captured.plan import Outcome, Plan
-from ddpnopt.captured.records import Records, Work
+from ddpnopt.captured.records import Records
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.report import StepReport
 from ddpnopt.shell import Shell
@@ -62,14 +63,6 @@ class CapturedStep(Records):
         made = self._run(work) if recordable else self._as_written(work)
         self.say(stacklevel=2)
         return made
-
-    def _hashable(self, kind: Any) -> bool:
-        """Whether batches of this kind can be told from others."""
-        try:
-            hash(kind)
-        except TypeError as error:
-            self._give_up(f"an argument can't be told from others ({calls.first_line(error)})")
-        return not self.reason
 
     def _plain(self, args: Any, kwargs: Any) -> Any:
         self.optimizer.zero_grad()
@@ -122,5 +115,5 @@ class CapturedStep(Records):
 
     def _keep(self, plan: Plan, outcome: Outcome) -> Any:
         plan.commit(outcome)
-        self.optimizer.last_step = outcome.report
+        self.optimizer.last_step = self._told(outcome)
         return outcome.made

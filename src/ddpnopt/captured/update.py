@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from ddpnopt.captured import calls, passes
+from ddpnopt.captured.calls import Work
 from ddpnopt.captured.plan import Outcome, Plan, reported
-from ddpnopt.captured.records import Records, Work
+from ddpnopt.captured.records import Records
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.checks import check_states
 from ddpnopt.errors import UnsupportedModelError
@@ -36,7 +40,13 @@ class _OfPasses(Records):
         # A step draws in the second forward pass alone, which begins as the first has begun.
         again = [one.call for one in trajectories if one.call is not None]
         generator = again[0].randomness.torch_cpu if again else None
-        return self._run(Work(kind, inputs, written, lambda: (inputs, written), generator))
+        work = Work(kind, inputs, written, lambda: (inputs, written), generator)
+        return self._run(work) if self._hashable(kind) else self._as_written(work)
+
+    def _obstacle(self, work: Work) -> str:
+        if any(t is not None and t.layout != torch.strided for t in work.inputs):
+            return "a gradient is sparse"
+        return super()._obstacle(work)
 
     def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
         known = [t for m in self._modules for t in (*m.parameters(False), *m.buffers(False))]
@@ -74,8 +84,10 @@ class _Steps(_OfPasses):
 
     def _keep(self, plan: Plan, outcome: Outcome) -> Callable[[], StepReport | None]:
         plan.commit(outcome)
-        self.optimizer.engine.finish()
-        return outcome.report
+        engine = self.optimizer.engine
+        engine.rescale = 1.0
+        engine.finish()
+        return self._told(outcome)
 
 
 class _Reweighings(_OfPasses):
@@ -102,7 +114,7 @@ class _Reweighings(_OfPasses):
 
     def _keep(self, plan: Plan, outcome: Outcome) -> Reweighing:
         plan.commit(outcome)
-        report = outcome.report()
+        report = self._told(outcome)()
         assert report is not None
         found, kept = outcome.made
         return Reweighing(found, kept, report)
@@ -114,27 +126,38 @@ class CapturedUpdate:
     In open loop what ``backward`` adds to p.grad is recorded, too.
 
     Attributes:
-        optimizer: The optimizer.
         replayed: Steps that were run from the record, with all of their parts.
         written: Steps some part of which was run as it is written.
 
     Args:
         optimizer: A `DDPNOpt`, or what else has its engine.
         compile: Compile the records by torch's compiler.
+
+    Raises:
+        TypeError: The optimizer is none of this package.
     """
 
     def __init__(self, optimizer: Shell, *, compile: bool = False) -> None:
-        self.optimizer = optimizer
+        calls.check_optimizer(optimizer)
+        # The optimizer holds this: no cycle, or its hooks would outlive it until it is collected.
+        seen = weakref.proxy(optimizer)
+        self._optimizer = weakref.ref(optimizer)
         self.replayed = self.written = 0
         self._written = 0, 0
-        self._steps = _Steps(optimizer, compile=compile)
-        self._reweighings = _Reweighings(optimizer, compile=compile)
+        self._steps = _Steps(seen, compile=compile)
+        self._reweighings = _Reweighings(seen, compile=compile)
         optimizer.engine.shortcut = self
+
+    @property
+    def optimizer(self) -> Shell | None:
+        """The optimizer; None once it is gone."""
+        return self._optimizer()
 
     def remove(self) -> None:
         """From now on steps run as they are written."""
-        if self.optimizer.engine.shortcut is self:
-            self.optimizer.engine.shortcut = None
+        optimizer = self.optimizer
+        if optimizer is not None and optimizer.engine.shortcut is self:
+            optimizer.engine.shortcut = None
 
     @property
     def missed(self) -> int:
