@@ -235,7 +235,7 @@ class Ledger:
 
     def refusal(self, trajectory: Trajectory) -> str:
         """Why the layers that take part in feedback are no chain, or ''."""
-        stages = trajectory.stages
+        stages = trajectory.stages if self._ahead else []
         # A parameter used before its layer runs: another pass of this model lies in front. (One
         # whose module never runs, as in attention, is used by a function: a plain parameter.)
         ran = {id(p) for s in stages if not s.plain for p in parameters(s.module)}
@@ -300,13 +300,13 @@ class Ledger:
         uses: dict[str, int] = {}
         for stage in trajectory.stages:
             uses[stage.name] = uses.get(stage.name, 0) + 1
+        alone = self.elsewhere if graphs else self.elsewhere | shared
         for stage in trajectory.stages:
             own = parameters(stage.module)
-            if not any(trainable(p) for p in own):
+            if not any(map(trainable, own)):
                 stage.plain = FROZEN
             elif stage.rule is not None and (
-                (not graphs and (uses[stage.name] > 1 or any(id(p) in shared for p in own)))
-                or any(id(p) in self.elsewhere for p in own)
+                (not graphs and uses[stage.name] > 1) or not alone.isdisjoint(map(id, own))
             ):
                 stage.plain = SHARED
 
