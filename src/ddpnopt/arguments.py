@@ -58,7 +58,13 @@ def tensors_of(value: object) -> list[Tensor]:
         value = list(value.values())
     elif not isinstance(value, tuple | list):
         value = list(fields_of(value).values())
-    return [t for v in value for t in tensors_of(v)] if isinstance(value, tuple | list) else []
+    found: list[Tensor] = []
+    for one in value:
+        if isinstance(one, Tensor):
+            found.append(one)
+        else:
+            found += tensors_of(one)
+    return found
 
 
 def frozen(value: Any, watched: list[tuple[Tensor, int]]) -> Any:

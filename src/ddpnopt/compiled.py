@@ -24,10 +24,11 @@ def compiled(modules: Iterable[nn.Module]) -> bool:
     frames = sys.modules.get("torch._dynamo.eval_frame")
     if frames is None:  # nothing has been compiled in this process
         return False
-    return any(
-        isinstance(m, frames.OptimizedModule) or getattr(m, "_compiled_call_impl", None) is not None
-        for m in modules
-    )
+    wrapper = frames.OptimizedModule
+    for module in modules:
+        if module._compiled_call_impl is not None or isinstance(module, wrapper):
+            return True
+    return False
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ddpnopt.typing import Tensor
 
@@ -92,6 +92,14 @@ def probing() -> Iterator[None]:
         yield
     finally:
         probes.running = outer
+
+
+def edge_of(t: Tensor) -> GradientEdge | None:
+    """A tensor's edge in the graph, if it has a gradient; to be asked for once.
+
+    That of a Python function's result costs a node more, which keeps the graph alive.
+    """
+    return get_gradient_edge(t) if t.requires_grad else None
 
 
 def probe(edge: GradientEdge, targets: Sequence[Any], seed: Tensor) -> tuple[Tensor | None, ...]:

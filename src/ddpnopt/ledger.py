@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
 
+from ddpnopt.inert import edge_of
 from ddpnopt.layout import ROWS, SECOND
 from ddpnopt.parameters import leaf, parameters
 from ddpnopt.returned import remade
@@ -99,7 +100,7 @@ class Ledger:
         index: int,
         own: Sequence[nn.Parameter],
         inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
+        out: Tensor,
         boundary: bool,
         opaque: bool = False,
     ) -> None:
@@ -113,12 +114,12 @@ class Ledger:
             index: Number of the stage.
             own: The layer's parameters.
             inputs: Its input tensors.
-            outputs: Its output tensors.
+            out: Its output.
             boundary: The layer can take part in feedback.
             opaque: It may use other layers' parameters.
         """
         if opaque:
-            self._look_inside(own, inputs, outputs)
+            self._look_inside(own, inputs, out)
         stack: list[Node | None] = [t.grad_fn for t in inputs]
         seen: set[Node] = set()
         while stack:
@@ -143,12 +144,11 @@ class Ledger:
                 continue
             self._note(node, index)
             stack += [child for child, _ in node.next_functions]
-        out, x = outputs[0], (inputs or outputs)[0]
-        self.edges.append(get_gradient_edge(out) if out.requires_grad else None)
-        self.states.append(get_gradient_edge(x) if inputs and x.requires_grad else None)
+        self.states.append(edge_of(inputs[0]) if inputs else None)
+        self.edges.append(edge_of(out))
         if boundary:
-            self._latest = {t.grad_fn for t in outputs if t.grad_fn is not None}
-            self._outputs.update({node: index for node in self._latest})
+            self._latest = set() if out.grad_fn is None else {out.grad_fn}
+            self._outputs.update(dict.fromkeys(self._latest, index))
             self._leaves.update({id(p): index for p in own})
             self._ends[index] = out
 
@@ -161,13 +161,13 @@ class Ledger:
             self.routes.append((index, node))
 
     def _look_inside(
-        self, own: Sequence[nn.Parameter], inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+        self, own: Sequence[nn.Parameter], inputs: Sequence[Tensor], out: Tensor
     ) -> None:
         """Note other layers' parameters that a module of any kind is given, or knows of."""
         mine = {id(p) for p in own}
         leaves = {id(t) for t in inputs if t.grad_fn is None}
         seen: set[Node | None] = {None, *(t.grad_fn for t in inputs)}
-        stack = [t.grad_fn for t in outputs]
+        stack = [out.grad_fn]
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -235,7 +235,7 @@ class Ledger:
 
     def refusal(self, trajectory: Trajectory) -> str:
         """Why the layers that take part in feedback are no chain, or ''."""
-        stages = trajectory.stages
+        stages = trajectory.stages if self._ahead else []
         # A parameter used before its layer runs: another pass of this model lies in front. (One
         # whose module never runs, as in attention, is used by a function: a plain parameter.)
         ran = {id(p) for s in stages if not s.plain for p in parameters(s.module)}
@@ -300,13 +300,13 @@ class Ledger:
         uses: dict[str, int] = {}
         for stage in trajectory.stages:
             uses[stage.name] = uses.get(stage.name, 0) + 1
+        alone = self.elsewhere if graphs else self.elsewhere | shared
         for stage in trajectory.stages:
             own = parameters(stage.module)
-            if not any(trainable(p) for p in own):
+            if not any(map(trainable, own)):
                 stage.plain = FROZEN
             elif stage.rule is not None and (
-                (not graphs and (uses[stage.name] > 1 or any(id(p) in shared for p in own)))
-                or any(id(p) in self.elsewhere for p in own)
+                (not graphs and uses[stage.name] > 1) or not alone.isdisjoint(map(id, own))
             ):
                 stage.plain = SHARED
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from ddpnopt.arguments import tensors_of
 from ddpnopt.layers import LayerRule, rule_of_call
-from ddpnopt.parameters import parameters
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 from ddpnopt.watch import Watch
@@ -36,9 +35,8 @@ class Executed:
     against: str
 
     @staticmethod
-    def of(module: nn.Module, given: tuple[Any, ...], output: Any) -> Executed:
-        """A call with these arguments, and what it returned."""
-        outputs = tensors_of(output)
+    def of(module: nn.Module, given: tuple[Any, ...], outputs: Sequence[Tensor]) -> Executed:
+        """A call with these arguments, and the tensors that it returned."""
         rule, against = rule_of_call(module, given, len(outputs))
         return Executed(module, tensors_of(given), outputs, rule, against)
 
@@ -57,26 +55,26 @@ class Executed:
                 watch.path.same(before, after)
         return h, parts
 
-    def stage(self, name: str, out: Tensor, time: int) -> Stage:
+    def stage(self, name: str, own: Sequence[Tensor], out: Tensor, time: int) -> Stage:
         """The call as a stage.
 
         Args:
             name: Module path.
+            own: The module's parameters.
             out: Its output, all in one.
             time: How many layers have begun.
         """
         rule, module = self.rule, self.module
-        aliases = tuple(t.detach() for t in self.inputs)
+        aliases = tuple([t.detach() for t in self.inputs])
         state = rule.pack(module, aliases) if rule is not None else (*aliases, out.detach())[0]
         unbatched = rule is not None and state.dim() < rule.batched_dim(module)
-        own = parameters(module)
         return Stage(
             name,
             module,
             rule,
             state[None] if unbatched else state,
             aliases,
-            tuple(-1 if t.is_inference() else t._version for t in self.inputs),
+            tuple([-1 if t.is_inference() else t._version for t in self.inputs]),
             out.shape[0] if out.dim() and not unbatched else 1,
             unbatched,
             sum([p._version for p in own]),

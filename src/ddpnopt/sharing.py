@@ -17,7 +17,11 @@ def repeated(trajectory: Trajectory) -> None:
     Those of one module are alike but for their samples' states; those of different modules that
     hold the same weight are a tied embedding and head.
     """
-    for first, *others in _together(trajectory.stages):
+    stages = [s for s in trajectory.stages if s.rule is not None and s.plain != FROZEN]
+    owned = [set(map(id, parameters(stage.module))) for stage in stages]
+    if len(set().union(*owned)) == sum(map(len, owned)):
+        return  # nothing is used twice
+    for first, *others in _together(stages, owned):
         parts = [first, *others]
         if not others or all(stage.plain for stage in parts):
             continue
@@ -38,14 +42,16 @@ def repeated(trajectory: Trajectory) -> None:
             stage.plain = stage.plain or reason
 
 
-def _together(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """The executions of each layer, and of layers that share parameters with it, in order."""
+def _together(stages: Sequence[Stage], owned: Sequence[set[int]]) -> list[list[Stage]]:
+    """The executions of each layer, and of layers that share parameters with it, in order.
+
+    Args:
+        stages: The executions.
+        owned: Identities of their parameters.
+    """
     groups: list[tuple[set[int], list[Stage]]] = []
     met: set[int] = set()
-    for stage in stages:
-        if stage.rule is None or stage.plain == FROZEN:
-            continue
-        own = set(map(id, parameters(stage.module)))
+    for stage, own in zip(stages, owned, strict=True):
         if met.isdisjoint(own):
             met |= own
             groups.append((own, [stage]))

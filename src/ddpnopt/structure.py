@@ -57,6 +57,7 @@ class Anatomy:
             if inner or module is model:
                 self.containers[name] = module
         self.modules = list(model.modules())
+        self._children = [tuple(module._modules.values()) for module in self.modules]
         self._inside: dict[int, list[nn.Module]] = {id(model): self.modules}
         self.shared: set[int] = set()
         self.own: set[int] = set()
@@ -67,8 +68,11 @@ class Anatomy:
 
     def outdated(self) -> bool:
         """Whether modules have been added, removed or replaced."""
-        now = list(self.model.modules())
-        return len(now) != len(self.modules) or any(map(operator.is_not, now, self.modules))
+        for module, known in zip(self.modules, self._children, strict=True):
+            now = module._modules
+            if len(now) != len(known) or (now and any(map(operator.is_not, now.values(), known))):
+                return True
+        return False
 
     def inside(self, module: nn.Module) -> list[nn.Module]:
         """The modules of a container, as of the last look."""

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 
 from ddpnopt.arguments import ordered, tensors_of
 from ddpnopt.arrivals import Arrivals, gradient_at_h, gradient_at_x
 from ddpnopt.classification import Classifier
 from ddpnopt.holding import Holding, seen
-from ddpnopt.inert import Hook, probes
+from ddpnopt.inert import Hook, edge_of, probes
 from ddpnopt.layers import reason_against, rule_for
 from ddpnopt.ledger import Ledger
 from ddpnopt.modes import quiet
@@ -287,12 +286,13 @@ class Recorder:
             if held and isinstance(output, Tensor):
                 replaced = seen(output, module, held, self.arrivals.token, self.watching.watch)
                 output = output if replaced is None else replaced
-            if not self._recording() or not any(t.requires_grad for t in tensors_of(output)):
+            outputs = tensors_of(output)
+            if not self._recording() or not any([t.requires_grad for t in outputs]):
                 return replaced
             orphan = self._open is None
             if orphan:
                 self._begin(owned=False)
-            call = Executed.of(module, ordered(module, args, kwargs), output)
+            call = Executed.of(module, ordered(module, args, kwargs), outputs)
             out = call.outputs[0]
             if call.rule is not None and len(call.outputs) > 1:
                 out, replaced = call.joined(self.watching.watch)
@@ -308,13 +308,11 @@ class Recorder:
             self.anatomy.partial.add(id(trajectory.call.module))
             trajectory.cut_short = trajectory.call.name
             trajectory.call = None
-        stage = call.stage(
-            name, out, self.watching.watch.time if self.watching.watch is not None else 0
-        )
-        own = parameters(call.module)
+        own, watch = parameters(call.module), self.watching.watch
+        stage = call.stage(name, own, out, watch.time if watch is not None else 0)
         boundary = call.rule is not None and any(map(self.trainable, own))
         opaque = call.rule is None or call.rule.general
-        self._ledger.enter(len(trajectory.stages), own, call.inputs, [out], boundary, opaque)
+        self._ledger.enter(len(trajectory.stages), own, call.inputs, out, boundary, opaque)
         trajectory.stages.append(stage)
         self._last, trajectory.z_version = out, -1 if out.is_inference() else out._version
         if out.requires_grad:
@@ -323,24 +321,23 @@ class Recorder:
     def _await_gradients(
         self, trajectory: Trajectory, stage: Stage, inputs: Sequence[Tensor], out: Tensor
     ) -> None:
-        edges = tuple(get_gradient_edge(x) if x.requires_grad else None for x in inputs)
-        watch = self.watching.watch
-        taps = watch.fresh_taps() if watch is not None and self.links else ()
-        number = out.output_nr
-        upstream = Link(stage, edges, None, self._link, number, taps) if self.links else None
-        if watch is not None:
-            watch.goes_in(stage, get_gradient_edge(out), stage.time)
+        first, end = self._ledger.states[-1], self._ledger.edges[-1]
+        edges = (first, *map(edge_of, inputs[1:])) if inputs else ()
+        watch, upstream = self.watching.watch, None
+        if watch is not None and end is not None:
+            watch.goes_in(stage, end, stage.time)
+        if self.links:
+            taps = watch.fresh_taps() if watch is not None else ()
+            upstream = Link(stage, edges, None, self._link, out.output_nr, taps)
+            self._link = Link(stage, edges, end, self._link, out.output_nr, taps)
         ref = weakref.ref(self.arrivals)
-        hook = partial(gradient_at_h, ref, trajectory, stage, upstream)
-        out.register_hook(hook)  # type: ignore[no-untyped-call]
+        out.register_hook(partial(gradient_at_h, ref, trajectory, stage, upstream))  # type: ignore[no-untyped-call]
         wanted = (self.state_gradients or trajectory.to_verify) and not self.watching.branching
         if wanted and len(trajectory.stages) > 1 and stage.rule is not None:
             if len(inputs) > 1 or stage.x.numel() != inputs[0].numel():
                 stage.pulls = any(edges)
-            elif inputs[0].requires_grad:
+            elif first is not None:
                 inputs[0].register_hook(partial(gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
-        if self.links:
-            self._link = Link(stage, edges, get_gradient_edge(out), self._link, number, taps)
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -123,9 +124,9 @@ class Watching:
         if self.graphs:
             trajectory.to_verify = trajectory.to_verify and self.closed_loop and not found
             found = found if self.closed_loop else bool(anatomy.functions)
-            self._settle(found, names, in_order(model, anatomy.hooked.values()))
+            self._settle(found, names, partial(in_order, model, anatomy.hooked.values()))
 
-    def _settle(self, found: bool, names: tuple[str, ...], ordered: bool) -> None:
+    def _settle(self, found: bool, names: tuple[str, ...], ordered: Callable[[], bool]) -> None:
         """Watch the next pass, too?
 
         Where each of several structures has been a chain often enough, a pass of yet another one
@@ -134,14 +135,14 @@ class Watching:
         Args:
             found: This pass was no chain.
             names: Its structure.
-            ordered: The model runs its layers one after another, whatever it is given.
+            ordered: Whether the model runs its layers one after another, whatever it is given.
         """
         chains = self._chains
         if names in chains or len(chains) <= MOST:
             chains[names] = chains.get(names, 0) + (not found)
         many = len(chains) > MOST
-        sure = ordered and len(chains) == 1
-        sure = sure or all(passes >= SURE * len(chains) for passes in chains.values())
+        sure = all(passes >= SURE * len(chains) for passes in chains.values())
+        sure = sure or (len(chains) == 1 and ordered())
         if many:
             sure = not self.closed_loop  # where all that is looked for is a layer run as a function
         self.branching = found or self.branching or (False if sure and not self._asked else None)

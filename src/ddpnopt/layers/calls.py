@@ -38,8 +38,9 @@ def _refusal(
     kind = type(module).__name__
     if reason := rule.refusal(module):
         return reason
-    if any(p is not None and p.numel() == 0 for p in module._parameters.values()):
-        return f"{kind} has a width of 0"
+    for p in module._parameters.values():
+        if p is not None and p.numel() == 0:
+            return f"{kind} has a width of 0"
     inputs = len(tensors_of(given))
     if inputs not in rule.arguments:
         known = " or ".join(map(str, rule.arguments))

@@ -63,10 +63,10 @@ def registered(module: nn.Module) -> LayerRule | None:
             rule = RULES.get(f"{module_type.__module__}.{module_type.__qualname__}")
         if rule is None or kind.forward is not getattr(module_type, "forward", None):
             continue
-        known = set(rule.parameters)
-        if not own.keys().isdisjoint(known):
+        if not own.keys().isdisjoint(rule.parameters):
             continue
-        if any(module._parameters[n] is not None for n in set(module._parameters) - known):
+        others = module._parameters.keys() - rule.parameters
+        if others and any(module._parameters[name] is not None for name in others):
             continue
         return rule
     return None
