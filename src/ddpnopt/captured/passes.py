@@ -47,15 +47,17 @@ def facts(trajectory: Trajectory) -> Hashable:
     """What a step on a pass depends on besides the tensors' numbers and shapes."""
     t = trajectory
     stages = [
-        (s.time, len(s.inputs), s.rows, s.unbatched, s.pulls, s.plain)
-        + (s.layout, s.samples, len(s.repeats))
+        (len(s.inputs), s.rows, s.unbatched, s.pulls, s.plain, s.layout, s.samples, len(s.repeats))
         for s in t.stages
     ]
     crossings = [(one.call, one.born, one.used, one.layout, one.beside) for one in t.crossings]
     front = None if t.front is None else tuple(map(id, t.front.corrections))
     cost = None if t.cost is None else (t.cost.name, t.cost.excess is None, t.cost.value is None)
     call = None if t.call is None else _facts(t.call)
-    path = None if t.path is None else tuple(map(_hashable, t.path.steps[: t.path.end]))
+    path: Hashable = None
+    if t.path is not None:  # else time is only known of passes that were watched
+        times = tuple([s.time for s in t.stages])
+        path = times, tuple(map(_hashable, t.path.steps[: t.path.end]))
     heads = tuple([s.name for s in t.heads])
     blind = tuple([(span.born, span.used) for span in t.blind])
     own = t.key, t.samples, t.boundary, t.share, tuple(t.calls), blind
