@@ -95,11 +95,14 @@ def probing() -> Iterator[None]:
 
 
 def edge_of(t: Tensor) -> GradientEdge | None:
-    """A tensor's edge in the graph, if it has a gradient; to be asked for once.
+    """A tensor's edge in the graph, if it has a gradient.
 
-    That of a Python function's result costs a node more, which keeps the graph alive.
+    That of a Python function's result owns a node of its own: it is to be asked for once.
     """
-    return get_gradient_edge(t) if t.requires_grad else None
+    node = t.grad_fn
+    if node is None or isinstance(node, torch._C._FunctionBase):
+        return get_gradient_edge(t) if t.requires_grad else None
+    return GradientEdge(node, t.output_nr)
 
 
 def probe(edge: GradientEdge, targets: Sequence[Any], seed: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,12 +126,12 @@ def responses(
     return list(found[:-1])
 
 
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+def weakly(method: Any) -> Callable[..., Any]:
     """A bound method that does not keep its object alive; None once it is gone."""
-    reference = weakref.WeakMethod(method)
+    reference, function = weakref.ref(method.__self__), method.__func__
 
     def call(*args: Any) -> Any:
         target = reference()
-        return None if target is None else target(*args)
+        return None if target is None else function(target, *args)
 
     return call

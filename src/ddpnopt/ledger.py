@@ -130,13 +130,12 @@ class Ledger:
             if node in self._latest:
                 self._ends.pop(self._outputs[node], None)
                 continue
-            source = self._outputs.get(node)
-            variable = leaf(node)
+            source, variable = self._outputs.get(node), leaf(node)
             if source is not None:
                 self._ends.pop(source, None)
-            elif (source := self._leaves.get(variable)) is not None:
+            elif variable and (source := self._leaves.get(variable)) is not None:
                 self.elsewhere.add(variable)
-            if source is None and variable in self._own:
+            elif variable in self._own:
                 self._ahead.append((variable, index))
                 continue
             if source is not None:

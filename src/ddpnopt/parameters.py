@@ -22,8 +22,9 @@ def identity(tensor: Any) -> int:
 
 
 def leaf(node: Any) -> int:
-    """The identity of the parameter whose gradient a node of the graph accumulates."""
-    return identity(getattr(node, "variable", None))
+    """The identity of the parameter whose gradient a node of the graph accumulates; 0 for none."""
+    variable = getattr(node, "variable", None)
+    return 0 if variable is None else identity(variable)
 
 
 def named_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -42,10 +43,10 @@ def parameters(module: nn.Module) -> list[nn.Parameter]:
     if STANDS_FOR or module._modules:
         return [p for _, p in named_parameters(module)]
     found = [p for p in module._parameters.values() if p is not None]
+    if len(found) < 2 or (len(found) == 2 and found[0] is not found[1]):
+        return found
     return found if _distinct(found) else list(module.parameters())
 
 
 def _distinct(found: list[nn.Parameter]) -> bool:
-    if len(found) == 2:
-        return found[0] is not found[1]
-    return len(found) < 2 or len(set(map(id, found))) == len(found)
+    return len(set(map(id, found))) == len(found)

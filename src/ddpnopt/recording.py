@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,8 +15,7 @@ from ddpnopt.typing import Tensor
 from ddpnopt.watch import Watch
 
 
-@dataclass(frozen=True)
-class Executed:
+class Executed(NamedTuple):
     """A module that has run.
 
     Attributes:
@@ -37,8 +35,9 @@ class Executed:
     @staticmethod
     def of(module: nn.Module, given: tuple[Any, ...], outputs: Sequence[Tensor]) -> Executed:
         """A call with these arguments, and the tensors that it returned."""
-        rule, against = rule_of_call(module, given, len(outputs))
-        return Executed(module, tensors_of(given), outputs, rule, against)
+        inputs = tensors_of(given)
+        rule, against = rule_of_call(module, given, len(outputs), len(inputs))
+        return Executed(module, inputs, outputs, rule, against)
 
     def joined(self, watch: Watch | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All outputs as one tensor, which has their gradient, and the parts that take their place.

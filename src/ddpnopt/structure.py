@@ -14,7 +14,7 @@ from ddpnopt.functional import dense, parts
 from ddpnopt.layers import rule_for
 from ddpnopt.layers.embedding import LookupRule
 from ddpnopt.layers.linear import LinearRule
-from ddpnopt.parameters import identity, own, parameters
+from ddpnopt.parameters import STANDS_FOR, identity, own, parameters
 from ddpnopt.typing import Tensor
 
 
@@ -64,7 +64,7 @@ class Anatomy:
         self.partial: set[int] = set()
         self._owners: set[int] = set()
         self._outer: dict[int, nn.Module] = {}
-        self._state: tuple[tuple[int, bool], ...] = ()
+        self._state: list[tuple[int, bool]] = []
 
     def outdated(self) -> bool:
         """Whether modules have been added, removed or replaced."""
@@ -137,12 +137,13 @@ class Anatomy:
 
     def refresh(self) -> None:
         """Look at the parameters again: some may be frozen, or swapped for others."""
-        state = tuple(
-            (identity(p), p.requires_grad)
+        state = [
+            (identity(p) if STANDS_FOR else id(p), p.requires_grad)
             for module in self.modules
+            if module._parameters
             for p in module._parameters.values()
             if p is not None
-        )
+        ]
         if state != self._state:
             self._find_functional()
             self._count()

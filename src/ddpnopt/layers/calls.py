@@ -24,16 +24,31 @@ def reason_against(module: nn.Module, given: Sequence[object], outputs: int | No
 
 
 def rule_of_call(
-    module: nn.Module, given: Sequence[object], outputs: int | None = None
+    module: nn.Module,
+    given: Sequence[object],
+    outputs: int | None = None,
+    inputs: int | None = None,
 ) -> tuple[LayerRule | None, str]:
-    """The rule of a module called with these arguments; or None, and why it has none."""
+    """The rule of a module called with these arguments; or None, and why it has none.
+
+    Args:
+        module: The module.
+        given: Its arguments.
+        outputs: How many tensors it returned; None before it has.
+        inputs: How many tensors the arguments are, where that is known.
+    """
     rule = registered(module) or FALLBACK
-    reason = _refusal(rule, module, given, outputs)
+    inputs = len(tensors_of(given)) if inputs is None else inputs
+    reason = _refusal(rule, module, given, inputs, outputs)
     return (None, reason) if reason else (rule, "")
 
 
 def _refusal(
-    rule: LayerRule, module: nn.Module, given: Sequence[object], outputs: int | None
+    rule: LayerRule,
+    module: nn.Module,
+    given: Sequence[object],
+    inputs: int,
+    outputs: int | None,
 ) -> str:
     kind = type(module).__name__
     if reason := rule.refusal(module):
@@ -41,7 +56,6 @@ def _refusal(
     for p in module._parameters.values():
         if p is not None and p.numel() == 0:
             return f"{kind} has a width of 0"
-    inputs = len(tensors_of(given))
     if inputs not in rule.arguments:
         known = " or ".join(map(str, rule.arguments))
         return f"{kind} was called with {inputs} tensors, and its rule takes {known}"
