@@ -10,7 +10,7 @@ import torch
 
 from ddpnopt.linearise import cast_state, flat
 from ddpnopt.rows import chunk_size
-from ddpnopt.typing import Float, Tensor
+from ddpnopt.typing import Tensor
 
 
 class Changed(Sequence[Tensor]):
@@ -40,10 +40,8 @@ class Changed(Sequence[Tensor]):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self.now[index] - self.before[index]
 
-    def along(
-        self, index: int, g: Tensor, samples: int, dtype: torch.dtype
-    ) -> Float[Tensor, "b 1"]:
-        """g . dx of each sample of a pass, of so many samples at a time that they stay in cache.
+    def along(self, index: int, g: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
+        """g . dx of each sample of a pass, (B, 1); of so many at a time that they stay in cache.
 
         Args:
             index: Number of the pass.

@@ -15,6 +15,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ddpnopt.typing import Tensor
 
 
+#: Nodes of functions that are written in Python.
+PYTHON: Any = torch._C._FunctionBase
+
+
 class Hook:
     """A weak callable on a module: inert once the recorder is gone, and in copies and pickles."""
 
@@ -100,7 +104,7 @@ def edge_of(t: Tensor) -> GradientEdge | None:
     That of a Python function's result owns a node of its own: it is to be asked for once.
     """
     node = t.grad_fn
-    if node is None or isinstance(node, torch._C._FunctionBase):
+    if node is None or isinstance(node, PYTHON):
         return get_gradient_edge(t) if t.requires_grad else None
     return GradientEdge(node, t.output_nr)
 

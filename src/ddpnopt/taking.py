@@ -14,6 +14,7 @@ from ddpnopt.plain import plain_updates
 from ddpnopt.report import StepReport
 from ddpnopt.reporting import outcome
 from ddpnopt.stages import Trajectory
+from ddpnopt.step import Step
 from ddpnopt.undoing import insist
 
 if TYPE_CHECKING:
@@ -47,14 +48,7 @@ def take(
         check_states(trajectories, engine.options.closed_loop)
     if rescale != 1.0 and held and in_feedback:
         engine.notices.say(CLIPPED_BIASES)
-    running, sketch = dict(engine.running), engine.sketch.get_state()
-
-    def undo() -> None:
-        if engine.recorder is not None:
-            engine.recorder.undoing.run()
-        step.borrowed.rollback()
-        engine.running = running
-        engine.sketch.set_state(sketch)
+    undo = _undoing(engine, step)
 
     def conclude() -> None:
         engine.host.commit(step.borrowed)
@@ -83,3 +77,17 @@ def take(
         raise
     insist(conclude)
     return made
+
+
+def _undoing(engine: Engine, step: Step) -> Callable[[], None]:
+    """What puts everything back as it is now."""
+    running, sketch = dict(engine.running), engine.sketch.get_state()
+
+    def undo() -> None:
+        if engine.recorder is not None:
+            engine.recorder.undoing.run()
+        step.borrowed.rollback()
+        engine.running = running
+        engine.sketch.set_state(sketch)
+
+    return undo

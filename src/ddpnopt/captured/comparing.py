@@ -76,12 +76,28 @@ def compare(
     if _others(outcome.made) != _others(asked(made)) or outcome.counts != counts:
         return made, math.inf
     now = after([slot.tensor for slot in plan.slots], asked(made))
-    # Weights by what the step has changed, what else there is by what it is: some hardly changes.
-    blank = [torch.zeros_like(t) for t in now[len(before) :]]
-    starts = [*before, *blank], [*shaken, *blank]
-    off = max(map(_apart, replayed, now, nearby, *starts), default=0.0)
+    return made, _beyond(plan, (replayed, now, nearby), (before, shaken))
+
+
+def _beyond(
+    plan: Plan,
+    ends: tuple[list[Tensor], list[Tensor], list[Tensor]],
+    starts: tuple[list[Tensor], ...],
+) -> float:
+    """How far a run is from the code beyond what is allowed; 0 if it is not.
+
+    Weights by what the step has changed, what else there is by what it is: some hardly changes.
+
+    Args:
+        plan: The record.
+        ends: What the run, the code, and the run off by rounding have left.
+        starts: What the first two and the third have begun with.
+    """
+    blank = [torch.zeros_like(t) for t in ends[1][len(starts[0]) :]]
+    begun = [[*start, *blank] for start in starts]
+    off = max(map(_apart, *ends, *begun), default=0.0)
     allowed = CLOSE_COARSE if plan.half or _tf32(plan.changed) else CLOSE
-    return made, off if off > allowed or math.isnan(off) else 0.0
+    return off if off > allowed or math.isnan(off) else 0.0
 
 
 def _shaken(t: Tensor) -> Tensor:
