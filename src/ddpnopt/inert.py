@@ -14,7 +14,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ddpnopt.typing import Tensor
 
-
 #: Nodes of functions that are written in Python.
 PYTHON: Any = torch._C._FunctionBase
 
