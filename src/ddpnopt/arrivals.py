@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.accounts import Accounts, Part, Sources, maker, unseen
@@ -64,7 +65,8 @@ class Arrivals:
     def at_h(self, trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor) -> None:
         """A gradient has arrived at a stage's output."""
         self._begin()
-        self._settle(trajectory, stage, G)
+        if trajectory.accounted:
+            self._settle(trajectory, stage, G)
         last = stage is trajectory.stages[-1] or stage in trajectory.heads
         if stage.rule is None and not last:
             return
@@ -223,6 +225,12 @@ def counts() -> bool:
     return not probes.running and not torch.is_grad_enabled()
 
 
+def _sparse(module: nn.Module) -> bool:
+    """Whether a layer's gradients may be sparse; modules are slow to tell what they do not have."""
+    known = "sparse" in vars(module) or hasattr(type(module), "sparse")
+    return known and bool(module.sparse)
+
+
 def gradient_at_h(
     ref: weakref.ref[Arrivals], trajectory: Trajectory, stage: Stage, link: Link | None, G: Tensor
 ) -> Tensor | None:
@@ -230,7 +238,7 @@ def gradient_at_h(
     arrivals = ref()
     if arrivals is not None and counts():
         arrivals.at_h(trajectory, stage, link, G)
-        if getattr(stage.module, "sparse", False):
+        if _sparse(stage.module):
             return G.clone()  # p.grad shares its memory, and is scaled in place by whoever clips
     return None
 

@@ -56,8 +56,8 @@ def exceed(*pairs: tuple[Tensor, float]) -> list[bool]:
     """Whether each value lies above its bound; one synchronisation for all. False for nan."""
     if _conditions is not None:
         return [_conditions.decide(value > bound) for value, bound in pairs]
-    if len(pairs) == 1:
-        return [float(pairs[0][0]) > pairs[0][1]]
+    if len(pairs) == 1 or pairs[0][0].device.type == "cpu":  # nothing to wait for
+        return [float(value) > bound for value, bound in pairs]
     values = torch.stack([value for value, _ in pairs]).tolist()
     return [value > bound for value, (_, bound) in zip(values, pairs, strict=True)]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,14 +86,18 @@ class Probes(threading.local):
 probes = Probes()
 
 
-@contextmanager
-def probing() -> Iterator[None]:
+class probing:  # noqa: N801
     """The library's own backward passes: no recorder, of whatever optimizer, takes notice."""
-    outer, probes.running = probes.running, True
-    try:
-        yield
-    finally:
-        probes.running = outer
+
+    __slots__ = ("_outer",)
+
+    def __enter__(self) -> None:
+        """Begin."""
+        self._outer, probes.running = probes.running, True
+
+    def __exit__(self, *error: object) -> None:
+        """As it was before."""
+        probes.running = self._outer
 
 
 def edge_of(t: Tensor) -> GradientEdge | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -18,10 +19,13 @@ WORTH = 1 << 16
 
 def norms(tensors: list[Tensor], order: float = 2.0) -> Tensor:
     """Norms of many tensors, stacked, in one fused call."""
-    found: list[Tensor] = list(torch._foreach_norm([local(t) for t in tensors], order))
+    parts = [local(t) for t in tensors]
+    found: list[Tensor] = list(torch._foreach_norm(parts, order))
     if len({n.device for n in found}) > 1:
         found = [n.to(found[0].device) for n in found]
-    stacked = joined(torch.stack(found), tensors, order)
+    stacked = torch.stack(found)
+    if any(map(operator.is_not, parts, tensors)):
+        stacked = joined(stacked, tensors, order)
     return stacked if stacked.dtype == torch.float64 else stacked.float()
 
 

@@ -126,9 +126,11 @@ class Anatomy:
         Args:
             weight_gradients: Whether the layers' weights are among them.
         """
-        held_by = (p for m in self.modules for p in m._parameters.values() if p is not None)
-        found = {id(p): p for p in map(own, held_by)}
-        used: list[Tensor] = [p for p in found.values() if self.trainable(p)]
+        held_by = [
+            p for m in self.modules if m._parameters for p in m._parameters.values() if p is not None
+        ]
+        found = {id(p): p for p in (map(own, held_by) if STANDS_FOR else held_by)}
+        used: list[Tensor] = list(filter(self.trainable, found.values()))
         if weight_gradients:
             return used
         held = {id(w) for m in self.layers().values() if (w := held_weight(m)) is not None}
