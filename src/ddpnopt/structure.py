@@ -127,7 +127,11 @@ class Anatomy:
             weight_gradients: Whether the layers' weights are among them.
         """
         held_by = [
-            p for m in self.modules if m._parameters for p in m._parameters.values() if p is not None
+            p
+            for m in self.modules
+            if m._parameters
+            for p in m._parameters.values()
+            if p is not None
         ]
         found = {id(p): p for p in (map(own, held_by) if STANDS_FOR else held_by)}
         used: list[Tensor] = list(filter(self.trainable, found.values()))
