@@ -71,7 +71,7 @@ class Call:
         given = {**dict(zip(names, self.args, strict=False)), **self.kwargs}
         writes = [a.name for a in self.func._schema.arguments if _is_write(a)]
         if self.func in FORMULAS and given.get("grad_scale") is None:
-            writes.remove("grads")  # they are only unscaled there
+            writes = [name for name in writes if name != "grads"]  # they are only unscaled there
         undeclared = [self.args[place] for place in UNDECLARED.get(self.func, ())]
         return _values([*(given[name] for name in writes if name in given), *undeclared])
 
