@@ -359,6 +359,65 @@ def test_weights_that_have_moved_since_the_pass_are_refused() -> None:
         opt.step()
 
 
+class Scaled(nn.Module):
+    """Its first layer is not given the argument itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, CLASSES)
+        self.between: nn.Module = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x / 2)))
+
+
+def test_an_argument_that_is_overwritten_is_refused() -> None:
+    torch.manual_seed(0)
+    net = Scaled().double()
+    opt = DDPNOpt(net, lr=0.2)
+    record = capture(opt)
+    data = batches((5,), 20)
+    for x, y in data[:18]:
+        one_step(opt, net, x, y)
+    assert record.replayed > 0
+    opt.zero_grad()
+    x, y = data[18]
+    F.cross_entropy(net(x), y).backward()
+    x.copy_(data[19][0])
+    with pytest.raises(UnsupportedModelError, match="input tensor 0"):
+        opt.step()
+
+
+def test_a_part_that_is_replaced_voids_the_records() -> None:
+    nets = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        net = Scaled().double()
+        opt = DDPNOpt(net, lr=0.2)
+        record = capture(opt) if recorded else None
+        for turn, (x, y) in enumerate(batches((5,), 50)):
+            if turn == 20:
+                net.between = nn.Sigmoid()
+            one_step(opt, net, x, y)
+        nets.append(net)
+    assert record is not None and record.reason == "" and record.replayed > 20
+    assert apart(*nets) < 1e-13
+
+
+def test_a_warm_up_from_zero() -> None:
+    nets = []
+    for recorded in (False, True):
+        net, shape = model("BatchNorm")
+        opt = DDPNOpt(net, lr=0.1)
+        record = capture(opt) if recorded else None
+        for turn, (x, y) in enumerate(batches(shape, 40)):
+            opt.param_groups[0]["lr"] = 0.1 * (turn // 10) / 4
+            one_step(opt, net, x, y)
+        nets.append(net)
+    assert record is not None and record.replayed > 10
+    assert apart(*nets) < 1e-11
+
+
 def test_settings_that_change_void_the_records() -> None:
     net, twin, opt, other = pair("BatchNorm", lr=0.2, momentum=0.5)
     record = capture(other)

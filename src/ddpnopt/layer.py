@@ -129,6 +129,7 @@ class Layer:
             return torch.cat(list(dx.q)).to(self.dtype)
         if not self.factor and isinstance(dx, Changed):
             given = [one.g_x for one in self.blocks if one.g_x is not None]
+            assert len(given) == len(self.blocks)
             return _whole(
                 [
                     dx.along(index, g_x, samples, self.dtype)

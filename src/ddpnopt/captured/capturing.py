@@ -27,7 +27,9 @@ def capture(
     """Training run without the library's Python code: the step alone, or a whole iteration.
 
     Without a loss function the loop stays as it is, and ``optimizer.step()`` is run from a record
-    from then on. With one, a whole iteration becomes a function of the batch.
+    from then on; every 100th is compared with the code again, since what the model does between its
+    layers is known from the recording alone. With one, a whole iteration becomes a function of the
+    batch.
 
     The first calls run as they are written. One is recorded: every operator of the step, or of the
     forward pass, the backward pass and the step. The next one is run both ways and compared. From

@@ -76,7 +76,9 @@ class State:
         self.tensors: list[tuple[Slot, Tensor]] = []
         self.counts: list[tuple[Slot, int]] = []
         self._numbers: list[tuple[Slot, type]] = []
+        self._optimizer, self._places = optimizer, 0
         for slot, device in _places(optimizer):
+            self._places += 1
             value = slot.found
             if slot.counts:
                 self.counts.append((slot, value))
@@ -87,6 +89,10 @@ class State:
                 self._numbers.append((slot, type(value)))
             if isinstance(slot.found, torch.Tensor):
                 self.tensors.append((slot, slot.found))
+
+    def grown(self) -> bool:
+        """Whether a step has made state that was not there before, which no place is known of."""
+        return sum(1 for _ in _places(self._optimizer)) != self._places
 
     def computed(self) -> list[str]:
         """Names of what has been replaced by a number: the host has computed it."""

@@ -257,6 +257,7 @@ class Plan:
     def interpret(self) -> None:
         """Run the operators one by one from now on."""
         self.compiled, self._function = False, self.program.graph(native=True).forward
+        self._graph = None
 
     # CUDA graphs ----------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from ddpnopt.hyperparameters import curvatures
 from ddpnopt.randomness import drawing
 from ddpnopt.report import StepReport
 from ddpnopt.shell import Shell
+from ddpnopt.structure import Anatomy
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import insist
 
@@ -78,6 +79,7 @@ class Records:
         self._settings: list[Any] = []
         self._model: nn.Module | None = None
         self._modules: list[nn.Module] = []
+        self._anatomy: Anatomy | None = None
 
     # What the work is ------------------------------------------------------------------------
 
@@ -132,7 +134,8 @@ class Records:
         plan = self._plans.get((work.kind, kind))
         if plan is None:
             cold = self._warm.get(work.kind, 0) < WARM or self._crowded(work.kind)
-            if kind is None or cold or not self._usual(work):
+            still = 0 in self._rates.numbers  # where nothing moves, ratios are 0 / 0
+            if kind is None or cold or still or not self._usual(work):
                 self._warm_up(work.kind)
                 return self._as_written(work)
             return self._record((work.kind, kind), work)
@@ -209,6 +212,8 @@ class Records:
                     made = run()
                     sound = tracer.conclude()
             self.written += 1
+            if state.grown():
+                tracer.postpone()
             for name in state.computed():
                 tracer.refuse(f"the optimizer keeps a number ('{name}')")
             if not tracer.refusal:
@@ -258,7 +263,10 @@ class Records:
             lambda made: self._report(made)[0],
             self._seen,
         )
-        if off is None:
+        if off is None:  # what was decided in the recording is not decided so again
+            plan.misses += 1
+            if plan.misses >= MISSES:
+                self._plans = {known: one for known, one in self._plans.items() if one is not plan}
             return made
         if off and plan.compiled:
             self._do_without_compiler(plan, f"a compiled {self.what} differs by {off:.2%}")
@@ -300,9 +308,11 @@ class Records:
 
     def _watch_settings(self) -> None:
         """Other settings than those of the recordings make them void."""
-        model = self.optimizer.model
-        if model is not self._model:
-            self._model, self._modules = model, list(model.modules())
+        model, recorder = self.optimizer.model, self.optimizer.engine.recorder
+        anatomy = None if recorder is None else recorder.anatomy
+        if model is not self._model or anatomy is not self._anatomy:  # a layer may be another
+            self._model, self._modules, self._settings = model, list(model.modules()), []
+            self._anatomy = anatomy
         settings = calls.settings_of(self.optimizer, self._modules)
         if settings != self._settings:
             self._plans, self._warm, self._settings = {}, {}, settings

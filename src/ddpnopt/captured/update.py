@@ -75,6 +75,9 @@ class _Steps(_OfPasses):
             return False
         try:
             check_states(trajectories, self.optimizer.options.closed_loop)
+            for one in trajectories:
+                if one.call is not None:
+                    one.call.check_inputs()
         except UnsupportedModelError:
             return False
         return True
@@ -187,7 +190,7 @@ class CapturedUpdate:
         else:
             self.written += 1
         self._written = self._steps.written, self._reweighings.written
-        self._steps.say(stacklevel=7)
+        self._steps.say(stacklevel=6)
         return made
 
     def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
