@@ -25,7 +25,6 @@ from ddpnopt.captured.plan import Plan
 from ddpnopt.captured.records import MISSES
 from ddpnopt.curvature import EKFAC, KFAC
 from oracles.recorded import (
-    CLASSES,
     INNER,
     KRONECKER,
     NETS,
@@ -34,6 +33,7 @@ from oracles.recorded import (
     apart,
     batches,
     counts,
+    dense_net,
     model,
     on,
     plain,
@@ -86,13 +86,7 @@ def test_around_torch_optimizers(inner: str, feedback: bool | str) -> None:
     lr=st.floats(1e-3, 10),
 )
 def test_any_dense_net(widths: list[int], samples: int, lr: float) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        sizes = [3, *widths, CLASSES]
-        layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
-        return nn.Sequential(*(m for one in layers for m in (one, nn.Tanh()))).double()
-
-    net, twin = build(), build()
+    net, twin = dense_net(widths), dense_net(widths)
     opt, other = DDPNOpt(net, lr=lr), DDPNOpt(twin, lr=lr)
     step = capture(other, on(twin))
     for x, y in batches((3,), 9, samples):

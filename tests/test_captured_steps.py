@@ -42,6 +42,7 @@ from oracles.recorded import (
     apart,
     batches,
     counts,
+    dense_net,
     model,
     plain,
 )
@@ -211,13 +212,7 @@ def test_any_loss(feedback: bool | str, loss: str) -> None:
     feedback=st.sampled_from([True, "open_loop"]),
 )
 def test_any_dense_net(widths: list[int], samples: int, lr: float, feedback: bool | str) -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        sizes = [3, *widths, CLASSES]
-        layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
-        return nn.Sequential(*(m for one in layers for m in (one, nn.Tanh()))).double()
-
-    net, twin = build(), build()
+    net, twin = dense_net(widths), dense_net(widths)
     opt, other = (DDPNOpt(one, lr=lr, feedback=feedback) for one in (net, twin))
     record = capture(other)
     for x, y in batches((3,), 9, samples):

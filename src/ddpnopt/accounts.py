@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.crossing import Crossing
-from ddpnopt.inert import probe, probing
+from ddpnopt.inert import Probing, probe
 from ddpnopt.stages import Stage, Trajectory
 from ddpnopt.typing import Tensor
 
@@ -53,7 +53,7 @@ class Accounts:
             G: The gradient of one use.
             sources: Of the step.
         """
-        with probing():
+        with Probing():
             found = probe(edge, [one for _, one in sources], G)
         for (part, _), g in zip(sources, found, strict=True):
             if g is not None:

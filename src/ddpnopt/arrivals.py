@@ -21,7 +21,7 @@ from ddpnopt.company import several
 from ddpnopt.crossing import Crossing
 from ddpnopt.dtensors import local
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.inert import probes, probing
+from ddpnopt.inert import Probing, probes
 from ddpnopt.linearise import fill_columns, pulled
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.typing import Tensor
@@ -78,7 +78,7 @@ class Arrivals:
             total = stage.fresh_G
             if self.adds_up and stage.G is not None:
                 total = stage.G + total
-            with probing():
+            with Probing():
                 self.at_output(trajectory, stage, link, total)
 
     def at_x(self, stage: Stage, G: Tensor) -> None:
@@ -114,7 +114,7 @@ class Arrivals:
         if trajectory in self._during and trajectory.pending is not None:
             # The running node itself: a hook that held its own node could never be collected.
             edge = GradientEdge(torch._C._current_autograd_node(), output)
-            with probing():
+            with Probing():
                 self.at_boundary(trajectory, G.detach(), edge)
 
     def _begin(self) -> None:

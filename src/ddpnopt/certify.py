@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from ddpnopt.dtensors import spread_out
-from ddpnopt.inert import probe, probing
+from ddpnopt.inert import Probing, probe
 from ddpnopt.linearise import cast_state
 from ddpnopt.replay import preserved
 from ddpnopt.stages import Stage
@@ -35,7 +35,7 @@ def doubt(stage: Stage, h: GradientEdge | None, x: GradientEdge | None, samples:
     kind = type(stage.module).__name__
     if any(map(spread_out, stage.module.parameters())):
         return f"{kind} has no rule, and its weights are spread over the ranks (fully_shard)"
-    with probing(), preserved(stage.module), torch.enable_grad():
+    with Probing(), preserved(stage.module), torch.enable_grad():
         try:
             worst = _difference(stage, h, x, samples)
         except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:

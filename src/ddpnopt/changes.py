@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 
+from ddpnopt.formed import Formed
 from ddpnopt.linearise import cast_state, flat
 from ddpnopt.rows import chunk_size
 from ddpnopt.typing import Tensor
 
 
-class Changed(Sequence[Tensor]):
+class Changed(Formed):
     """The changes of the states, one for each pass; formed only where they are looked at.
 
     Args:
@@ -28,16 +28,8 @@ class Changed(Sequence[Tensor]):
         """Number of passes."""
         return len(self.now)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        """The changes of some passes."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def form(self, index: int) -> Tensor:
+        """The change of a pass's states."""
         return self.now[index] - self.before[index]
 
     def along(self, index: int, g: Tensor, samples: int, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from ddpnopt.arrivals import Arrivals, gradient_at_boundary
 from ddpnopt.certify import doubt
 from ddpnopt.crossing import Crossing, Span
 from ddpnopt.decisions import postpone, traced
-from ddpnopt.inert import probing
+from ddpnopt.inert import Probing
 from ddpnopt.layers import FALLBACK
 from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes
 from ddpnopt.mixing import Probe, probed
@@ -228,7 +228,7 @@ class Classifier:
             if clear and turn is not None:
                 continue  # another sample would tell nothing new
             while True:
-                with probing():
+                with Probing():
                     found, told = probed(trajectory, ledger, taps, turn, self.graphs)
                 if found <= start:
                     break

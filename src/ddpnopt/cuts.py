@@ -19,7 +19,7 @@ from torch import nn
 
 from ddpnopt.arguments import ordered, tensors_of
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.inert import Hook, probing
+from ddpnopt.inert import Hook, Probing
 from ddpnopt.layers import rule_for
 from ddpnopt.modes import Quiet, quiet
 from ddpnopt.replay import Replay, preserved
@@ -245,7 +245,7 @@ def _unhooked(module: nn.Module) -> bool:
 def _run(trajectory: Trajectory, model: nn.Module, cutter: _Cutter) -> None:
     call = trajectory.again()
     call.check_inputs()
-    with probing(), preserved(model), torch.enable_grad(), _hooked(trajectory.active, cutter):
+    with Probing(), preserved(model), torch.enable_grad(), _hooked(trajectory.active, cutter):
         try:
             Replay(call, grad=True).run_in_place()
         except _Reached:

@@ -49,7 +49,7 @@ class Shortcut(Protocol):
     """Does what the engine does in another way (`ddpnopt.capture`)."""
 
     def take(self, trajectories: list[Trajectory]) -> Report:
-        """As `taking.take`, on gradients that nobody has changed."""
+        """As `taking.take`, on gradients that have not all been rescaled."""
 
     def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
         """As `reweighting.reweighing`."""

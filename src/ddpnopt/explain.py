@@ -13,7 +13,7 @@ from torch import nn
 from ddpnopt.arguments import tensors_of
 from ddpnopt.checks import check_model
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.inert import probing
+from ddpnopt.inert import Probing
 from ddpnopt.ledger import FROZEN
 from ddpnopt.linearise import cast_state
 from ddpnopt.optimizer import DDPNOpt
@@ -195,7 +195,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
 def _count(model: nn.Module, inputs: Any, kwargs: Any) -> tuple[int, int]:
     """Operations of a forward and of a backward pass, as autograd makes them."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    with probing(), preserved(model), torch.enable_grad():
+    with Probing(), preserved(model), torch.enable_grad():
         with Operations() as counter:
             output = model(*inputs, **kwargs)
         forward = counter.total
@@ -281,7 +281,7 @@ def _output(stage: Stage) -> Tensor | None:
     if stage.rule is None:
         return None
     x = cast_state(stage.x, next(stage.module.parameters()).dtype)
-    with probing(), preserved(stage.module), torch.no_grad():
+    with Probing(), preserved(stage.module), torch.no_grad():
         return stage.rule.function(stage.module, x)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ddpnopt.cuts import hook_replays
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.inert import probing
+from ddpnopt.inert import Probing
 from ddpnopt.layer import Layer
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.replay import Replay, preserve
@@ -151,7 +151,7 @@ class Gain:
         states: list[Tensor] = []
         modules = {self.name: self.recorder.anatomy.hooked[self.name]}
         args = call.args
-        with Undoing() as undoing, probing(), torch.enable_grad():
+        with Undoing() as undoing, Probing(), torch.enable_grad():
             preserve(undoing, list(self.recorder.model.modules()))
             undoing.add(lambda: setattr(call, "args", args))
             hook_replays(undoing, modules, lambda _, x: states.append(x))

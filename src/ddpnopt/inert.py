@@ -86,7 +86,7 @@ class Probes(threading.local):
 probes = Probes()
 
 
-class probing:  # noqa: N801
+class Probing:
     """The library's own backward passes: no recorder, of whatever optimizer, takes notice."""
 
     __slots__ = ("_outer",)

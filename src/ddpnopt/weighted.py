@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 
+from ddpnopt.formed import Formed
 from ddpnopt.typing import Tensor
 
 
-class Weighted(Sequence[Tensor]):
+class Weighted(Formed):
     """The h-space vectors a g, one for each pass; formed only where they are looked at.
 
     Args:
@@ -27,16 +27,8 @@ class Weighted(Sequence[Tensor]):
         """Number of passes."""
         return len(self.G)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        """The vectors of some passes."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def form(self, index: int) -> Tensor:
+        """The vectors of a pass."""
         G = self.G[index]
         a = torch.split(self.a, list(self.counts))[index].to(G.dtype)
         return (G.reshape(len(a), -1) * a[:, None]).reshape(G.shape)

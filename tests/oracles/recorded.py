@@ -71,6 +71,14 @@ def model(name: str = "dense") -> tuple[nn.Module, tuple[int, ...]]:
     return build().double(), shape
 
 
+def dense_net(widths: list[int]) -> nn.Module:
+    """Three inputs, layers of these widths with Tanh, always with the same weights."""
+    torch.manual_seed(0)
+    sizes = [3, *widths, CLASSES]
+    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return nn.Sequential(*(m for one in layers for m in (one, nn.Tanh()))).double()
+
+
 def plain(opt: torch.optim.Optimizer, net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     opt.zero_grad()
     loss = F.cross_entropy(net(x), y)

@@ -23,7 +23,7 @@ from torch import nn
 from ddpnopt.cuts import Cut, cut
 from ddpnopt.engine import Engine
 from ddpnopt.hyperparameters import curvature_options
-from ddpnopt.inert import probing
+from ddpnopt.inert import Probing
 from ddpnopt.linearise import cast_state
 from ddpnopt.optimizer import DDPNOpt
 from ddpnopt.ranges import check_number, finite
@@ -176,7 +176,7 @@ def _directions(G: Tensor, samples: int) -> tuple[Tensor, Tensor]:
 
 def _pushed(segment: Cut, u: Tensor) -> Tensor:
     """J u: the product with the Jacobian's transpose is linear, and its own transpose is J."""
-    with probing(), torch.enable_grad():
+    with Probing(), torch.enable_grad():
         v = torch.zeros_like(segment.end, requires_grad=True)
         (back,) = torch.autograd.grad(segment.end, segment.h, v, create_graph=True)
         (pushed,) = torch.autograd.grad(back, v, u.to(back.dtype).reshape(back.shape))

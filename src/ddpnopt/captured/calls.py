@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a call of a captured iteration is told by, and whether it can be run again."""
+"""What a recorded call is told by, and whether it can be run again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Is an iteration that is run from the record the iteration as it is written?"""
+"""Is what is run from the record what is written?"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A traced iteration, ready to be run again: on which tensors, and the way back."""
+"""What has been traced, ready to be run again: on which tensors, and the way back."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -41,7 +42,7 @@ MISSES = 3
 FRUITLESS, FRUITFUL = 3, 20
 
 
-class Records:
+class Records(ABC):
     """Records of one optimizer's work, by kinds of batch and step.
 
     Attributes:
@@ -83,21 +84,21 @@ class Records:
 
     # What the work is ------------------------------------------------------------------------
 
+    @abstractmethod
     def _report(self, made: Any) -> tuple[Any, StepReport | None]:
         """Of what the work has made: what is to be made again, and the record of the step."""
-        raise NotImplementedError
 
     def _seen(self, asked: Any) -> Any:
         """What of that is compared, by what it is."""
         return asked
 
+    @abstractmethod
     def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
         """Refuse what only shows when the work is done."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keep(self, plan: Plan, outcome: Outcome) -> Any:
         """A run from the record counts; may be begun again."""
-        raise NotImplementedError
 
     def _told(self, outcome: Outcome) -> Callable[[], StepReport | None]:
         """The record of the step, as of now, made when it is asked for."""

@@ -178,7 +178,7 @@ class CapturedUpdate:
         return self._steps.reason or self._reweighings.reason
 
     def take(self, trajectories: list[Trajectory]) -> Report:
-        """A step on passes whose gradients have not been changed since.
+        """A step on passes whose gradients have not all been rescaled since.
 
         Raises:
             Exception: As the step does.
