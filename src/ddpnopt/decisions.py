@@ -26,6 +26,9 @@ class Conditions(Protocol):
     def postpone(self) -> None:
         """This step does more than a usual one: another has to be traced."""
 
+    def phase_ends(self) -> None:
+        """The forward pass has ended, or the backward pass."""
+
 
 _conditions: Conditions | None = None
 
@@ -39,6 +42,12 @@ def postpone() -> None:
     """What is done now is not done in every step."""
     if _conditions is not None:
         _conditions.postpone()
+
+
+def phase_ends() -> None:
+    """What comes next runs when the user's loop has had its turn."""
+    if _conditions is not None:
+        _conditions.phase_ends()
 
 
 @contextmanager

@@ -7,8 +7,9 @@ in open loop what has been added to p.grad.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,14 +46,27 @@ from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
 
 
-class Shortcut(Protocol):
+class Shortcut(ABC):
     """Does what the engine does in another way (`ddpnopt.capture`)."""
 
+    @abstractmethod
     def take(self, trajectories: list[Trajectory]) -> Report:
         """As `taking.take`, on gradients that have not all been rescaled."""
 
+    @abstractmethod
     def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
         """As `reweighting.reweighing`."""
+
+    def enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it runs this call of a module, so that nothing is to be recorded of it."""
+        return False
+
+    def step(self, closure: Callable[[], float] | None) -> Report | None:
+        """A step on passes that it has run; None: the engine has now got what it needs for one."""
+        return None
+
+    def forget(self) -> None:  # noqa: B027
+        """Gradients have been used or cleared: so are the passes they came from."""
 
 
 class Engine:
@@ -142,7 +156,12 @@ class Engine:
             graphs=self.graphs and self.options.value.graphs,
             logits=self.options.logits,
             arrivals=arrivals,
+            bypass=weakly(self._bypassed),
         )
+
+    def _bypassed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A module is called: does something else see to it?"""
+        return self.shortcut is not None and self.shortcut.enters(module, args, kwargs)
 
     def expected(self) -> list[Tensor]:
         """Parameters that a backward pass gives gradients to."""
@@ -189,6 +208,8 @@ class Engine:
         """Drop the recorded passes."""
         if self.recorder is not None:
             self.recorder.forget()
+        if self.shortcut is not None:
+            self.shortcut.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives a step, as tensors and plain values."""
@@ -276,6 +297,9 @@ class Engine:
 
     def step(self, closure: Callable[[], float] | None = None) -> Report:
         """Take one step, ``closure`` called; raises before anything is changed, or puts it back."""
+        made = self.shortcut.step(closure) if self.shortcut is not None else None
+        if made is not None:
+            return made
         trajectories = list(self.recorder.arrivals.completed) if self.recorder else []
         parameters = [p for p in self.parameters() if p.requires_grad]
         fresh = self.consumed.fresh(parameters) or not parameters

@@ -98,14 +98,14 @@ def _dense(p: Tensor) -> bool:
 
 def _norms(parameters: list[Tensor], both: bool) -> tuple[list[float], list[float]]:
     """2-norms and 1-norms of gradients, or the 2-norms twice."""
-    parts = [_sample(p.grad) for p in parameters if p.grad is not None]
+    parts = [sampled(p.grad) for p in parameters if p.grad is not None]
     if not parts:
         return [], []
     two = norms(parts).tolist()
     return two, norms(parts, 1.0).tolist() if both else two
 
 
-def _sample(gradient: Tensor) -> Tensor:
+def sampled(gradient: Tensor) -> Tensor:
     """Every n-th entry of a large gradient, as a view."""
     stride = gradient.numel() // SAMPLED
     if stride < 2 or not gradient.is_contiguous() or spread_out(gradient):

@@ -49,6 +49,7 @@ class Recorder:
         graphs: The value function allows branches and layers that are used more than once.
         logits: The loss is of logits, or is to be recognised.
         arrivals: Where the gradients go.
+        bypass: Asked with each call of a module that begins a pass: whether nothing is to be seen.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Recorder:
         graphs: bool,
         logits: bool,
         arrivals: Arrivals,
+        bypass: Callable[[nn.Module, Any, Any], bool],
     ) -> None:
         self.model, self.trainable, self.refresh = model, trainable, refresh
+        self.bypass = bypass
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
         self.weight_gradients, self.arrivals, self.logits = weight_gradients, arrivals, logits
         self.classifier = Classifier(arrivals, trainable, graphs, closed_loop)
@@ -153,6 +156,8 @@ class Recorder:
         if not self._recording():
             return
         if not self._depth:
+            if self.bypass(module, args, kwargs):
+                return
             self._holding.release()
             self._look_again()
         if not self.anatomy.owns_all(module):

@@ -4,15 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, Literal, overload
 
+from ddpnopt.captured.loop import CapturedLoop
 from ddpnopt.captured.step import CapturedStep
 from ddpnopt.captured.update import CapturedUpdate
 from ddpnopt.shell import Shell
 
 
 @overload
-def capture(optimizer: Shell, loss: None = None, *, compile: bool = False) -> CapturedUpdate: ...
+def capture(
+    optimizer: Shell, loss: None = None, *, compile: bool = False, passes: Literal[False] = False
+) -> CapturedUpdate: ...
+
+
+@overload
+def capture(
+    optimizer: Shell, loss: None = None, *, compile: bool = False, passes: Literal[True]
+) -> CapturedLoop: ...
 
 
 @overload
@@ -22,14 +31,18 @@ def capture(
 
 
 def capture(
-    optimizer: Shell, loss: Callable[..., Any] | None = None, *, compile: bool = False
-) -> CapturedStep | CapturedUpdate:
+    optimizer: Shell,
+    loss: Callable[..., Any] | None = None,
+    *,
+    compile: bool = False,
+    passes: bool = False,
+) -> CapturedStep | CapturedUpdate | CapturedLoop:
     """Training run without the library's Python code: the step alone, or a whole iteration.
 
     Without a loss function the loop stays as it is, and ``optimizer.step()`` is run from a record
-    from then on; every 100th is compared with the code again, since what the model does between its
-    layers is known from the recording alone. With one, a whole iteration becomes a function of the
-    batch.
+    from then on; with ``passes`` the model's forward and backward passes are, too. Every 100th is
+    compared with the code again, since what the model does between its layers is known from the
+    recording alone. With a loss function, a whole iteration becomes a function of the batch.
 
     The first calls run as they are written. One is recorded: every operator of the step, or of the
     forward pass, the backward pass and the step. The next one is run both ways and compared. From
@@ -46,6 +59,8 @@ def capture(
         loss: The batch's tensors to its loss, or to a tuple or dict whose first tensor is the loss.
             As under a CUDA graph its Python code runs in the recording alone. None: the step alone
             is recorded.
+        passes: Without a loss function: run the model's passes from the record, too. As under a
+            CUDA graph the model's Python code then runs in the recording alone.
         compile: Compile the record; takes from ten seconds to a minute and a half, and a C++
             compiler on the CPU.
 
@@ -55,13 +70,20 @@ def capture(
         run from the record, and whose ``remove()`` ends it.
 
     Raises:
-        TypeError: The optimizer is none of this package.
+        TypeError: The optimizer is none of this package, or ``passes`` beside a loss function.
 
     Examples:
         >>> step = capture(opt, lambda x, y: criterion(model(x), y))
         >>> for x, y in loader:
         ...     loss = step(x, y)
     """
+    if loss is not None and passes:
+        raise TypeError(
+            "capture: with a loss function the passes are always run from the record; give a loss "
+            "function or passes=True, not both"
+        )
+    if passes:
+        return CapturedLoop(optimizer, compile=compile)
     if loss is None:
         return CapturedUpdate(optimizer, compile=compile)
     return CapturedStep(optimizer, loss, compile=compile)

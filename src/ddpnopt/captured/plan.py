@@ -100,7 +100,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _At:
+class At:
     """Stands for a result of the program.
 
     Attributes:
@@ -148,7 +148,7 @@ class Plan:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             wanted.append(leaf)
-            return _At(len(wanted) - 1)
+            return At(len(wanted) - 1)
 
         self._made = tree_map(placed, recording.made)
         self._report = _mapped(recording.report, placed)
@@ -162,10 +162,7 @@ class Plan:
         scratch = [tracer.value(t) for t in recording.scratch.values()]
         self.program = Program(tracer.calls, arguments, externals, results, scratch)
         self.compiled = compiled
-        graph = self.program.graph(native=not compiled)
-        self._function: Callable[..., list[Tensor]] = graph.forward
-        if compiled:
-            self._function = Compiled(graph, len(arguments))
+        self._function = self._built(recording)
         self._externals = [t.detach() for t in self.program.externals.values()]
         changed = list(self.program.changed.values())
         read = {id(t) for t in self.program.externals.values()}
@@ -199,11 +196,17 @@ class Plan:
             None where the host would decide otherwise: then nothing has changed.
         """
         arguments = self._arguments(inputs, rates)
+        return self._outcome(
+            lambda: self._launch(arguments) if self._graph else self._run(arguments)
+        )
+
+    def _outcome(self, run: Callable[[], list[Tensor]]) -> Outcome | None:
+        """What a run makes of the state, if the host would decide likewise."""
         self._backed = False
         try:
-            with torch.no_grad(), _without_autocast(self.changed):
+            with torch.no_grad(), without_autocast(self.changed):
                 self._back_up()
-                results = self._launch(arguments) if self._graph else self._run(arguments)
+                results = run()
             if not bool(results[0]):
                 self.restore()
                 return None
@@ -235,10 +238,10 @@ class Plan:
 
     def _filled(self, results: Sequence[Tensor]) -> Any:
         """What the loss function returns."""
-        if isinstance(self._made, _At):
+        if isinstance(self._made, At):
             return results[self._made.place]
         return tree_map(
-            lambda leaf: results[leaf.place] if isinstance(leaf, _At) else leaf, self._made
+            lambda leaf: results[leaf.place] if isinstance(leaf, At) else leaf, self._made
         )
 
     def restore(self) -> None:
@@ -256,8 +259,19 @@ class Plan:
 
     def interpret(self) -> None:
         """Run the operators one by one from now on."""
-        self.compiled, self._function = False, self.program.graph(native=True).forward
-        self._graph = None
+        self.compiled, self._graph = False, None
+        self._function = self._built()
+
+    def _built(self, recording: Recording | None = None) -> Callable[..., list[Tensor]]:
+        """The program as a function of its arguments and its externals."""
+        graph = self.program.graph(native=not self.compiled)
+        compiled = Compiled(graph, len(self.program.arguments)) if self.compiled else None
+        return graph.forward if compiled is None else compiled
+
+    @property
+    def refusal(self) -> str:
+        """Why it can't be run; or ''."""
+        return "an argument is changed in place" if self.program.writes_arguments else ""
 
     # CUDA graphs ----------------------------------------------------------------------------
 
@@ -290,7 +304,7 @@ def _used(recording: Recording, results: Sequence[Value]) -> list[int]:
     return list(found.values())
 
 
-def _without_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
+def without_autocast(tensors: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """The program has its own casts."""
     kind = tensors[0].device.type if tensors else "cpu"
     on = torch.is_autocast_enabled(kind)

@@ -149,27 +149,40 @@ class Program:
         Args:
             native: For operators that are called one by one; else for a compiler.
         """
-        graph = fx.Graph()
-        nodes = {v: graph.placeholder(f"t{v.index}") for v in (*self.arguments, *self.externals)}
-        node_of = _called if native else _compiled
-        for call in self.calls:
-            args, kwargs = tree_map(
-                lambda leaf: nodes[leaf] if isinstance(leaf, Value) else leaf,
-                (call.args, call.kwargs),
-            )
-            node = node_of(graph, call, tuple(args), kwargs)
-            if isinstance(call.made, Value):
-                nodes.setdefault(call.made, node)
-            elif call.made is not None:
-                for place, value in enumerate(call.made):
-                    if isinstance(value, Value) and value not in nodes:
-                        nodes[value] = (
-                            node[place]
-                            if isinstance(node, list)
-                            else graph.call_function(getitem, (node, place))
-                        )
-        graph.output([nodes[v] for v in self.results])
-        return fx.GraphModule(torch.nn.Module(), graph)
+        return graph_of([*self.arguments, *self.externals], self.calls, self.results, native)
+
+
+def graph_of(
+    given: Sequence[Value], calls: Sequence[Call], results: Sequence[Value], native: bool
+) -> fx.GraphModule:
+    """Operators in order as a function.
+
+    Args:
+        given: Its arguments.
+        calls: The operators.
+        results: What it returns.
+        native: For operators that are called one by one; else for a compiler.
+    """
+    graph = fx.Graph()
+    nodes = {v: graph.placeholder(f"t{v.index}") for v in given}
+    node_of = _called if native else _compiled
+    for call in calls:
+        args, kwargs = tree_map(
+            lambda leaf: nodes[leaf] if isinstance(leaf, Value) else leaf, (call.args, call.kwargs)
+        )
+        node = node_of(graph, call, tuple(args), kwargs)
+        if isinstance(call.made, Value):
+            nodes.setdefault(call.made, node)
+        elif call.made is not None:
+            for place, value in enumerate(call.made):
+                if isinstance(value, Value) and value not in nodes:
+                    nodes[value] = (
+                        node[place]
+                        if isinstance(node, list)
+                        else graph.call_function(getitem, (node, place))
+                    )
+    graph.output([nodes[v] for v in results])
+    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def _needed(calls: Sequence[Call], remains: Iterable[int], results: Sequence[Value]) -> list[Call]:

@@ -187,6 +187,11 @@ class Records(ABC):
         self._plans = {known: plan for known, plan in self._plans.items() if known[0] != kind}
 
     def _missed(self, key: tuple[Any, Any], plan: Plan, work: Work) -> Any:
+        self._count_miss(key, plan)
+        return self._as_written(work)
+
+    def _count_miss(self, key: tuple[Any, Any], plan: Plan) -> None:
+        """A record's decisions were others."""
         self.missed += 1
         plan.misses += 1
         if plan.misses >= MISSES:
@@ -194,7 +199,6 @@ class Records(ABC):
             self._fruitless = self._fruitless + 1 if plan.runs < FRUITFUL else 0
             if self._fruitless >= FRUITLESS:
                 self._give_up("what the step decides (about the loss, say) changes all the time")
-        return self._as_written(work)
 
     # A new record ----------------------------------------------------------------------------
 
@@ -231,9 +235,9 @@ class Records(ABC):
                     optimizer.engine.copies,
                     self._modules,
                 )
-                candidate = Plan(recording, self.compiles)
-                if candidate.program.writes_arguments:
-                    tracer.refuse("an argument is changed in place")
+                candidate = self._planned(recording)
+                if candidate.refusal:
+                    tracer.refuse(candidate.refusal)
                 else:
                     plan = self._plans[key] = candidate
                     self._refused = 0
@@ -242,6 +246,9 @@ class Records(ABC):
                 state.as_numbers()
         self._judge(tracer)
         return made
+
+    def _planned(self, recording: Recording) -> Plan:
+        return Plan(recording, self.compiles)
 
     def _judge(self, tracer: Tracer) -> None:
         """Give recording up if it keeps failing."""

@@ -57,6 +57,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         random: Numbers are drawn from the CPU's default generator.
         postponed: This iteration is not a usual one.
         refusal: Why the operators can't be run again in place of the code; empty if they can.
+        ends: How many operators had run when a phase had ended.
 
     Args:
         draws: They may draw: the generator's state before them is known at every run.
@@ -69,6 +70,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.externals: dict[Value, Tensor] = {}
         self.half = self.postponed = False
         self.refusal = ""
+        self.ends: list[int] = []
         self._conditions: list[tuple[Tensor, bool]] = []
         self._values = WeakIdKeyDictionary()
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -122,6 +124,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def postpone(self) -> None:
         """This iteration is not to be run again."""
         self.postponed = True
+
+    def phase_ends(self) -> None:
+        """A phase of the iteration has ended."""
+        self.ends.append(len(self.calls))
 
     def strangers(self) -> bool:
         """Whether a tensor was used that was not there before, and was made out of sight."""

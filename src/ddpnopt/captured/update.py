@@ -16,6 +16,7 @@ from ddpnopt.captured.plan import Outcome, Plan, reported
 from ddpnopt.captured.records import Records
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.checks import check_states
+from ddpnopt.engine import Shortcut
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.report import Report, StepReport
 from ddpnopt.reweighting import Reweighing, reweighing
@@ -123,7 +124,7 @@ class _Reweighings(_OfPasses):
         return Reweighing(found, kept, report)
 
 
-class CapturedUpdate:
+class CapturedUpdate(Shortcut):
     """``opt.step()`` of one optimizer, run from a record for as long as this is not removed.
 
     In open loop what ``backward`` adds to p.grad is recorded, too.

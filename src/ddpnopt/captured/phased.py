@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""A recorded iteration that is run in three parts, between which the user's loop has its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ddpnopt.captured.phases import BACKWARD, FORWARD, STEP, Found, Phases
+from ddpnopt.captured.plan import At, Outcome, Plan, Recording, without_autocast
+from ddpnopt.captured.program import Value
+from ddpnopt.keeping import buffers_of
+from ddpnopt.typing import Tensor
+
+
+class PhasedPlan(Plan):
+    """Made of a recording whose inputs are the arguments, the outputs' gradients and p.grad.
+
+    It has made "outputs" and "grads".
+
+    Attributes:
+        phases: The program in three parts.
+        receiving: Parameters that its backward pass gives gradients to.
+        buffers: Those of the model that its forward pass writes to.
+        differentiable: Of the tensors that the model returns, those with a gradient.
+        there: Of the inputs, those that there were in the recording.
+    """
+
+    phases: Phases
+
+    def _built(self, recording: Recording | None = None) -> Callable[..., list[Tensor]]:
+        program = self.program
+        if recording is not None:
+            tracer, grads = recording.tracer, recording.made["grads"]
+            self._recorded, self._ends = tracer.calls, tracer.ends
+            self.receiving = list(grads)
+            self._grads = [tracer.value(g) for g in grads.values()]
+            self._outside = {v: t.detach() for v, t in program.externals.items()}
+            self._inputs = dict(zip(self._used, program.arguments, strict=False))
+            self.there = [t is not None for t in recording.inputs]
+            tensors = [t for t in tree_leaves(recording.made["outputs"]) if isinstance(t, Tensor)]
+            self.shapes, self.dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
+            self.differentiable = [t.requires_grad for t in tensors]
+            owned = {id(b): b for _, _, b in buffers_of(recording.modules)}
+            self._owned = {v: owned[id(t)] for v, t in program.externals.items() if id(t) in owned}
+        phases = Phases(
+            program,
+            self._outside,
+            self._recorded,
+            self._ends,
+            self._grads,
+            self.random,
+            self.compiled,
+        )
+        self.phases = phases
+        self._after = [phases.kept(FORWARD), phases.kept(BACKWARD)]
+        leaves = tree_leaves(self._made["outputs"])
+        self._outputs = [program.results[at.place] for at in leaves if isinstance(at, At)]
+        alive = {v.storage for v in (*self._after[0], *program.arguments, *program.externals)}
+        #: The user may write to what the model returns.
+        self._copied = [v.storage in alive for v in self._outputs]
+        written = {v.storage for call in phases.phases[FORWARD].calls for v in call.written}
+        self.buffers = [b for v, b in self._owned.items() if v.storage in written]
+        return phases
+
+    @property
+    def refusal(self) -> str:
+        """Why it can't be run; or ''."""
+        return super().refusal or self.phases.refusal
+
+    def given(self, first: int, tensors: Sequence[Tensor | None]) -> Found:
+        """Inputs from a place on, as far as they are used."""
+        known = self._inputs
+        pairs = ((known.get(first + i), t) for i, t in enumerate(tensors))
+        return {v: t for v, t in pairs if v is not None and t is not None}
+
+    def forward(self, found: Found, rates: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the forward pass on the model's arguments.
+
+        Returns:
+            The tensors that the model returns, and those that are needed later.
+        """
+        self._run_phase(FORWARD, found, rates)
+        pairs = zip(self._outputs, self._copied, strict=True)
+        outputs = [found[v].clone() if copied else found[v] for v, copied in pairs]
+        return outputs, [found[v] for v in self._after[0]]
+
+    def output(self, tensors: Sequence[Tensor]) -> Any:
+        """What the model returns, with these tensors in it."""
+        if isinstance(self._made["outputs"], At):
+            return tensors[0]
+        rest = iter(tensors)
+        return tree_map(
+            lambda leaf: next(rest) if isinstance(leaf, At) else leaf, self._made["outputs"]
+        )
+
+    def backward(
+        self, saved: Sequence[Tensor], found: Found, rates: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Found]:
+        """Run the backward pass.
+
+        Args:
+            saved: What the forward pass has left.
+            found: The arguments, and the gradients at what the model has returned.
+            rates: The groups' learning rates.
+
+        Returns:
+            The parameters' gradients, and what the step needs.
+        """
+        found.update(zip(self._after[0], saved, strict=True))
+        self._run_phase(BACKWARD, found, rates)
+        grads = [found[v] for v in self._grads]
+        return grads, {v: found[v] for v in self._after[1]}
+
+    def step(self, found: Found, rates: Sequence[Tensor]) -> Outcome | None:
+        """Run the step.
+
+        Args:
+            found: All inputs, and what the earlier phases have left.
+            rates: The groups' learning rates.
+
+        Returns:
+            None where the host would decide otherwise: then nothing has changed.
+        """
+        found.update(zip(self._grads, (p.grad for p in self.receiving), strict=True))
+
+        def run() -> list[Tensor]:
+            self._run_phase(STEP, found, rates)
+            return [found[v] if v in found else self._outside[v] for v in self.program.results]
+
+        return self._outcome(run)
+
+    def _run_phase(self, place: int, found: Found, rates: Sequence[Tensor]) -> None:
+        """Run a phase, with the rates and the state as they are now."""
+        state = (*rates, *(slot.tensor for slot in (*self.slots, *self._read)))
+        values: Sequence[Value] = self.program.arguments[len(self._inputs) :]
+        found.update(zip(values, state, strict=True))
+        with torch.no_grad(), without_autocast(self.changed):
+            self.phases.phases[place](found)
