@@ -66,8 +66,7 @@ class Recorder:
         arrivals: Arrivals,
         bypass: Callable[[nn.Module, Any, Any], bool],
     ) -> None:
-        self.model, self.trainable, self.refresh = model, trainable, refresh
-        self.bypass = bypass
+        self.model, self.trainable, self.refresh, self.bypass = model, trainable, refresh, bypass
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
         self.weight_gradients, self.arrivals, self.logits = weight_gradients, arrivals, logits
         self.classifier = Classifier(arrivals, trainable, graphs, closed_loop)

@@ -6,19 +6,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from types import MethodType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ddpnopt.captured import calls
 from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.captured.phases import Found
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.inert import probes
 from ddpnopt.keeping import buffers_of
 from ddpnopt.randomness import Randomness
 from ddpnopt.typing import Tensor
@@ -154,12 +155,13 @@ class Forward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         """A copied model's own method."""
-        copy = memo[id(self._model())]
+        copy: nn.Module = memo[id(self._model())]
         return MethodType(type(copy).forward, copy)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Likewise."""
         model = self._model()
+        assert model is not None
         return MethodType, (type(model).forward, model)
 
 
@@ -184,7 +186,7 @@ class _Attached(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         owner = ctx.owner()
         if owner is None:
@@ -213,3 +215,21 @@ def attach(
         weakref.ref(owner), one, outputs, saved, token, *one.plan.receiving
     )
     return found
+
+
+def watch(one: Pass, made: Any) -> None:
+    """Note the gradients at what the model returns in a pass that runs as it is written."""
+    tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+    one.G.append([None] * len(tensors))
+    for place, t in enumerate(tensors):
+        if t.requires_grad:
+            t.register_hook(partial(_arrived, one, place))  # type: ignore[no-untyped-call]
+
+
+def _arrived(one: Pass, place: int, G: Tensor) -> None:
+    if probes.running:  # the library's own
+        return
+    if torch.is_grad_enabled() or one.G[0][place] is not None:
+        one.odd = True  # part of another loss, or the second one
+    else:
+        one.G[0][place] = G.detach()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A plain loop whose forward pass, backward pass and step are run from a record, each in its turn."""
+"""A plain loop whose forward pass, backward pass and step are run from a record."""
 
 from __future__ import annotations
 
@@ -10,25 +10,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from ddpnopt import decisions
 from ddpnopt.captured import calls
 from ddpnopt.captured.calls import Work
-from ddpnopt.captured.forward import Forward, Pass, attach
+from ddpnopt.captured.forward import Forward, Pass, attach, watch
 from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.captured.plan import Outcome, Plan, Recording
 from ddpnopt.captured.records import MISSES, POSTPONED, WARM, Records
+from ddpnopt.captured.rerunning import Rerun
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.engine import Shortcut
-from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.gradients import SAME, sampled
-from ddpnopt.inert import Hook, probes
-from ddpnopt.randomness import Randomness, drawing
+from ddpnopt.inert import Hook
+from ddpnopt.randomness import drawing
 from ddpnopt.report import Report, StepReport
 from ddpnopt.reweighting import Reweighing, reweighing
 from ddpnopt.shell import Shell
-from ddpnopt.sizes import norms
 from ddpnopt.stages import Trajectory
 from ddpnopt.taking import take
 from ddpnopt.typing import Tensor
@@ -79,9 +75,8 @@ class CapturedLoop(Records, Shortcut):
         self._held: list[Pass] = []
         self._before: list[tuple[Tensor, Identity]] = []
         self._task: int | None = None
-        self._again = False
+        self._rerun = Rerun(weakref.proxy(optimizer), self._net)
         self._unused = self._several = 0
-        self._unlike = ""
         self._forward = Forward(self, self._net)
         self._net.forward = self._forward
         engine.shortcut = self
@@ -101,7 +96,7 @@ class CapturedLoop(Records, Shortcut):
     def enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call of the model is run from the record."""
         self._due, engine = None, self.optimizer.engine
-        if module is not self._net or self._again or self.reason:
+        if module is not self._net or self._rerun.runs or self.reason:
             return False
         one = Pass.of(args, kwargs)
         recorder = engine.recorder
@@ -135,21 +130,17 @@ class CapturedLoop(Records, Shortcut):
         due, self._due = self._due, None
         if due is None:
             made = self._forward.method(*args, **kwargs)
-            if self._waiting is not None and not self._again and torch.is_grad_enabled():
-                _watch(self._waiting[1], made)
+            if self._waiting is not None and not self._rerun.runs and torch.is_grad_enabled():
+                watch(self._waiting[1], made)
             return made
         one, plan = due
         one.plan = plan
-        one.weights = self._weights()
+        one.weights = self._rerun.weights()
         one.generator = torch.get_rng_state() if plan.random else None
         one.buffers = [(b, b.detach().clone()) for b in plan.buffers]
         self._rates.update()
         outputs, saved = plan.forward(plan.given(0, one.tensors), self._rates.tensors)
         return plan.output(attach(self, one, outputs, saved, self._token))
-
-    def _weights(self) -> int:
-        """Tells whether parameters have been written to."""
-        return sum([p._version for p in self.optimizer.engine.parameters()])
 
     # Backward pass -----------------------------------------------------------------------------
 
@@ -188,7 +179,7 @@ class CapturedLoop(Records, Shortcut):
         return grads
 
     def _begin(self, plan: PhasedPlan) -> None:
-        """A backward pass has reached a pass: note what p.grad holds, to see whether it gets any."""
+        """A backward pass has reached a pass: note what p.grad holds before it."""
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return
@@ -225,7 +216,9 @@ class CapturedLoop(Records, Shortcut):
         one = held[0]
         assert one.plan is not None and engine.recorder is not None
         grads = [p.grad for p in engine.parameters()]
-        alone = len(held) == len(one.G) == 1 and not one.odd and not engine.recorder.arrivals.completed
+        alone = (
+            len(held) == len(one.G) == 1 and not one.odd and not engine.recorder.arrivals.completed
+        )
         there = one.plan.there[-len(grads) :]
         like = [g is not None and g.layout == torch.strided for g in grads] == there
         if closure is None and alone and like:
@@ -237,7 +230,7 @@ class CapturedLoop(Records, Shortcut):
             self._several += 1
             if self._several >= MISSES:
                 self._give_up("several passes belong to a step, or their gradients are changed")
-        self._rerun(held)
+        self._rerun.all(held)
         return None
 
     def _outcome(
@@ -245,7 +238,7 @@ class CapturedLoop(Records, Shortcut):
     ) -> Report | None:
         """The step from the record; None where it would decide otherwise."""
         one.check_inputs()
-        self._check_weights(one)
+        self._rerun.check_weights(one)
         self._rates.update()
         first = len(one.tensors)
         found = one.found | plan.given(0, one.tensors) | plan.given(first, one.G[0])
@@ -261,61 +254,6 @@ class CapturedLoop(Records, Shortcut):
         self.replayed += 1
         made: Report = self._kept(plan, outcome)
         return made
-
-    def _check_weights(self, one: Pass) -> None:
-        """The weights must be those of the pass.
-
-        Raises:
-            UnsupportedModelError: They are not.
-        """
-        if self.optimizer.options.closed_loop and one.weights != self._weights():
-            raise UnsupportedModelError(
-                "weights were changed between the forward pass and the step (sharpness-aware or "
-                "manual updates), so the pass can't be compared with a second one; use "
-                "feedback='open_loop', or run the pass again"
-            )
-
-    def _rerun(self, held: Sequence[Pass]) -> None:
-        """Run passes again as they are written: the engine gets to see them; p.grad stays."""
-        kept = {p: p.grad for p in self._net.parameters()}
-        try:
-            for p in kept:
-                p.grad = None
-            for one in held:
-                one.check_inputs()
-                self._check_weights(one)
-                self._run_again(one)
-        finally:
-            for p, grad in kept.items():
-                p.grad = grad
-
-    def _run_again(self, one: Pass) -> tuple[Any, Tensor | None]:
-        """A forward pass and its backward passes, as they are written.
-
-        Returns:
-            What the model returns, and the norms of the gradients.
-        """
-        outside, (on, dtype) = Randomness.capture(), one.autocast
-        kind = self.optimizer.engine.parameters()[0].device.type
-        self._again = True
-        try:
-            one.rewind()
-            with torch.enable_grad():
-                with torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False):
-                    made = self._net(*one.args, **one.kwargs)
-                decisions.phase_ends()
-                tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
-                for G in one.G:
-                    pairs = [(t, g) for t, g in zip(tensors, G, strict=True) if g is not None]
-                    outputs, seeds = zip(*pairs, strict=True)
-                    torch.autograd.backward(outputs, seeds, retain_graph=len(one.G) > 1)
-            grads = [p.grad for p in self._net.parameters() if p.grad is not None]
-            sizes = norms([sampled(g) for g in grads]) if grads else None
-            decisions.phase_ends()
-        finally:
-            self._again = False
-            outside.restore()
-        return made, sizes
 
     # Records -----------------------------------------------------------------------------------
 
@@ -348,7 +286,8 @@ class CapturedLoop(Records, Shortcut):
 
     def _asked(self, one: Pass) -> Work:
         """What a pass is told by, for `_usual`."""
-        return Work(one.kind, one.tensors, lambda: None, lambda: ([], lambda: None))
+        n = len(one.tensors)
+        return Work(one.kind, one.tensors, lambda: None, lambda: ([], lambda: None), arguments=n)
 
     def _work(self, one: Pass) -> Work:
         """An iteration with this pass, its gradients given."""
@@ -357,40 +296,12 @@ class CapturedLoop(Records, Shortcut):
 
         def traced() -> tuple[Sequence[Tensor | None], Any]:
             copy = one.copied()
-            return [*copy.tensors, *one.G[0], *grads], partial(self._iteration, copy)
+            return [*copy.tensors, *one.G[0], *grads], partial(self._rerun.iteration, copy)
 
         inputs = [*one.tensors, *one.G[0], *grads]
         generator = one.randomness.torch_cpu
-        return Work(one.kind, inputs, partial(self._iteration, one), traced, generator)
-
-    def _iteration(self, one: Pass) -> dict[str, Any]:
-        """Run the pass again, and take the step with p.grad as it is."""
-        engine = self.optimizer.engine
-        kept = {p: p.grad for p in self._net.parameters()}
-        engine.forget()
-        try:
-            for p in kept:
-                p.grad = None
-            made, sizes = self._run_again(one)
-            grads = {p: p.grad for p in kept if p.grad is not None}
-        finally:
-            for p, grad in kept.items():
-                p.grad = grad
-        self._unlike = "" if self._as_it_was(grads, sizes) else "p.grad is changed before the step"
-        return {"outputs": made, "grads": grads, "report": take(engine, self._passes())}
-
-    def _passes(self) -> list[Trajectory]:
-        recorder = self.optimizer.engine.recorder
-        return list(recorder.arrivals.completed) if recorder is not None else []
-
-    def _as_it_was(self, grads: dict[nn.Parameter, Tensor], sizes: Tensor | None) -> bool:
-        """Whether p.grad is what the backward pass has left there: else it is not known what is."""
-        now = [p.grad for p in grads if p.grad is not None]
-        if sizes is None or len(now) < len(grads):
-            return sizes is None
-        tolerance = max(SAME.get(g.dtype, 1e-2) for g in now)
-        close = (norms([sampled(g) for g in now]) - sizes).abs() <= tolerance * sizes
-        return decisions.holds(close.all())
+        written = partial(self._rerun.iteration, one)
+        return Work(one.kind, inputs, written, traced, generator, len(one.tensors))
 
     def _planned(self, recording: Recording) -> Plan:
         return PhasedPlan(recording, self.compiles)
@@ -405,8 +316,8 @@ class CapturedLoop(Records, Shortcut):
     def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
         others = calls.parameters_of_others(self.optimizer, self._modules)
         calls.look_again(tracer, made["outputs"], others)
-        if self._unlike:
-            tracer.refuse(self._unlike)
+        if self._rerun.unlike:
+            tracer.refuse("p.grad is changed before the step")
         if any(p.grad is not None and p not in made["grads"] for p in self._net.parameters()):
             tracer.refuse("parameters have gradients that the pass has not made")
         for module in self._modules:
@@ -416,7 +327,7 @@ class CapturedLoop(Records, Shortcut):
                 tracer.refuse(f"a {type(module).__name__} has hooks")
 
     def _obstacle(self, work: Work) -> str:
-        if any(t is not None and t.requires_grad for t in work.inputs[: len(work.kind[2])]):
+        if any(t is not None and t.requires_grad for t in work.inputs[: work.arguments]):
             return "an argument requires gradients"
         return super()._obstacle(work)
 
@@ -436,22 +347,3 @@ def _ended(ref: weakref.ref[CapturedLoop]) -> None:
     loop = ref()
     if loop is not None:
         loop.end()
-
-
-def _watch(one: Pass, made: Any) -> None:
-    """Note the gradients at what the model returns."""
-    tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
-    one.G.append([None] * len(tensors))
-    for place, t in enumerate(tensors):
-        if t.requires_grad:
-            t.register_hook(partial(_arrived, one, place))  # type: ignore[no-untyped-call]
-
-
-def _arrived(one: Pass, place: int, G: Tensor) -> None:
-    """A gradient at an output of a pass that is to be recorded."""
-    if probes.running:  # the library's own
-        return
-    if torch.is_grad_enabled() or one.G[0][place] is not None:
-        one.odd = True  # part of another loss, or the second one
-    else:
-        one.G[0][place] = G.detach()
