@@ -80,11 +80,14 @@ class Pass:
         self.buffers = [(b, b.detach().clone()) for _, _, b in buffers_of(modules)]
 
     def rewind(self) -> None:
-        """Generators and buffers as they were before it."""
+        """Generators as they were before it."""
         if self.randomness is not None:
             self.randomness.restore()
         elif self.generator is not None:
             torch.set_rng_state(self.generator)
+
+    def put_back(self) -> None:
+        """Buffers as they were before it."""
         with torch.no_grad():
             for buffer, before in self.buffers:
                 buffer.copy_(before)
@@ -219,11 +222,12 @@ def attach(
 
 def watch(one: Pass, made: Any) -> None:
     """Note the gradients at what the model returns in a pass that runs as it is written."""
-    tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
-    one.G.append([None] * len(tensors))
-    for place, t in enumerate(tensors):
-        if t.requires_grad:
-            t.register_hook(partial(_arrived, one, place))  # type: ignore[no-untyped-call]
+    with torch._C.DisableTorchFunction():  # no part of the model's pass
+        tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+        one.G.append([None] * len(tensors))
+        for place, t in enumerate(tensors):
+            if t.requires_grad:
+                t.register_hook(partial(_arrived, one, place))  # type: ignore[no-untyped-call]
 
 
 def _arrived(one: Pass, place: int, G: Tensor) -> None:

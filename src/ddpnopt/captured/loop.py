@@ -245,7 +245,8 @@ class CapturedLoop(Records, Shortcut):
         found |= plan.given(first + len(one.G[0]), grads)
         with drawing(one.generator):
             outcome = plan.step(found, self._rates.tensors)
-        one.found = {}
+        # Where nothing has come of it, the weights have been put back.
+        one.found, one.weights = {}, self._rerun.weights()
         if outcome is None:
             key = next(key for key, known in self._plans.items() if known is plan)
             self._count_miss(key, plan)
@@ -265,6 +266,8 @@ class CapturedLoop(Records, Shortcut):
         """
         waiting, self._waiting = self._waiting, None
         engine = self.optimizer.engine
+        if engine.recorder is None and not self.reason:
+            self._give_up("no pass is seen where feedback is off")
         usual = len(trajectories) == 1 and trajectories[0].error is None and not self.reason
         if waiting is None or not usual or len(waiting[1].G) != 1 or waiting[1].odd:
             self.written += 1
@@ -275,6 +278,8 @@ class CapturedLoop(Records, Shortcut):
             one.check_inputs()
             plan = self._plans.get(key)
             work = self._work(one)
+            self._rates.update()
+            one.put_back()
             asked = self._record(key, work) if plan is None else self._verify(plan, work)
             made = asked["report"]
         self.say(stacklevel=6)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""Passes of a captured loop, run again as they are written: for a record, or in place of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ddpnopt import decisions
+from ddpnopt.captured.forward import Pass
+from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.gradients import SAME, sampled
+from ddpnopt.randomness import Randomness
+from ddpnopt.shell import Shell
+from ddpnopt.sizes import norms
+from ddpnopt.taking import take
+from ddpnopt.typing import Tensor
+
+
+class Rerun:
+    """Runs passes again whose gradients are in p.grad already, and stay there.
+
+    Args:
+        optimizer: Its engine gets to see the passes.
+        net: The model.
+
+    Attributes:
+        runs: A pass runs again.
+        unlike: In the last iteration p.grad had not the length that the backward pass gives it.
+    """
+
+    def __init__(self, optimizer: Shell, net: nn.Module) -> None:
+        self._optimizer, self._net = optimizer, net
+        self.runs = self.unlike = False
+
+    def weights(self) -> int:
+        """Tells whether parameters have been written to."""
+        return sum([p._version for p in self._optimizer.engine.parameters()])
+
+    def check_weights(self, one: Pass) -> None:
+        """The weights must be those of the pass.
+
+        Raises:
+            UnsupportedModelError: They are not.
+        """
+        if self._optimizer.options.closed_loop and one.weights != self.weights():
+            raise UnsupportedModelError(
+                "weights were changed between the forward pass and the step (sharpness-aware or "
+                "manual updates), so the pass can't be compared with a second one; use "
+                "feedback='open_loop', or run the pass again"
+            )
+
+    def all(self, held: Sequence[Pass]) -> None:
+        """Passes that were run from a record: from here on the engine has seen them.
+
+        Raises:
+            UnsupportedModelError: Arguments or weights are not those of the pass.
+        """
+        kept = self._put_aside()
+        try:
+            for one in held:
+                one.check_inputs()
+                self.check_weights(one)
+                one.put_back()
+                self._again(one)
+        finally:
+            _put_back(kept)
+
+    def iteration(self, one: Pass) -> dict[str, Any]:
+        """Run a pass again, its buffers put back, and take the step with p.grad as it is.
+
+        Returns:
+            What the model returns, the gradients of this pass, and the record of the step.
+        """
+        engine = self._optimizer.engine
+        engine.forget()
+        kept = self._put_aside()
+        try:
+            made, sizes = self._again(one)
+            grads = {p: p.grad for p in kept if p.grad is not None}
+        finally:
+            _put_back(kept)
+        self.unlike = not _as_it_was(grads, sizes)
+        assert engine.recorder is not None
+        report = take(engine, list(engine.recorder.arrivals.completed))
+        return {"outputs": made, "grads": grads, "report": report}
+
+    def _put_aside(self) -> dict[Tensor, Tensor | None]:
+        kept: dict[Tensor, Tensor | None] = {p: p.grad for p in self._net.parameters()}
+        for p in kept:
+            p.grad = None
+        return kept
+
+    def _again(self, one: Pass) -> tuple[Any, Tensor | None]:
+        """A forward pass and its backward passes.
+
+        Returns:
+            What the model returns, and the norms of the gradients.
+        """
+        outside, (on, dtype) = Randomness.capture(), one.autocast
+        kind = self._optimizer.engine.parameters()[0].device.type
+        self.runs = True
+        try:
+            one.rewind()
+            with torch.enable_grad():
+                with torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False):
+                    made = self._net(*one.args, **one.kwargs)
+                decisions.phase_ends()
+                tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+                for G in one.G:
+                    pairs = [(t, g) for t, g in zip(tensors, G, strict=True) if g is not None]
+                    outputs, seeds = zip(*pairs, strict=True)
+                    torch.autograd.backward(outputs, seeds, retain_graph=len(one.G) > 1)
+            grads = [p.grad for p in self._net.parameters() if p.grad is not None]
+            sizes = norms([sampled(g) for g in grads]) if grads else None
+            decisions.phase_ends()
+        finally:
+            self.runs = False
+            outside.restore()
+        return made, sizes
+
+
+def _put_back(kept: Mapping[Tensor, Tensor | None]) -> None:
+    for p, grad in kept.items():
+        p.grad = grad
+
+
+def _as_it_was(grads: Mapping[Tensor, Tensor], sizes: Tensor | None) -> bool:
+    """Whether p.grad has the length that the backward pass has left: else it was rescaled.
+
+    All gradients together: those of single biases may be little more than rounding.
+    """
+    now = [p.grad for p in grads if p.grad is not None]
+    if sizes is None or len(now) < len(grads):
+        return sizes is None
+    tolerance = max(SAME.get(g.dtype, 1e-2) for g in now)
+    size = sizes.norm()
+    off = (norms([sampled(g) for g in now]).norm() - size).abs()
+    return decisions.holds(off <= tolerance * size)
