@@ -42,6 +42,7 @@ from ddpnopt.value.line import Line
 from ddpnopt.value.moreau import MoreauRecursion
 from judged import AROUND, Protocol, show
 
+_gain = front._gain
 #: Implicit steps of the coupled flow, the first `FIRST` of its length, each longer than the last.
 FLOW_STEPS, FIRST = 48, 1e-4
 
@@ -114,8 +115,7 @@ class Weighted(Moreau):
     #: H of the backward pass that is running.
     gram: ClassVar[Tensor] = torch.zeros(())
 
-    def start(self, terminal: TerminalCost) -> Recursion:
-        """The recursion that knows the boundary."""
+    def start(self, terminal: TerminalCost) -> Recursion:  # noqa: D102
         return _Recursion(self, Line(terminal.kappa, terminal.excess), terminal.w)
 
 
@@ -162,9 +162,6 @@ def _measured(
     return _gain(step, edge, G, rows, parameters)
 
 
-_gain = front._gain
-
-
 def run(config: RunConfig) -> RunResult:
     """One training, with the weights that its options name."""
     torch.set_num_threads(1)
@@ -178,6 +175,7 @@ def main(
     network: Annotated[list[str] | None, typer.Option(help="Default: the two dense ones.")] = None,
     around: Annotated[list[str] | None, typer.Option(help="Default: sgd, adamw.")] = None,
     weights: Annotated[list[str] | None, typer.Option(help="Only these, and the rule.")] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Only these.")] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 2,
     fresh: Annotated[int, typer.Option(min=2)] = 8,
     jobs: int = -1,
@@ -187,10 +185,11 @@ def main(
     for name in network or ("dense-bn", "dense-bn-8"):
         for inner in around or AROUND:
             at = AROUND[inner]
-            methods = {"off": Contender(at.off, at.rates)}
+            rates = tuple(rate or at.rates)
+            methods = {"off": Contender(at.off, rates)}
             for one in dict.fromkeys(["rule", *(weights or WEIGHTS)]):
                 options = (("value", Weighted.name), ("value.weights", one))
-                methods[one] = Contender(at.closed, at.rates, options)
+                methods[one] = Contender(at.closed, rates, options)
             show(f"{name} around {inner}", how.judge(PROBLEMS[name].base, methods), "rule")
 
 

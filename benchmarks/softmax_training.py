@@ -3,8 +3,8 @@
 
 The default rule models a sample's loss along its gradient by a logistic line, of the same slope,
 curvature and bound as the softmax line has where the sample stands. Here the flow follows the exact
-line itself, so that the two can be told apart by what they train. `softmax_lines.py` shows the
-coefficients alone.
+line itself, so that the two can be told apart by what they train; and the logistic line's envelope
+(`strength=1`) shows what more damping alone does. `softmax_lines.py` has the coefficients.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def main(
     around: Annotated[list[str] | None, typer.Option(help="Default: sgd, adamw.")] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 2,
     fresh: Annotated[int, typer.Option(min=2)] = 8,
+    rate: Annotated[list[float] | None, typer.Option(help="Only these.")] = None,
+    open_loop: Annotated[bool, typer.Option(help="The open loop, too.")] = True,
     jobs: int = -1,
 ) -> None:
     """Print a table for each network and optimizer."""
@@ -142,13 +144,16 @@ def main(
         base = PROBLEMS[name].base.model_copy(update={"loss": Exact.name})
         for inner in around or AROUND:
             at = AROUND[inner]
+            rates = tuple(rate or at.rates)
             methods = {
-                "off": Contender(at.off, at.rates),
-                "logistic, open": Contender(f"{at.closed}-open-loop", at.rates),
-                "exact, open": Contender(f"{at.closed}-open-loop", at.rates, exact),
-                "logistic": Contender(at.closed, at.rates),
-                "exact": Contender(at.closed, at.rates, exact),
+                "off": Contender(at.off, rates),
+                "logistic, open": Contender(f"{at.closed}-open-loop", rates),
+                "exact, open": Contender(f"{at.closed}-open-loop", rates, exact),
+                "logistic": Contender(at.closed, rates),
+                "exact": Contender(at.closed, rates, exact),
+                "envelope": Contender(at.closed, rates, (("value.strength", 1.0),)),
             }
+            methods = {m: c for m, c in methods.items() if open_loop or "open" not in m}
             show(f"{name} around {inner}", how.judge(base, methods), "logistic")
 
 
