@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,12 @@ def test_norms(name: str, shape: tuple[int, ...], norm: type, count: int) -> Non
 
 
 TORCH_NAMES = ["sgd", "sgd-clip", "momentum", "rmsprop", "adam", "adamw"]
+#: Those that find their own rate, and the optional packages that they are of.
+SELF_TUNED = {
+    "prodigy": "prodigyopt",
+    "dadapt-sgd": "dadaptation",
+    "dadapt-adam": "dadaptation",
+}
 
 
 def test_every_curvature_has_a_twin_closed_and_open() -> None:
@@ -162,13 +170,24 @@ def test_torch_optimizers_are_built_with_their_defaults(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - set(TORCH_NAMES)))
 def test_own_optimizers_take_a_step(name: str) -> None:
+    if name in SELF_TUNED:
+        pytest.importorskip(SELF_TUNED[name])
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
     before = [p.detach().clone() for p in model.parameters()]
-    built = build_optimizer(name, model, 0.1)
+    built = build_optimizer(name, model, 1.0 if name in SELF_TUNED else 0.1)
     loss = torch.nn.functional.cross_entropy(model(torch.randn(5, 3)), torch.arange(5) % 3)
     loss.backward()
     built.optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "package"), SELF_TUNED.items())
+def test_a_missing_package_is_named_with_the_way_out(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"needs `pip install {package}`"):
+        build_optimizer(name, torch.nn.Linear(3, 2), 1.0)
 
 
 def test_options_reach_the_optimizer() -> None:

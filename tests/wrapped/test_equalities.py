@@ -111,6 +111,8 @@ def test_others(make: Any) -> None:
 
 TOGETHER = [
     ("prodigyopt", "Prodigy", {}),
+    ("dadaptation", "DAdaptSGD", {}),
+    ("dadaptation", "DAdaptAdam", {}),
     ("pytorch_optimizer", "DAdaptAdam", {}),
     ("pytorch_optimizer", "AdaGC", {"lr": 0.01}),
 ]

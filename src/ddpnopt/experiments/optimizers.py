@@ -75,14 +75,18 @@ def _schedule_free(name: str) -> Factory:
     return build
 
 
-def _prodigy(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
-    """Of the package prodigyopt, of the extra "frameworks"; its rate is a factor on its own."""
-    try:
-        kind = importlib.import_module("prodigyopt").Prodigy
-    except ImportError as error:
-        raise ValueError("Prodigy needs `pip install prodigyopt`") from error
-    built: torch.optim.Optimizer = call(kind, model.parameters(), lr, options=options)
-    return built
+def _self_tuned(package: str, name: str) -> Factory:
+    """An optimizer of an optional package that finds its rate; `lr` is a factor on that."""
+
+    def build(model: nn.Module, lr: float, options: Options) -> torch.optim.Optimizer:
+        try:
+            kind = getattr(importlib.import_module(package), name)
+        except ImportError as error:
+            raise ValueError(f"{name} needs `pip install {package}`") from error
+        built: torch.optim.Optimizer = call(kind, model.parameters(), lr, options=options)
+        return built
+
+    return build
 
 
 def _averaged(kind: str) -> Factory:
@@ -209,7 +213,11 @@ OPTIMIZERS: dict[str, OptimizerChoice] = {
     ),
     **_twins(),
     **_wrapped(),
-    "prodigy": OptimizerChoice(_prodigy, "Prodigy", {"weight_decay": 0.0}),
+    "prodigy": OptimizerChoice(
+        _self_tuned("prodigyopt", "Prodigy"), "Prodigy", {"weight_decay": 0.0}
+    ),
+    "dadapt-sgd": OptimizerChoice(_self_tuned("dadaptation", "DAdaptSGD"), "D-Adapted SGD"),
+    "dadapt-adam": OptimizerChoice(_self_tuned("dadaptation", "DAdaptAdam"), "D-Adapted Adam"),
     "ddpnopt-clipped": _ddp("DDPNOpt + adaptive clip", curvature=clipped.Clipped.name),
     "ddpnopt-quadratic-flow": _ddp("DDPNOpt quadratic flow", value=lines.QuadraticFlow.name),
     "feedback-sgd-schedule-free": OptimizerChoice(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def variants(name: str) -> list[Contender]:
         Contender("feedback-sgd-schedule-free", STEPS[2:] if name != "deep-norm" else STEPS[:5]),
         Contender("prodigy", (1.0,)),
     ]
+    if importlib.util.find_spec("dadaptation"):
+        found += [Contender("dadapt-sgd", (1.0,)), Contender("dadapt-adam", (1.0,))]
     if "adamw" in PROBLEMS[name].families:
         found += [
             Contender("ddpnopt-trust", (*RATIOS[2:], 1.0), (("curvature.inner", "adamw"),)),
