@@ -3,7 +3,7 @@
 
 from ddpnopt import curvature, value
 from ddpnopt.baselines import EKFAC, EMSA, KFAC, SGDVGR, VanillaDDP
-from ddpnopt.captured import CapturedStep, CapturedUpdate, capture
+from ddpnopt.captured import CapturedLoop, CapturedStep, CapturedUpdate, capture
 from ddpnopt.errors import (
     DDPNOptWarning,
     NonFiniteError,
@@ -32,6 +32,7 @@ __all__ = [
     "MSE",
     "PAPER",
     "SGDVGR",
+    "CapturedLoop",
     "CapturedStep",
     "CapturedUpdate",
     "DDPNOpt",

@@ -29,6 +29,9 @@ class Conditions(Protocol):
     def phase_ends(self) -> None:
         """The forward pass has ended, or the backward pass."""
 
+    def conclude(self) -> Tensor:
+        """Whether all decisions are as they were."""
+
 
 _conditions: Conditions | None = None
 
@@ -48,6 +51,11 @@ def phase_ends() -> None:
     """What comes next runs when the user's loop has had its turn."""
     if _conditions is not None:
         _conditions.phase_ends()
+
+
+def sound() -> Tensor:
+    """Whether all decisions have so far been as they were: a condition, while a step is traced."""
+    return torch.ones((), dtype=torch.bool) if _conditions is None else _conditions.conclude()
 
 
 @contextmanager

@@ -162,10 +162,8 @@ class Forward:
         return MethodType(type(copy).forward, copy)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Likewise."""
-        model = self._model()
-        assert model is not None
-        return MethodType, (type(model).forward, model)
+        """Likewise: where it is unpickled, the model has nothing but its class's methods yet."""
+        return getattr, (self._model(), "forward")
 
 
 class _Attached(torch.autograd.Function):

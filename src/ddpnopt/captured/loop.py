@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from ddpnopt.captured import calls
 from ddpnopt.captured.calls import Work
 from ddpnopt.captured.forward import Forward, Pass, attach, watch
+from ddpnopt.captured.holding import Held
 from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.captured.plan import Outcome, Plan, Recording
 from ddpnopt.captured.records import MISSES, POSTPONED, WARM, Records
@@ -28,9 +30,6 @@ from ddpnopt.shell import Shell
 from ddpnopt.stages import Trajectory
 from ddpnopt.taking import take
 from ddpnopt.typing import Tensor
-
-#: Places of tensors among those that the model returns.
-Identity = tuple[int, int] | None
 
 
 class CapturedLoop(Records, Shortcut):
@@ -58,6 +57,7 @@ class CapturedLoop(Records, Shortcut):
     what = "iteration"
     #: What the model does besides operators on tensors is known from the recording alone.
     compare_every = 100
+    advice = " (capture(opt) without passes=True records the step alone, and may still do so)"
 
     def __init__(self, optimizer: Shell, *, compile: bool = False) -> None:
         calls.check_optimizer(optimizer)
@@ -69,16 +69,12 @@ class CapturedLoop(Records, Shortcut):
         self._due: tuple[Pass, PhasedPlan] | None = None
         #: The pass that runs as it is written, of which a record is to be made or compared.
         self._waiting: tuple[tuple[Any, Any], Pass] | None = None
-        #: Passes from the record in the backward pass that runs; and those whose gradients are in
-        #: p.grad.
-        self._during: list[Pass] = []
-        self._held: list[Pass] = []
-        self._before: list[tuple[Tensor, Identity]] = []
-        self._task: int | None = None
+        self._held = Held()
         self._rerun = Rerun(weakref.proxy(optimizer), self._net)
         self._unused = self._several = 0
         self._forward = Forward(self, self._net)
         self._net.forward = self._forward
+        weakref.finalize(self, self._forward.remove)
         engine.shortcut = self
 
     def remove(self) -> None:
@@ -101,6 +97,8 @@ class CapturedLoop(Records, Shortcut):
         one = Pass.of(args, kwargs)
         recorder = engine.recorder
         if not self._hashable(one.kind) or recorder is None or recorder.anatomy.outdated():
+            return False
+        if self._several_begin():
             return False
         self._watch_settings()
         step = calls.kind_of_step(self.optimizer, self._curvatures) if self._curvatures else ()
@@ -125,6 +123,25 @@ class CapturedLoop(Records, Shortcut):
                 self._give_up("gradients are rescaled, or several passes belong to a step")
         return False
 
+    def _several_begin(self) -> bool:
+        """Whether another pass goes before this one in the same step: all run as they are written.
+
+        In open loop what a pass adds to p.grad depends on what is there already.
+        """
+        self._held.drop_stale()
+        held = self._held.taken()
+        if not held:
+            return False
+        self._count_several()
+        with torch._C._EnableTorchFunction():  # off within hooks
+            self._rerun.all(held)
+        return True
+
+    def _count_several(self) -> None:
+        self._several += 1
+        if self._several >= MISSES:
+            self._give_up("several passes belong to a step, or p.grad is changed before it")
+
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward pass."""
         due, self._due = self._due, None
@@ -146,79 +163,48 @@ class CapturedLoop(Records, Shortcut):
 
     def backward(
         self, one: Pass, saved: Sequence[Tensor], G: Sequence[Tensor | None]
-    ) -> list[Tensor]:
-        """The parameters' gradients.
+    ) -> Sequence[Tensor | None]:
+        """The parameters' gradients; or None, where they have got into p.grad already.
 
         Raises:
-            RuntimeError: An output has a gradient that had none in the recording.
+            UnsupportedModelError: An argument was overwritten.
         """
         plan, first = one.plan, len(one.tensors)
         assert plan is not None
-        expected = plan.there[first : first + len(G)]
-        if any(g is not None and not there for g, there in zip(G, expected, strict=True)):
-            self._give_up("the loss is of other outputs of the model than in the recording")
-            raise RuntimeError(
-                "capture: the loss is of other outputs of the model than when the iteration was "
-                "recorded; run the forward pass again: from now on it runs as it is written"
-            )
         one.check_inputs()
-        self._begin(plan)
         given = [None if g is None else g.detach() for g in G]
-        one.odd = one.odd or any(g is None and there for g, there in zip(G, expected, strict=True))
+        found: list[Tensor] = []
+        sound = [g is not None for g in given] == plan.there[first : first + len(G)]
+        if sound:
+            self._rates.update()
+            inputs = plan.given(0, one.tensors) | plan.given(first, given)
+            found, left, decided = plan.backward(saved, inputs, self._rates.tensors)
+            # What open loop adds to p.grad can't be taken back at the step.
+            sound = decided or not self.optimizer.engine.in_backward
+        if not sound:
+            self._rerun.instead(replace(one, G=[given]))
+            return [None] * len(plan.receiving)
+        one.found = left
         one.G.append(given)
-        filled = [
-            torch.zeros(plan.shapes[i], dtype=plan.dtypes[i], device=self._token.device)
-            if g is None and there
-            else g
-            for i, (g, there) in enumerate(zip(given, expected, strict=True))
-        ]
-        self._rates.update()
-        found = plan.given(0, one.tensors) | plan.given(first, filled)
-        grads, one.found = plan.backward(saved, found, self._rates.tensors)
-        self._during.append(one)
-        return grads
-
-    def _begin(self, plan: PhasedPlan) -> None:
-        """A backward pass has reached a pass: note what p.grad holds before it."""
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return
-        self._task, self._during = task, []
-        if self._held and not any(p.grad is not None and p.grad.any() for p in plan.receiving):
-            self._held = []  # thrown away by model.zero_grad()
-        self._before = [(p, _identity(p)) for p in plan.receiving]
-        engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(partial(_ended, weakref.ref(self)))
-
-    def end(self) -> None:
-        """A backward pass is over: it counts if it has changed p.grad."""
-        self._task = None
-        during, self._during = self._during, []
-        changed = not self._before or any(_identity(p) != old for p, old in self._before)
-        for one in during:
-            if not changed:
-                one.G.pop()
-            elif one not in self._held:
-                self._held.append(one)
+        self._held.add(one, plan.receiving)
+        return found
 
     def forget(self) -> None:
         """Gradients have been used or cleared."""
-        self._held = []
+        self._held.passes = []
 
     # Step --------------------------------------------------------------------------------------
 
     def step(self, closure: Any) -> Report | None:
         """A step on passes that were run from the record."""
-        held, self._held = self._held, []
+        held = self._held.taken()
         if not held:
             return None
         engine = self.optimizer.engine
         one = held[0]
         assert one.plan is not None and engine.recorder is not None
         grads = [p.grad for p in engine.parameters()]
-        alone = (
-            len(held) == len(one.G) == 1 and not one.odd and not engine.recorder.arrivals.completed
-        )
+        alone = len(held) == len(one.G) == 1 and not engine.recorder.arrivals.completed
         there = one.plan.there[-len(grads) :]
         like = [g is not None and g.layout == torch.strided for g in grads] == there
         if closure is None and alone and like:
@@ -227,9 +213,7 @@ class CapturedLoop(Records, Shortcut):
             if outcome is not None:
                 return outcome
         else:
-            self._several += 1
-            if self._several >= MISSES:
-                self._give_up("several passes belong to a step, or their gradients are changed")
+            self._count_several()
         self._rerun.all(held)
         return None
 
@@ -268,6 +252,9 @@ class CapturedLoop(Records, Shortcut):
         engine = self.optimizer.engine
         if engine.recorder is None and not self.reason:
             self._give_up("no pass is seen where feedback is off")
+        sparse = any(p.grad is not None and p.grad.is_sparse for p in engine.parameters())
+        if sparse and not self.reason:
+            self._give_up("a gradient is sparse")
         usual = len(trajectories) == 1 and trajectories[0].error is None and not self.reason
         if waiting is None or not usual or len(waiting[1].G) != 1 or waiting[1].odd:
             self.written += 1
@@ -312,7 +299,7 @@ class CapturedLoop(Records, Shortcut):
         return PhasedPlan(recording, self.compiles)
 
     def _report(self, made: Any) -> tuple[Any, StepReport | None]:
-        return {"outputs": made["outputs"], "grads": made["grads"]}, made["report"]
+        return {name: made[name] for name in ("outputs", "grads", "sound")}, made["report"]
 
     def _seen(self, asked: Any) -> Any:
         grads = [g.flatten() for g in asked["grads"].values()]
@@ -342,13 +329,3 @@ class CapturedLoop(Records, Shortcut):
         engine.rescale = 1.0
         engine.finish()
         return self._told(outcome)
-
-
-def _identity(p: Tensor) -> Identity:
-    return None if p.grad is None else (id(p.grad), p.grad._version)
-
-
-def _ended(ref: weakref.ref[CapturedLoop]) -> None:
-    loop = ref()
-    if loop is not None:
-        loop.end()

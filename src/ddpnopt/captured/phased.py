@@ -19,7 +19,7 @@ from ddpnopt.typing import Tensor
 class PhasedPlan(Plan):
     """Made of a recording whose inputs are the arguments, the outputs' gradients and p.grad.
 
-    It has made "outputs" and "grads".
+    It has made "outputs" and "grads", and "sound": whether all was decided in the passes as before.
 
     Attributes:
         phases: The program in three parts.
@@ -38,11 +38,11 @@ class PhasedPlan(Plan):
             self._recorded, self._ends = tracer.calls, tracer.ends
             self.receiving = list(grads)
             self._grads = [tracer.value(g) for g in grads.values()]
+            self._sound = tracer.value(recording.made["sound"])
             self._outside = {v: t.detach() for v, t in program.externals.items()}
             self._inputs = dict(zip(self._used, program.arguments, strict=False))
             self.there = [t is not None for t in recording.inputs]
             tensors = [t for t in tree_leaves(recording.made["outputs"]) if isinstance(t, Tensor)]
-            self.shapes, self.dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
             self.differentiable = [t.requires_grad for t in tensors]
             owned = {id(b): b for _, _, b in buffers_of(recording.modules)}
             self._owned = {v: owned[id(t)] for v, t in program.externals.items() if id(t) in owned}
@@ -99,7 +99,7 @@ class PhasedPlan(Plan):
 
     def backward(
         self, saved: Sequence[Tensor], found: Found, rates: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Found]:
+    ) -> tuple[list[Tensor], Found, bool]:
         """Run the backward pass.
 
         Args:
@@ -108,12 +108,13 @@ class PhasedPlan(Plan):
             rates: The groups' learning rates.
 
         Returns:
-            The parameters' gradients, and what the step needs.
+            The parameters' gradients, what the step needs, and whether the decisions are the same.
         """
         found.update(zip(self._after[0], saved, strict=True))
         self._run_phase(BACKWARD, found, rates)
         grads = [found[v] for v in self._grads]
-        return grads, {v: found[v] for v in self._after[1]}
+        sound = self._sound not in found or bool(found[self._sound])
+        return grads, {v: found[v] for v in self._after[1]}, sound
 
     def step(self, found: Found, rates: Sequence[Tensor]) -> Outcome | None:
         """Run the step.

@@ -61,8 +61,8 @@ class Records(ABC):
         TypeError: The optimizer is none of this package.
     """
 
-    #: What a call does, for messages; runs from a record between two comparisons with the code.
-    what, compare_every = "", math.inf
+    #: What a call does; runs from a record between two comparisons with the code; what else to try.
+    what, compare_every, advice = "", math.inf, ""
 
     def __init__(self, optimizer: Shell, *, compile: bool = False) -> None:
         calls.check_optimizer(optimizer)
@@ -340,7 +340,7 @@ class Records(ABC):
         """From now on everything runs as it is written."""
         self.reason = why
         self._plans = {}
-        self._said.append(f"{why}; {self.what}s run as they are written")
+        self._said.append(f"{why}; {self.what}s run as they are written{self.advice}")
 
     def say(self, stacklevel: int) -> None:
         """Say what there is to say to whoever has called."""

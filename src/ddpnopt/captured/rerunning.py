@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,24 +71,48 @@ class Rerun:
         finally:
             _put_back(kept)
 
+    def instead(self, one: Pass) -> None:
+        """Run a pass as it is written while its backward pass runs: p.grad gets its gradients.
+
+        In a thread of its own: within a backward pass nothing is recorded.
+
+        Raises:
+            Exception: As the pass does.
+        """
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                one.put_back()
+                self._again(one)
+            except BaseException as error:  # handed over, never swallowed
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        for error in errors:
+            raise error
+
     def iteration(self, one: Pass) -> dict[str, Any]:
         """Run a pass again, its buffers put back, and take the step with p.grad as it is.
 
         Returns:
-            What the model returns, the gradients of this pass, and the record of the step.
+            What the model returns, the gradients of this pass, whether all was decided in it as
+            before, and the record of the step.
         """
         engine = self._optimizer.engine
         engine.forget()
         kept = self._put_aside()
         try:
-            made, sizes = self._again(one)
+            made, sizes, sound = self._again(one)
             grads = {p: p.grad for p in kept if p.grad is not None}
         finally:
             _put_back(kept)
         self.unlike = not _as_it_was(grads, sizes)
         assert engine.recorder is not None
         report = take(engine, list(engine.recorder.arrivals.completed))
-        return {"outputs": made, "grads": grads, "report": report}
+        return {"outputs": made, "grads": grads, "sound": sound, "report": report}
 
     def _put_aside(self) -> dict[Tensor, Tensor | None]:
         kept: dict[Tensor, Tensor | None] = {p: p.grad for p in self._net.parameters()}
@@ -95,11 +120,12 @@ class Rerun:
             p.grad = None
         return kept
 
-    def _again(self, one: Pass) -> tuple[Any, Tensor | None]:
+    def _again(self, one: Pass) -> tuple[Any, Tensor | None, Tensor]:
         """A forward pass and its backward passes.
 
         Returns:
-            What the model returns, and the norms of the gradients.
+            What the model returns, the norms of the gradients, and whether all was decided as
+            before.
         """
         outside, (on, dtype) = Randomness.capture(), one.autocast
         kind = self._optimizer.engine.parameters()[0].device.type
@@ -117,11 +143,12 @@ class Rerun:
                     torch.autograd.backward(outputs, seeds, retain_graph=len(one.G) > 1)
             grads = [p.grad for p in self._net.parameters() if p.grad is not None]
             sizes = norms([sampled(g) for g in grads]) if grads else None
+            sound = decisions.sound()
             decisions.phase_ends()
         finally:
             self.runs = False
             outside.restore()
-        return made, sizes
+        return made, sizes, sound
 
 
 def _put_back(kept: Mapping[Tensor, Tensor | None]) -> None:

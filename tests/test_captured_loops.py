@@ -1,0 +1,572 @@
+# SPDX-License-Identifier: MIT
+"""Plain loops whose passes and steps are run from a record are the plain loops."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ddpnopt import (
+    CapturedLoop,
+    DDPNOpt,
+    DDPNOptWarning,
+    Feedback,
+    NonFiniteError,
+    UnsupportedModelError,
+    capture,
+)
+from ddpnopt.curvature import EKFAC, KFAC
+from oracles import graph_nets
+from oracles.recorded import (
+    CLASSES,
+    INNER,
+    KRONECKER,
+    NETS,
+    OPTIONS,
+    STEPS,
+    apart,
+    batches,
+    counts,
+    dense_net,
+    model,
+    plain,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:each sample is weighted once")
+FED = [name for name in OPTIONS if name not in ("dense", "off")]
+
+
+class Twins:
+    """A net and its twin; the latter's loop is recorded."""
+
+    def __init__(self, build: Callable[[], nn.Module], make: Callable[[nn.Module], Any]) -> None:
+        self.nets = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            self.nets.append(build().double())
+        self.optimizers = [make(net) for net in self.nets]
+        self.record = capture(self.optimizers[1], passes=True)
+
+    @property
+    def pairs(self) -> list[tuple[nn.Module, Any]]:
+        return list(zip(self.nets, self.optimizers, strict=True))
+
+    @property
+    def apart(self) -> float:
+        return apart(*self.nets)
+
+    def train(self, data: list[tuple[Tensor, Tensor]], decay: float = 1.0) -> None:
+        for x, y in data:
+            losses = [plain(opt, net, x, y) for net, opt in self.pairs]
+            torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-12)
+            for _, opt in self.pairs:
+                for group in opt.param_groups:
+                    group["lr"] *= decay
+
+
+def twins(name: str = "dense", **options: Any) -> Twins:
+    return Twins(NETS[name][0], lambda net: DDPNOpt(net, **options))
+
+
+@pytest.mark.parametrize("options", FED)
+@pytest.mark.parametrize("name", NETS)
+def test_a_recorded_loop_is_the_loop(name: str, options: str) -> None:
+    both = twins(name, **OPTIONS[options])
+    both.train(batches(NETS[name][1], 2 * STEPS), decay=0.9)  # a scheduler: no new record
+    record = both.record
+    assert (record.reason, record.missed) == ("", 0)
+    assert record.replayed >= 2 * STEPS - (9 if name == "BatchNorm" else 7)
+    assert record.replayed + record.written == 2 * STEPS
+    assert both.apart < 1e-9 if name == "BatchNorm" else both.apart < 1e-12
+    for p, q in zip(*(net.parameters() for net in both.nets), strict=True):
+        if p.grad is None or q.grad is None:
+            assert p.grad is q.grad
+        else:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-10)
+    reports = [opt.last_step for opt in both.optimizers]
+    assert reports[0].terminal == reports[1].terminal
+    for one, other in zip(*(report.layers for report in reports), strict=True):
+        torch.testing.assert_close(one.S, other.S, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [name for name in KRONECKER if name != "off"])
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_kronecker_curvatures(kind: type[KFAC] | type[EKFAC], options: str) -> None:
+    curvature = kind(decay=0.5, update_every=3)
+    both = twins("convolutions", lr=0.05, curvature=curvature, **KRONECKER[options])
+    both.train(batches(NETS["convolutions"][1], 40))
+    assert (both.record.reason, both.record.missed) == ("", 0) and both.record.replayed > 20
+    assert counts(both.optimizers[0]) == counts(both.optimizers[1])
+    assert both.apart < 1e-11
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+@pytest.mark.parametrize("inner", INNER)
+def test_around_torch_optimizers(inner: str, feedback: bool | str) -> None:
+    build, shape = NETS["dense"]
+    both = Twins(
+        build, lambda m: Feedback(m, INNER[inner](list(m.parameters())), feedback=feedback)
+    )
+    both.train(batches(shape, 2 * STEPS))
+    assert both.record.reason == "" and both.record.replayed >= STEPS
+    assert both.apart < 1e-12
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+@pytest.mark.parametrize("name", sorted(graph_nets.NETS))
+def test_networks_that_are_no_chain(name: str, feedback: bool | str) -> None:
+    _, inputs = graph_nets.net(name)
+    both = Twins(
+        lambda: graph_nets.net(name)[0], lambda net: DDPNOpt(net, lr=0.1, feedback=feedback)
+    )
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(2 * STEPS):
+        some = [
+            torch.randn(t.shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else t
+            for t in inputs
+        ]
+        labels = torch.randint(3, (len(some[0]),), generator=generator)
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            F.cross_entropy(net(*some), labels).backward()
+            opt.step()
+    assert (both.record.reason, both.record.missed) == ("", 0) and both.record.replayed >= STEPS
+    assert both.apart < 1e-12
+
+
+@pytest.mark.parametrize("options", ["closed loop", "no weight gradients", "open loop"])
+def test_dropout_is_drawn_as_by_the_code(options: str) -> None:
+    ends = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, CLASSES))
+        opt = DDPNOpt(net.double(), **OPTIONS[options])
+        record = capture(opt, passes=True) if recorded else None
+        torch.manual_seed(1)
+        for x, y in batches((5,), 2 * STEPS):
+            plain(opt, net, x, y)
+        ends.append((net, torch.rand(()), record))
+    (net, after, _), (twin, later, record) = ends
+    assert record is not None and record.reason == "" and record.replayed >= STEPS
+    assert apart(net, twin) < 1e-12
+    assert after == later  # the generator is where it would be
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    samples=st.integers(2, 9),
+    lr=st.floats(1e-3, 10),
+    feedback=st.sampled_from([True, "open_loop"]),
+)
+def test_any_dense_net(widths: list[int], samples: int, lr: float, feedback: bool | str) -> None:
+    both = Twins(lambda: dense_net(widths), lambda net: DDPNOpt(net, lr=lr, feedback=feedback))
+    for x, y in batches((3,), 9, samples):
+        for net, opt in both.pairs:
+            plain(opt, net, x, y)
+    assert both.record.reason == ""
+    assert both.apart < 1e-9  # a step at an absurd rate enlarges rounding
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_clipped_gradients_are_stepped_on_as_the_code_does(feedback: bool | str) -> None:
+    both = twins(lr=0.3, feedback=feedback)
+    for turn, (x, y) in enumerate(batches(NETS["dense"][1], 3 * STEPS)):
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            if turn % 5 == 4:
+                nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+            opt.step()
+        assert both.optimizers[0].last_step.rescale == pytest.approx(
+            both.optimizers[1].last_step.rescale
+        )
+    assert both.record.reason == "" and both.record.replayed >= STEPS
+    assert both.apart < 1e-12
+
+
+def test_gradients_that_hold_more_are_not_recorded() -> None:
+    both = twins(lr=0.3)
+    for x, y in batches(NETS["dense"][1], 2 * STEPS):
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            penalty = sum(p.square().sum() for p in net.parameters())
+            (F.cross_entropy(net(x), y) + 0.01 * penalty).backward()
+            opt.step()
+    assert both.record.reason == "p.grad is changed before the step"
+    assert both.apart < 1e-12
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_accumulated_passes(feedback: bool | str) -> None:
+    both = twins(lr=0.3, feedback=feedback)
+    data = batches(NETS["dense"][1], 30)
+    for turn in range(len(data)):
+        some = data[turn : turn + 1 + (turn % 4 == 3)]
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            for x, y in some:
+                (F.cross_entropy(net(x), y) / len(some)).backward()
+            opt.step()
+    assert both.record.reason == "" and both.record.replayed > 10
+    assert both.apart < 1e-12
+
+
+def test_passes_that_are_always_several_are_given_up() -> None:
+    both = twins(lr=0.3)
+    both.train(batches(NETS["dense"][1], 10))
+    with pytest.warns(DDPNOptWarning, match="several passes belong to a step"):
+        for x, y in batches(NETS["dense"][1], 10):
+            for net, opt in both.pairs:
+                opt.zero_grad()
+                for _ in range(2):
+                    F.cross_entropy(net(x), y).backward()
+                opt.step()
+    assert both.apart < 1e-12
+
+
+def test_two_losses_on_one_pass() -> None:
+    both = twins(lr=0.3)
+    for turn, (x, y) in enumerate(batches(NETS["dense"][1], 2 * STEPS)):
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            z = net(x)
+            if turn % 3 == 2:
+                (0.5 * F.cross_entropy(z, y)).backward(retain_graph=True)
+                (0.5 * F.cross_entropy(z, y)).backward()
+            else:
+                F.cross_entropy(z, y).backward()
+            opt.step()
+    assert both.record.reason == "" and both.record.replayed > 5
+    assert both.apart < 1e-12
+
+
+class TwoHeads(nn.Module):
+    """Two outputs on a common layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(5, 8), nn.Linear(8, CLASSES), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.stem(x).tanh()
+        return {"a": self.a(h), "b": self.b(h)}
+
+
+@pytest.mark.filterwarnings("ignore:the loss was not recognised")
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_losses_of_changing_outputs(feedback: bool | str) -> None:
+    both = Twins(TwoHeads, lambda net: DDPNOpt(net, lr=0.2, feedback=feedback))
+    for turn, (x, y) in enumerate(batches((5,), 3 * STEPS)):
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            out = net(x)
+            loss = F.cross_entropy(out["b"], y)
+            if turn % 4 != 3:
+                loss = loss + F.cross_entropy(out["a"], y)
+            loss.backward()
+            opt.step()
+    assert both.record.replayed > 10
+    assert both.apart < 1e-12
+
+
+def test_gradients_that_are_only_asked_for_do_not_count() -> None:
+    both = twins(lr=0.3)
+    for x, y in batches(NETS["dense"][1], 2 * STEPS):
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            if both.record.replayed:
+                torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+            loss.backward()
+            opt.step()
+    assert both.record.reason == "" and both.record.replayed > STEPS
+    assert both.apart < 1e-12
+
+
+def test_passes_without_a_step_and_evaluation_in_between() -> None:
+    both = twins("BatchNorm", lr=0.2)
+    data = batches(NETS["BatchNorm"][1], 3 * STEPS)
+    for turn, (x, y) in enumerate(data):
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            if turn % 3 == 1:
+                net.zero_grad()  # this batch is left out
+                continue
+            opt.step()
+            net.eval()
+            with torch.no_grad():
+                net(x)
+            net(x).sum()  # under gradients, without a backward pass
+            net.train()
+    assert both.record.reason == ""
+    assert both.apart < 1e-9
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("options", ["closed loop", "open loop", "no weight gradients"])
+def test_numbers_that_are_not_finite_change_nothing(options: str, nonfinite: str) -> None:
+    net, shape = model()
+    opt = DDPNOpt(net, **OPTIONS[options], momentum=0.9, nonfinite=nonfinite)
+    record = capture(opt, passes=True)
+    data = batches(shape, 16)
+    for x, y in data[:10]:
+        plain(opt, net, x, y)
+    assert record.replayed > 0
+    before = copy.deepcopy(net.state_dict())
+    x, y = data[10]
+    spoilt = x.clone()
+    spoilt[0, 0] = math.nan
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match="the gradient at"):
+            plain(opt, net, spoilt, y)
+    else:
+        plain(opt, net, spoilt, y)
+        assert opt.skipped == 1
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    for x, y in data[11:]:
+        plain(opt, net, x, y)
+    assert record.replayed > 5
+
+
+def trained(steps: int = 10, **options: Any) -> tuple[nn.Module, DDPNOpt, CapturedLoop]:
+    net, shape = model()
+    opt = DDPNOpt(net, **{"lr": 0.3, **options})
+    record = capture(opt, passes=True)
+    for x, y in batches(shape, steps):
+        plain(opt, net, x, y)
+    assert record.replayed > 0
+    return net, opt, record
+
+
+def test_weights_that_have_moved_since_the_pass_are_refused() -> None:
+    net, opt, _ = trained()
+    x, y = batches((5,), 1)[0]
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    with pytest.raises(UnsupportedModelError, match="weights were changed between"):
+        opt.step()
+
+
+@pytest.mark.parametrize("when", ["before backward", "before the step"])
+def test_an_argument_that_is_overwritten_is_refused(when: str) -> None:
+    net, opt, _ = trained()
+    x, y = batches((5,), 1)[0]
+    opt.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    if when == "before backward":
+        x.zero_()
+        with pytest.raises(UnsupportedModelError, match="input tensor 0"):
+            loss.backward()
+        return
+    loss.backward()
+    x.zero_()
+    with pytest.raises(UnsupportedModelError, match="input tensor 0"):
+        opt.step()
+
+
+def test_outputs_may_be_written_to() -> None:
+    both = twins(lr=0.3)
+    both.train(batches(NETS["dense"][1], 10))
+    x, y = batches((5,), 1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DDPNOptWarning)
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            z = net(x)
+            z.mul_(0.5)
+            F.cross_entropy(z, y).backward()
+            opt.step()
+    assert both.apart < 1e-12
+
+
+def test_a_second_step_needs_a_second_pass() -> None:
+    _, opt, _ = trained()
+    with pytest.raises(RuntimeError, match="without a backward pass"):
+        opt.step()
+
+
+def test_closures() -> None:
+    both = twins(lr=0.3)
+    for x, y in batches(NETS["dense"][1], 14):
+        for net, opt in both.pairs:
+
+            def closure(
+                net: nn.Module = net, opt: DDPNOpt = opt, x: Tensor = x, y: Tensor = y
+            ) -> Any:
+                opt.zero_grad()
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+    assert both.apart < 1e-12
+
+
+class Switched(nn.Module):
+    """Its way depends on an attribute that no record can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.steep = nn.Linear(5, 8), nn.Linear(8, CLASSES), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b((3 * h if self.steep else h).tanh())
+
+
+def test_what_a_record_can_not_see_is_found_before_long() -> None:
+    torch.manual_seed(0)
+    net = Switched().double()
+    opt = DDPNOpt(net, lr=0.2)
+    record = capture(opt, passes=True)
+    data = batches((5,), 130)
+    for x, y in data[:20]:
+        plain(opt, net, x, y)
+    net.steep = True
+    with pytest.warns(DDPNOptWarning, match="a recorded iteration differs from the code"):
+        for x, y in data[20:]:
+            plain(opt, net, x, y)
+    assert record.replayed == 100 and "differs" in record.reason
+
+
+def test_a_part_that_is_replaced_voids_the_records() -> None:
+    both = Twins(Switched, lambda net: DDPNOpt(net, lr=0.2))
+    both.train(batches((5,), 20))
+    for net, opt in both.pairs:
+        torch.manual_seed(3)
+        net.b = nn.Linear(8, CLASSES).double()
+        opt.add_param_group({"params": list(net.b.parameters())})
+    both.train(batches((5,), 20))
+    assert both.record.reason == "" and both.record.replayed > 20
+    assert both.apart < 1e-12
+
+
+def test_the_last_batch_may_be_smaller() -> None:
+    both = twins(lr=0.3)
+    for _ in range(12):
+        both.train(batches(NETS["dense"][1], 2) + batches(NETS["dense"][1], 1, samples=4))
+    assert both.record.reason == "" and both.record.replayed >= 24
+    assert both.apart < 1e-12
+
+
+def test_hooks_on_modules_are_called() -> None:
+    both = twins(lr=0.3)
+    seen: list[int] = []
+    both.nets[1][2].register_forward_hook(lambda *given: seen.append(1))
+    with pytest.warns(DDPNOptWarning, match="a Linear has hooks"):
+        both.train(batches(NETS["dense"][1], STEPS))
+    assert both.record.replayed == 0 and len(seen) >= STEPS
+    assert both.apart < 1e-14
+
+
+def test_it_can_be_taken_off() -> None:
+    both = twins(lr=0.3)
+    both.train(batches(NETS["dense"][1], 10))
+    count = both.record.replayed
+    both.record.remove()
+    both.record.remove()
+    assert "forward" not in vars(both.nets[1])
+    both.train(batches(NETS["dense"][1], 10))
+    assert both.record.replayed == count > 0
+    assert both.apart < 1e-12
+
+
+def test_copies_and_pickles_have_no_record() -> None:
+    net, opt, _ = trained()
+    twin, other = copy.deepcopy((net, opt))
+    third = pickle.loads(pickle.dumps(net))
+    x, y = batches((5,), 1)[0]
+    assert torch.equal(twin(x), net(x)) and torch.equal(third(x), net(x))
+    for one, optimizer in ((net, opt), (twin, other)):
+        plain(optimizer, one, x, y)
+    assert other.engine.shortcut is None
+    assert apart(net, twin) < 1e-13
+
+
+def test_a_recorded_optimizer_that_is_dropped_leaves_the_model_alone() -> None:
+    net, opt, record = trained()
+    x, y = batches((5,), 1)[0]
+    opt.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    del opt, record
+    assert "forward" not in vars(net)
+    with pytest.raises(RuntimeError, match="the optimizer of this pass is gone"):
+        loss.backward()
+    F.cross_entropy(net(x), y).backward()
+
+
+def test_losses_whose_recognition_reads_numbers_run_as_they_are_written() -> None:
+    both = twins(lr=0.2)
+    with pytest.warns(DDPNOptWarning, match=r"a number is read.*capture\(opt\) without passes"):
+        for x, y in batches(NETS["dense"][1], STEPS):
+            for net, opt in both.pairs:
+                opt.zero_grad()
+                F.cross_entropy(net(x), y, label_smoothing=0.1).backward()
+                opt.step()
+    assert both.record.replayed == 0 and both.apart < 1e-14
+
+
+def test_without_feedback_there_is_nothing_to_record() -> None:
+    both = twins(lr=0.1, feedback=False)
+    with pytest.warns(DDPNOptWarning, match="feedback is off"):
+        both.train(batches(NETS["dense"][1], 5))
+    assert both.apart == 0
+
+
+def test_an_interrupted_step_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, opt, record = trained()
+    (plan,) = (plan for plan in record._plans.values() if plan.runs)
+    phase = plan.phases.phases[2]
+    run = phase._run
+
+    def interrupted(*tensors: Tensor) -> Any:
+        run(*tensors)
+        raise KeyboardInterrupt
+
+    x, y = batches((5,), 1)[0]
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    before = copy.deepcopy(net.state_dict())
+    monkeypatch.setattr(phase, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_a_loss_function_and_passes_are_refused() -> None:
+    net, _ = model()
+    with pytest.raises(TypeError, match="not both"):
+        capture(DDPNOpt(net), lambda x: net(x).sum(), passes=True)  # type: ignore[call-overload]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler")
+@pytest.mark.parametrize("options", ["closed loop", "adamw, open loop"])
+def test_compiled(options: str) -> None:
+    build, shape = NETS["convolutions"]
+    nets = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        net = build()
+        opt = DDPNOpt(net, **OPTIONS[options])
+        record = capture(opt, passes=True, compile=True) if recorded else None
+        for x, y in batches(shape, STEPS):
+            plain(opt, net, x.float(), y)
+        nets.append(net)
+    assert isinstance(record, CapturedLoop) and record.compiles and record.replayed > 5
+    assert apart(*nets) < 1e-4
