@@ -7,7 +7,6 @@ in open loop what has been added to p.grad.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,38 +34,16 @@ from ddpnopt.options import Options
 from ddpnopt.outputs import Outputs
 from ddpnopt.ranks import Ranks
 from ddpnopt.report import Report, StepReport
-from ddpnopt.reweighting import Reweighing, keep, reweigh
+from ddpnopt.reweighting import keep, reweigh
 from ddpnopt.rollout import Method, policies
 from ddpnopt.scaling import expected_rescaling
+from ddpnopt.shortcuts import Shortcut
 from ddpnopt.spread import check_parts
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.step import Settings, Step
 from ddpnopt.taking import take
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
-
-
-class Shortcut(ABC):
-    """Does what the engine does in another way (`ddpnopt.capture`)."""
-
-    @abstractmethod
-    def take(self, trajectories: list[Trajectory]) -> Report:
-        """As `taking.take`, on gradients that have not all been rescaled."""
-
-    @abstractmethod
-    def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
-        """As `reweighting.reweighing`."""
-
-    def enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether it runs this call of a module, so that nothing is to be recorded of it."""
-        return False
-
-    def step(self, closure: Callable[[], float] | None) -> Report | None:
-        """A step on passes that it has run; None: the engine has now got what it needs for one."""
-        return None
-
-    def forget(self) -> None:  # noqa: B027
-        """Gradients have been used or cleared: so are the passes they came from."""
 
 
 class Engine:
@@ -156,12 +133,11 @@ class Engine:
             graphs=self.graphs and self.options.value.graphs,
             logits=self.options.logits,
             arrivals=arrivals,
-            bypass=weakly(self._bypassed),
+            shortcut=weakly(self._shortcut),
         )
 
-    def _bypassed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """A module is called: does something else see to it?"""
-        return self.shortcut is not None and self.shortcut.enters(module, args, kwargs)
+    def _shortcut(self) -> Shortcut | None:
+        return self.shortcut
 
     def expected(self) -> list[Tensor]:
         """Parameters that a backward pass gives gradients to."""

@@ -47,6 +47,13 @@ class Hook:
         return (Hook, ())
 
 
+def removed(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    """Take hooks off."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
 class Anchor(torch.autograd.Function):
     """Identity in place that gives an output a gradient where no input or bias has one."""
 

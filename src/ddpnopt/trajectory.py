@@ -21,13 +21,14 @@ from ddpnopt.arguments import ordered, tensors_of
 from ddpnopt.arrivals import Arrivals, gradient_at_h, gradient_at_x
 from ddpnopt.classification import Classifier
 from ddpnopt.holding import Holding, seen
-from ddpnopt.inert import Hook, edge_of, probes
+from ddpnopt.inert import Hook, edge_of, probes, removed
 from ddpnopt.layers import reason_against, rule_for
 from ddpnopt.ledger import Ledger
 from ddpnopt.modes import quiet
 from ddpnopt.parameters import parameters
 from ddpnopt.recording import Executed
 from ddpnopt.replay import Call
+from ddpnopt.shortcuts import Shortcut
 from ddpnopt.stages import Link, Stage, Trajectory
 from ddpnopt.structure import Anatomy, apart_bias, held_weight
 from ddpnopt.typing import Tensor
@@ -49,7 +50,7 @@ class Recorder:
         graphs: The value function allows branches and layers that are used more than once.
         logits: The loss is of logits, or is to be recognised.
         arrivals: Where the gradients go.
-        bypass: Asked with each call of a module that begins a pass: whether nothing is to be seen.
+        shortcut: What may run passes, or ask for their outputs.
     """
 
     def __init__(
@@ -64,11 +65,17 @@ class Recorder:
         graphs: bool,
         logits: bool,
         arrivals: Arrivals,
-        bypass: Callable[[nn.Module, Any, Any], bool],
+        shortcut: Callable[[], Shortcut | None],
     ) -> None:
-        self.model, self.trainable, self.refresh, self.bypass = model, trainable, refresh, bypass
+        self.model, self.trainable, self.refresh, self.shortcut = (
+            model,
+            trainable,
+            refresh,
+            shortcut,
+        )
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
         self.weight_gradients, self.arrivals, self.logits = weight_gradients, arrivals, logits
+        self.shortcut = shortcut
         self.classifier = Classifier(arrivals, trainable, graphs, closed_loop)
         self.paused, self._joined_late = False, False
         #: What puts back what the step now does to the model.
@@ -86,7 +93,7 @@ class Recorder:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.anatomy = Anatomy(model, trainable)
         self._attach()
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, removed, self._handles)
         weakref.finalize(self, self.watching.end)
 
     # Structure of the model -----------------------------------------------------------------
@@ -115,7 +122,7 @@ class Recorder:
 
     def detach(self) -> None:
         """Remove every hook and forget everything recorded."""
-        _remove(self._handles)
+        removed(self._handles)
         self.forget()
 
     def forget(self) -> None:
@@ -155,7 +162,7 @@ class Recorder:
         if not self._recording():
             return
         if not self._depth:
-            if self.bypass(module, args, kwargs):
+            if (shortcut := self.shortcut()) and shortcut.enters(module, args, kwargs):
                 return
             self._holding.release()
             self._look_again()
@@ -185,7 +192,7 @@ class Recorder:
         """Parameters may have been swapped or frozen, layers replaced, since the last pass."""
         self.refresh()
         if self.anatomy.outdated():
-            _remove(self._handles)
+            removed(self._handles)
             self.anatomy = Anatomy(self.model, self.trainable)
             self._attach()
             self.watching.forget()
@@ -220,7 +227,8 @@ class Recorder:
                 used = self.watching.watch.leave(output)
             output, replaced = used, used if used is not output else None
         self._close(complete=output is not None)
-        return replaced
+        shortcut = self.shortcut()
+        return shortcut.leaves(module, output, replaced) if shortcut else replaced
 
     def _find_output(self, output: Any) -> None:
         """The loss sees what the model returns, where that is not the last layer's output."""
@@ -342,9 +350,3 @@ class Recorder:
                 stage.pulls = any(edges)
             elif first is not None:
                 inputs[0].register_hook(partial(gradient_at_x, ref, stage))  # type: ignore[no-untyped-call]
-
-
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()

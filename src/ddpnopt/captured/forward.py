@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from ddpnopt.captured import calls
 from ddpnopt.captured.phased import PhasedPlan
@@ -43,7 +43,8 @@ class Pass:
         G: The gradients at the tensors that it has returned, one list for each backward pass.
         plan: The record that it was run from; None: as it is written.
         found: What the step needs of what was computed.
-        odd: A backward pass went through other outputs than in the record.
+        odd: It is part of another loss, or of several: not to be recorded.
+        outputs: The tensors that it has returned, where it is to be recorded.
     """
 
     args: tuple[Any, ...]
@@ -60,6 +61,7 @@ class Pass:
     plan: PhasedPlan | None = None
     found: Found = field(default_factory=dict)
     odd: bool = False
+    outputs: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
@@ -218,14 +220,27 @@ def attach(
     return found
 
 
-def watch(one: Pass, made: Any) -> None:
-    """Note the gradients at what the model returns in a pass that runs as it is written."""
-    with torch._C.DisableTorchFunction():  # no part of the model's pass
-        tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
-        one.G.append([None] * len(tensors))
-        for place, t in enumerate(tensors):
-            if t.requires_grad:
-                t.register_hook(partial(_arrived, one, place))  # type: ignore[no-untyped-call]
+def watched(one: Pass, output: Any) -> Any:
+    """Note the gradients at what the model returns in a pass that runs as it is written.
+
+    Returns:
+        Views that stand for the outputs: one may be made from another, as a loss from logits.
+    """
+    gradients: Gradients = []
+    one.G.append(gradients)
+
+    def view(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        gradients.append(None)
+        one.outputs.append(leaf.detach())
+        if not leaf.requires_grad:
+            return leaf
+        found = leaf.view_as(leaf)
+        found.register_hook(partial(_arrived, one, len(gradients) - 1))  # type: ignore[no-untyped-call]
+        return found
+
+    return tree_map(view, output)
 
 
 def _arrived(one: Pass, place: int, G: Tensor) -> None:

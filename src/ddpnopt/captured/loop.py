@@ -14,19 +14,19 @@ from torch import nn
 
 from ddpnopt.captured import calls
 from ddpnopt.captured.calls import Work
-from ddpnopt.captured.forward import Forward, Pass, attach, watch
+from ddpnopt.captured.forward import Forward, Pass, attach, watched
 from ddpnopt.captured.holding import Held
 from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.captured.plan import Outcome, Plan, Recording
 from ddpnopt.captured.records import MISSES, POSTPONED, WARM, Records
-from ddpnopt.captured.rerunning import Rerun
+from ddpnopt.captured.rerunning import Rerun, off_by
 from ddpnopt.captured.tracing import Tracer
-from ddpnopt.engine import Shortcut
 from ddpnopt.inert import Hook
 from ddpnopt.randomness import drawing
 from ddpnopt.report import Report, StepReport
 from ddpnopt.reweighting import Reweighing, reweighing
 from ddpnopt.shell import Shell
+from ddpnopt.shortcuts import Shortcut
 from ddpnopt.stages import Trajectory
 from ddpnopt.taking import take
 from ddpnopt.typing import Tensor
@@ -123,6 +123,13 @@ class CapturedLoop(Records, Shortcut):
                 self._give_up("gradients are rescaled, or several passes belong to a step")
         return False
 
+    def leaves(self, module: nn.Module, output: Any, replaced: Any) -> Any:
+        """Ask for the gradients at what a pass returns that is to be recorded."""
+        waiting = module is self._net and output is not None and not self._rerun.runs
+        if self._waiting is None or not waiting or self._waiting[1].G:
+            return replaced
+        return watched(self._waiting[1], output)
+
     def _several_begin(self) -> bool:
         """Whether another pass goes before this one in the same step: all run as they are written.
 
@@ -146,10 +153,7 @@ class CapturedLoop(Records, Shortcut):
         """The model's forward pass."""
         due, self._due = self._due, None
         if due is None:
-            made = self._forward.method(*args, **kwargs)
-            if self._waiting is not None and not self._rerun.runs and torch.is_grad_enabled():
-                watch(self._waiting[1], made)
-            return made
+            return self._forward.method(*args, **kwargs)
         one, plan = due
         one.plan = plan
         one.weights = self._rerun.weights()
@@ -266,6 +270,14 @@ class CapturedLoop(Records, Shortcut):
             plan = self._plans.get(key)
             work = self._work(one)
             self._rates.update()
+            if isinstance(plan, PhasedPlan) and (off := off_by(one, plan, self._rates.tensors)):
+                self._give_up(
+                    f"a recorded iteration differs from the code by {off:.2%}: perhaps something "
+                    "else than the batch and the weights changes from call to call"
+                )
+                self.written += 1
+                self.say(stacklevel=6)
+                return take(engine, trajectories)
             one.put_back()
             asked = self._record(key, work) if plan is None else self._verify(plan, work)
             made = asked["report"]
@@ -296,7 +308,7 @@ class CapturedLoop(Records, Shortcut):
         return Work(one.kind, inputs, written, traced, generator, len(one.tensors))
 
     def _planned(self, recording: Recording) -> Plan:
-        return PhasedPlan(recording, self.compiles)
+        return PhasedPlan(recording, self.compiles, self.optimizer.engine.parameters())
 
     def _report(self, made: Any) -> tuple[Any, StepReport | None]:
         return {name: made[name] for name in ("outputs", "grads", "sound")}, made["report"]

@@ -19,6 +19,11 @@ from ddpnopt.typing import Tensor
 class PhasedPlan(Plan):
     """Made of a recording whose inputs are the arguments, the outputs' gradients and p.grad.
 
+    Args:
+        recording: It.
+        compiled: Compile the program by torch's compiler.
+        parameters: Those whose p.grad are the last inputs, in order.
+
     It has made "outputs" and "grads", and "sound": whether all was decided in the passes as before.
 
     Attributes:
@@ -30,6 +35,10 @@ class PhasedPlan(Plan):
     """
 
     phases: Phases
+
+    def __init__(self, recording: Recording, compiled: bool, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        super().__init__(recording, compiled)
 
     def _built(self, recording: Recording | None = None) -> Callable[..., list[Tensor]]:
         program = self.program
@@ -44,6 +53,15 @@ class PhasedPlan(Plan):
             self.there = [t is not None for t in recording.inputs]
             tensors = [t for t in tree_leaves(recording.made["outputs"]) if isinstance(t, Tensor)]
             self.differentiable = [t.requires_grad for t in tensors]
+            first = len(recording.inputs) - len(self._parameters)
+            places = {p: first + i for i, p in enumerate(self._parameters)}
+            pairs = zip(self.receiving, self._grads, strict=True)
+            #: Where the step finds p.grad, by what the backward pass has made.
+            self._found_at = {
+                v: at
+                for p, v in pairs
+                if p in places and (at := self._inputs.get(places[p])) is not None
+            }
             owned = {id(b): b for _, _, b in buffers_of(recording.modules)}
             self._owned = {v: owned[id(t)] for v, t in program.externals.items() if id(t) in owned}
         phases = Phases(
@@ -51,6 +69,7 @@ class PhasedPlan(Plan):
             self._outside,
             self._recorded,
             self._ends,
+            self._found_at,
             self._grads,
             self.random,
             self.compiled,

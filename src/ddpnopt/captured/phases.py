@@ -56,6 +56,7 @@ class Phases:
         fixed: Its externals, as they are used.
         recorded: All operators of the recording, in order.
         ends: How many of them had run when the forward pass had ended, and the backward pass.
+        found_at: Arguments of the step that are what backward has returned, by that.
         grads: What backward returns: nothing later needs it.
         random: Numbers are drawn. What the forward pass has drawn the step draws again.
         compiled: Compile the functions.
@@ -70,6 +71,7 @@ class Phases:
         fixed: Mapping[Value, Tensor],
         recorded: Sequence[Call],
         ends: Sequence[int],
+        found_at: Mapping[Value, Value],
         grads: Iterable[Value],
         random: bool,
         compiled: bool,
@@ -81,7 +83,7 @@ class Phases:
         #: By whom, and in which phase, a tensor was made that is not given.
         self._maker = dict(made)
         self._at = {v: at[call] for v, call in made}
-        self._grads = set(grads)
+        self._grads, self._found_at = set(grads), found_at
         self.refusal = ""
         self.phases = [Phase(), Phase(), Phase()]
         for call in program.calls:
@@ -93,13 +95,15 @@ class Phases:
             phase.build(compiled)
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """As the program does: its arguments and externals to its results."""
+        """As the program does, but that the step goes on with what backward has returned."""
         program = self._program
         found = dict(zip((*program.arguments, *program.externals), tensors, strict=True))
         state = torch.get_rng_state() if self._random else None
         for place, phase in enumerate(self.phases):
-            if state is not None and place == STEP:
-                torch.set_rng_state(state)
+            if place == STEP:
+                found.update({at: found[v] for v, at in self._found_at.items()})
+                if state is not None:
+                    torch.set_rng_state(state)
             phase(found)
         return [found[v] for v in program.results]
 

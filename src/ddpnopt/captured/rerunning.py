@@ -12,10 +12,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ddpnopt import decisions
+from ddpnopt.captured.comparing import CLOSE, CLOSE_COARSE
 from ddpnopt.captured.forward import Pass
+from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.gradients import SAME, sampled
-from ddpnopt.randomness import Randomness
+from ddpnopt.randomness import Randomness, drawing
 from ddpnopt.shell import Shell
 from ddpnopt.sizes import norms
 from ddpnopt.taking import take
@@ -168,3 +170,32 @@ def _as_it_was(grads: Mapping[Tensor, Tensor], sizes: Tensor | None) -> bool:
     size = sizes.norm()
     off = (norms([sampled(g) for g in now]).norm() - size).abs()
     return decisions.holds(off <= tolerance * size)
+
+
+def off_by(one: Pass, plan: PhasedPlan, rates: Sequence[Tensor]) -> float:
+    """How far a record's outputs are from those of a pass that has run as it is written.
+
+    With other outputs the loss is another: the step from the record would only be refused.
+
+    Args:
+        one: The pass.
+        plan: The record.
+        rates: The groups' learning rates.
+
+    Returns:
+        A share of the outputs' size; 0 where rounding explains it, or nobody relies on the record.
+    """
+    if not plan.runs:
+        return 0.0
+    after = [(b, b.detach().clone()) for b, _ in one.buffers]
+    one.put_back()
+    assert one.randomness is not None
+    with drawing(one.randomness.torch_cpu if plan.random else None):
+        outputs, _ = plan.forward(plan.given(0, one.tensors), rates)
+    with torch.no_grad():
+        for buffer, value in after:
+            buffer.copy_(value)
+    pairs = [(a, b) for a, b in zip(outputs, one.outputs, strict=True) if b.is_floating_point()]
+    sizes = [(float((a - b).norm()), float(b.norm())) for a, b in pairs]
+    off = max((apart / size if size else apart for apart, size in sizes), default=0.0)
+    return off if not off <= (CLOSE_COARSE if plan.half else CLOSE) else 0.0

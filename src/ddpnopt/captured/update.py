@@ -16,11 +16,11 @@ from ddpnopt.captured.plan import Outcome, Plan, reported
 from ddpnopt.captured.records import Records
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.checks import check_states
-from ddpnopt.engine import Shortcut
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.report import Report, StepReport
 from ddpnopt.reweighting import Reweighing, reweighing
 from ddpnopt.shell import Shell
+from ddpnopt.shortcuts import Shortcut
 from ddpnopt.stages import Trajectory
 from ddpnopt.taking import take
 from ddpnopt.typing import Tensor
