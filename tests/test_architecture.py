@@ -26,6 +26,7 @@ HOOK_FILES = {
     "classification.py",
     "cuts.py",
     "open_loop.py",
+    "captured/forward.py",
 }
 # Shape contracts are an optional import of this one file.
 CONTRACT_FILES = {"typing.py": {"jaxtyping"}}

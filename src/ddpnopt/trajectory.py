@@ -67,12 +67,7 @@ class Recorder:
         arrivals: Arrivals,
         shortcut: Callable[[], Shortcut | None],
     ) -> None:
-        self.model, self.trainable, self.refresh, self.shortcut = (
-            model,
-            trainable,
-            refresh,
-            shortcut,
-        )
+        self.model, self.trainable, self.refresh = model, trainable, refresh
         self.closed_loop, self.state_gradients, self.links = closed_loop, state_gradients, links
         self.weight_gradients, self.arrivals, self.logits = weight_gradients, arrivals, logits
         self.shortcut = shortcut

@@ -63,7 +63,8 @@ class Variant:
             whole periods.
         package: Module that it needs beside ddpnopt's own; None: nothing.
         captured: How its iterations are run: "" as they are written, else by `ddpnopt.capture`:
-            "replayed", "compiled", or as they are written with a "step compiled".
+            "replayed", "compiled", or as plain loops with the "step compiled", or with their passes,
+            too: "loop compiled".
     """
 
     make: Callable[[nn.Module], torch.optim.Optimizer]
@@ -285,7 +286,7 @@ _CAPTURED = (
     "Feedback(AdamW fused), open loop",
 )
 #: Names of the ways to run what is recorded.
-CAPTURES = ("replayed", "compiled", "step compiled")
+CAPTURES = ("replayed", "compiled", "step compiled", "loop compiled")
 VARIANTS = {
     **VARIANTS,
     **{

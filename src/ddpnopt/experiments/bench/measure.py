@@ -58,12 +58,14 @@ class Job:
         self.criterion = net.loss
         self._initial: list[Tensor] = []
         self._iteration: ddpnopt.CapturedStep | None = None
-        self._update: ddpnopt.CapturedUpdate | None = None
+        self._update: ddpnopt.CapturedUpdate | ddpnopt.CapturedLoop | None = None
         if variant.captured:
             optimizer, compiled = self.optimizer, self.compiled
             assert isinstance(optimizer, ddpnopt.DDPNOpt | ddpnopt.Feedback)
             if variant.captured.startswith("step"):
                 self._update = ddpnopt.capture(optimizer, compile=compiled)
+            elif variant.captured.startswith("loop"):
+                self._update = ddpnopt.capture(optimizer, compile=compiled, passes=True)
             else:
                 self._iteration = ddpnopt.capture(
                     optimizer, lambda x, y: net.loss(self.model(x), y), compile=compiled
