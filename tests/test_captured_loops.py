@@ -598,3 +598,142 @@ def test_compiled(options: str) -> None:
         nets.append(net)
     assert isinstance(record, CapturedLoop) and record.compiles and record.replayed > 5
     assert apart(*nets) < 1e-4
+
+
+def moved(net: nn.Module, opt: Any) -> None:
+    with torch.no_grad():
+        for p in net.parameters():
+            p.data = p.data.clone()
+
+
+def evaluated(net: nn.Module, opt: Any) -> None:
+    net.eval()
+    net(batches((5,), 1)[0][0])  # under gradients
+    net.train()
+
+
+def counted(net: nn.Module, opt: Any) -> None:
+    with torch.no_grad():
+        net(batches((5,), 1)[0][0])  # its running means move on
+
+
+def loaded(net: nn.Module, opt: Any) -> None:
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def reset(net: nn.Module, opt: Any) -> None:
+    net[1].reset_running_stats()
+
+
+BETWEEN = {one.__name__: one for one in (moved, evaluated, counted, loaded, reset)}
+
+
+@pytest.mark.parametrize("before", ["backward", "the step"])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+@pytest.mark.parametrize("event", BETWEEN)
+def test_what_happens_between_the_passes_and_the_step(
+    event: str, feedback: bool | str, before: str
+) -> None:
+    if event == "reset" and before == "backward":
+        pytest.skip("autograd itself refuses that")
+    both = twins("BatchNorm", lr=0.3, feedback=feedback)
+    for turn, (x, y) in enumerate(batches((5,), 30)):
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            if turn in (17, 23) and before == "backward":
+                BETWEEN[event](net, opt)
+            loss.backward()
+            if turn in (17, 23) and before == "the step":
+                BETWEEN[event](net, opt)
+            opt.step()
+    assert both.record.replayed > 5 and both.record.reason == ""
+    assert both.apart < 1e-9
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_two_passes_in_one_loss(feedback: bool | str) -> None:
+    both = twins(lr=0.3, feedback=feedback)
+    for turn, (x, y) in enumerate(batches((5,), 30)):
+        for net, opt in both.pairs:
+            opt.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            if turn == 20:
+                loss = loss + F.cross_entropy(net(x + 1), y)
+            loss.backward()
+            opt.step()
+    assert both.record.replayed > 5 and both.record.reason == ""
+    # In open loop each pass of such a loss is weighted by itself.
+    assert both.apart < (1e-9 if feedback is True else 1e-3)
+
+
+def test_a_detached_optimizer_takes_plain_steps() -> None:
+    both = twins(lr=0.3)
+    both.train(batches((5,), 12))
+    x, y = batches((5,), 1)[0]
+    for net, opt in both.pairs:
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        opt.detach()
+        opt.step()
+    both.train(batches((5,), 3))
+    assert both.apart < 1e-12
+
+
+@pytest.mark.parametrize("before", ["backward", "the step"])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_it_can_be_taken_off_in_the_middle(feedback: bool | str, again: bool, before: str) -> None:
+    both = twins(lr=0.3, feedback=feedback)
+    both.train(batches((5,), 12))
+    assert both.record.replayed > 0
+    x, y = batches((5,), 1)[0]
+    for net, opt in both.pairs:
+        opt.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        if before == "the step":
+            loss.backward()
+        if opt is both.optimizers[1]:
+            if again:
+                capture(opt)
+            else:
+                both.record.remove()
+        if before == "backward":
+            loss.backward()
+        opt.step()
+    both.train(batches((5,), 10))
+    assert both.apart < 1e-12
+
+
+def test_a_pass_that_is_differentiated_twice_says_the_way_out() -> None:
+    net, opt, record = trained()
+    x, y = batches((5,), 1)[0]
+
+    def step() -> None:
+        opt.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        grads = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+        (loss + 0.01 * sum(g.square().sum() for g in grads)).backward()
+        opt.step()
+
+    with pytest.raises(RuntimeError, match=r"can't be differentiated twice.*capture\(opt\)"):
+        step()
+    assert "create_graph" in record.reason
+    step()
+
+
+def test_a_step_that_was_refused_can_be_taken_again() -> None:
+    both = twins(lr=0.3)
+    both.train(batches((5,), 12))
+    x, y = batches((5,), 1)[0]
+    for net, opt in both.pairs:
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+    rate = both.optimizers[1].param_groups[0]["lr"]
+    both.optimizers[1].param_groups[0]["lr"] = "no number"
+    with pytest.raises(ValueError):
+        both.optimizers[1].step()
+    both.optimizers[1].param_groups[0]["lr"] = rate
+    for opt in both.optimizers:
+        opt.step()
+    assert both.apart < 1e-12

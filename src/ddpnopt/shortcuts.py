@@ -27,6 +27,10 @@ class Shortcut(ABC):
     def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
         """As `reweighting.reweighing`."""
 
+    @abstractmethod
+    def remove(self) -> None:
+        """The engine does its work itself from now on."""
+
     def enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether it runs this call of a module, so that nothing is to be recorded of it."""
         return False

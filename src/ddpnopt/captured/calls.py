@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.curvature import Curvature
+from ddpnopt.inert import Hook
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
 
@@ -85,6 +86,16 @@ def has_hooks(optimizer: Shell) -> bool:
     every = (optimizer, *getattr(optimizer, "optimizers", ()))
     own = any(o._optimizer_step_pre_hooks or o._optimizer_step_post_hooks for o in every)
     return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+
+
+def hooked(modules: Iterable[nn.Module]) -> nn.Module | None:
+    """A module with hooks that are not the library's own."""
+    for module in modules:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        backward = module._backward_hooks or module._backward_pre_hooks
+        if backward or not all(isinstance(hook, Hook) for hook in hooks):
+            return module
+    return None
 
 
 def kind_of_step(optimizer: Shell, known: Mapping[Tensor, Curvature]) -> Hashable:

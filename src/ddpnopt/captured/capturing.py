@@ -82,6 +82,8 @@ def capture(
             "capture: with a loss function the passes are always run from the record; give a loss "
             "function or passes=True, not both"
         )
+    if loss is None and isinstance(optimizer, Shell) and optimizer.engine.shortcut is not None:
+        optimizer.engine.shortcut.remove()
     if passes:
         return CapturedLoop(optimizer, compile=compile)
     if loss is None:

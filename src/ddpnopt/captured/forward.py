@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ddpnopt.captured import calls
@@ -40,6 +39,8 @@ class Pass:
         randomness: The states of all of them, where it is to be recorded.
         buffers: What the model held before it, as far as the pass may change that.
         weights: The sum of the parameters' versions.
+        training: The modules, and whether each was in training mode.
+        number: Passes before it.
         G: The gradients at the tensors that it has returned, one list for each backward pass.
         plan: The record that it was run from; None: as it is written.
         found: What the step needs of what was computed.
@@ -54,6 +55,8 @@ class Pass:
     kind: tuple[Any, ...]
     autocast: tuple[bool, torch.dtype | None]
     weights: int = 0
+    training: list[tuple[nn.Module, bool]] = field(default_factory=list)
+    number: int = 0
     generator: Tensor | None = None
     randomness: Randomness | None = None
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -106,7 +109,7 @@ class Pass:
             UnsupportedModelError: One was overwritten.
         """
         for number, (t, version) in enumerate(zip(self.tensors, self.versions, strict=True)):
-            if version not in (-1, t._version):
+            if version != -1 and version != t._version:
                 raise UnsupportedModelError(
                     f"input tensor {number} of the model was modified in place after the forward "
                     "pass, so the pass can't be run again with the new weights; modify a copy, or "
@@ -122,6 +125,9 @@ class Owner(Protocol):
 
     def backward(self, one: Pass, saved: Sequence[Tensor], G: Sequence[Tensor | None]) -> Any:
         """The parameters' gradients."""
+
+    def give_up(self, why: str) -> None:
+        """From now on everything runs as it is written."""
 
 
 class Forward:
@@ -189,9 +195,16 @@ class _Attached(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         owner = ctx.owner()
+        if torch.is_grad_enabled():
+            if owner is not None:
+                owner.give_up("a backward pass is to build a graph (create_graph=True)")
+            raise RuntimeError(
+                "capture(opt, passes=True): a recorded pass can't be differentiated twice "
+                "(create_graph=True); from now on passes run as they are written: run this one "
+                "again, and use capture(opt), which records the step alone"
+            )
         if owner is None:
             raise RuntimeError(
                 "capture: the optimizer of this pass is gone, and the record of its backward pass "

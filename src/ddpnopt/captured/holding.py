@@ -33,11 +33,17 @@ class Held:
         passes, self.passes = self.passes, []
         return passes
 
+    def drop(self) -> None:
+        """Their gradients have been used or cleared."""
+        for one in self.passes:
+            one.found = {}
+        self.passes = []
+
     def drop_stale(self) -> None:
         """Drop passes whose gradients were thrown away (model.zero_grad)."""
         receiving = [p for one in self.passes if one.plan for p in one.plan.receiving]
         if not any(p.grad is not None and bool(p.grad.any()) for p in receiving):
-            self.passes = []
+            self.drop()
 
     def add(self, one: Pass, receiving: Sequence[Tensor]) -> None:
         """A backward pass has reached a pass.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from operator import is_not
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ from ddpnopt.captured.holding import Held
 from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.captured.plan import Outcome, Plan, Recording
 from ddpnopt.captured.records import MISSES, POSTPONED, WARM, Records
-from ddpnopt.captured.rerunning import Rerun, off_by
+from ddpnopt.captured.rerunning import Rerun, off_by, restoring
 from ddpnopt.captured.tracing import Tracer
-from ddpnopt.inert import Hook
 from ddpnopt.randomness import drawing
 from ddpnopt.report import Report, StepReport
 from ddpnopt.reweighting import Reweighing, reweighing
@@ -71,21 +70,31 @@ class CapturedLoop(Records, Shortcut):
         self._waiting: tuple[tuple[Any, Any], Pass] | None = None
         self._held = Held()
         self._rerun = Rerun(weakref.proxy(optimizer), self._net)
-        self._unused = self._several = 0
+        self._unused = self._several = self._passes = 0
+        #: The last pass that was run from the record, while anything may come of it.
+        self._last: weakref.ref[Pass] | None = None
         self._forward = Forward(self, self._net)
         self._net.forward = self._forward
         weakref.finalize(self, self._forward.remove)
         engine.shortcut = self
 
     def remove(self) -> None:
-        """From now on everything runs as it is written."""
+        """From now on everything runs as it is written, passes included that have just run."""
         self._forward.remove()
         try:
             engine = self.optimizer.engine
         except ReferenceError:  # the optimizer is gone
             return
         if engine.shortcut is self:
+            held = self._held.taken()
+            if held and engine.recorder is not None:
+                self._rerun.all(held)
             engine.shortcut = None
+
+    def give_up(self, why: str) -> None:
+        """From now on everything runs as it is written."""
+        if not self.reason:
+            self._give_up(why)
 
     # Forward pass ------------------------------------------------------------------------------
 
@@ -100,6 +109,8 @@ class CapturedLoop(Records, Shortcut):
             return False
         if self._several_begin():
             return False
+        one.number, self._passes = self._passes, self._passes + 1
+        one.training = [(m, m.training) for m in self._modules]
         self._watch_settings()
         step = calls.kind_of_step(self.optimizer, self._curvatures) if self._curvatures else ()
         key = one.kind, step
@@ -135,6 +146,11 @@ class CapturedLoop(Records, Shortcut):
 
         In open loop what a pass adds to p.grad depends on what is there already.
         """
+        last = self._last() if self._last is not None else None
+        if last is not None and not last.G:  # both may belong to one loss
+            last.odd = True
+            self._count_several()
+            return True
         self._held.drop_stale()
         held = self._held.taken()
         if not held:
@@ -152,10 +168,10 @@ class CapturedLoop(Records, Shortcut):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward pass."""
         due, self._due = self._due, None
-        if due is None:
+        if due is None or len(args) != len(due[0].args) or any(map(is_not, args, due[0].args)):
             return self._forward.method(*args, **kwargs)
         one, plan = due
-        one.plan = plan
+        one.plan, self._last = plan, weakref.ref(one)
         one.weights = self._rerun.weights()
         one.generator = torch.get_rng_state() if plan.random else None
         one.buffers = [(b, b.detach().clone()) for b in plan.buffers]
@@ -179,14 +195,17 @@ class CapturedLoop(Records, Shortcut):
         given = [None if g is None else g.detach() for g in G]
         found: list[Tensor] = []
         sound = [g is not None for g in given] == plan.there[first : first + len(G)]
-        if sound:
+        sound = sound and plan.current()
+        engine = self.optimizer.engine
+        if sound and engine.shortcut is self:
             self._rates.update()
             inputs = plan.given(0, one.tensors) | plan.given(first, given)
             found, left, decided = plan.backward(saved, inputs, self._rates.tensors)
             # What open loop adds to p.grad can't be taken back at the step.
-            sound = decided or not self.optimizer.engine.in_backward
-        if not sound:
+            sound = decided or not engine.in_backward
+        if not sound or engine.shortcut is not self:
             self._rerun.instead(replace(one, G=[given]))
+            one.G.append(given)
             return [None] * len(plan.receiving)
         one.found = left
         one.G.append(given)
@@ -195,23 +214,31 @@ class CapturedLoop(Records, Shortcut):
 
     def forget(self) -> None:
         """Gradients have been used or cleared."""
-        self._held.passes = []
+        self._held.drop()
 
     # Step --------------------------------------------------------------------------------------
 
     def step(self, closure: Any) -> Report | None:
         """A step on passes that were run from the record."""
-        held = self._held.taken()
-        if not held:
+        held, engine = self._held.taken(), self.optimizer.engine
+        if not held or engine.recorder is None:
             return None
-        engine = self.optimizer.engine
-        one = held[0]
+        try:
+            return self._step(held, closure)
+        except BaseException:
+            self._held.passes = held  # the step may be tried again
+            raise
+
+    def _step(self, held: list[Pass], closure: Any) -> Report | None:
+        engine, one = self.optimizer.engine, held[0]
         assert one.plan is not None and engine.recorder is not None
         grads = [p.grad for p in engine.parameters()]
-        alone = len(held) == len(one.G) == 1 and not engine.recorder.arrivals.completed
+        alone = (
+            len(held) == len(one.G) == 1 and not one.odd and not engine.recorder.arrivals.completed
+        )
         there = one.plan.there[-len(grads) :]
         like = [g is not None and g.layout == torch.strided for g in grads] == there
-        if closure is None and alone and like:
+        if closure is None and alone and like and one.plan.current():
             self._several = 0
             outcome = self._outcome(one, one.plan, grads)
             if outcome is not None:
@@ -254,11 +281,10 @@ class CapturedLoop(Records, Shortcut):
         """
         waiting, self._waiting = self._waiting, None
         engine = self.optimizer.engine
-        if engine.recorder is None and not self.reason:
-            self._give_up("no pass is seen where feedback is off")
-        sparse = any(p.grad is not None and p.grad.is_sparse for p in engine.parameters())
-        if sparse and not self.reason:
-            self._give_up("a gradient is sparse")
+        if engine.recorder is None:
+            self.give_up("no pass is seen where feedback is off")
+        if any(p.grad is not None and p.grad.is_sparse for p in engine.parameters()):
+            self.give_up("a gradient is sparse")
         usual = len(trajectories) == 1 and trajectories[0].error is None and not self.reason
         if waiting is None or not usual or len(waiting[1].G) != 1 or waiting[1].odd:
             self.written += 1
@@ -268,7 +294,10 @@ class CapturedLoop(Records, Shortcut):
             self._unused = 0
             one.check_inputs()
             plan = self._plans.get(key)
-            work = self._work(one)
+            if plan is not None and not plan.current():
+                self._forget(one.kind)
+                plan = None
+            work = self._rerun.work(one)
             self._rates.update()
             if isinstance(plan, PhasedPlan) and (off := off_by(one, plan, self._rates.tensors)):
                 self._give_up(
@@ -278,8 +307,9 @@ class CapturedLoop(Records, Shortcut):
                 self.written += 1
                 self.say(stacklevel=6)
                 return take(engine, trajectories)
-            one.put_back()
-            asked = self._record(key, work) if plan is None else self._verify(plan, work)
+            with restoring(one.buffers):  # other passes may have come since
+                one.put_back()
+                asked = self._record(key, work) if plan is None else self._verify(plan, work)
             made = asked["report"]
         self.say(stacklevel=6)
         return made
@@ -292,20 +322,6 @@ class CapturedLoop(Records, Shortcut):
         """What a pass is told by, for `_usual`."""
         n = len(one.tensors)
         return Work(one.kind, one.tensors, lambda: None, lambda: ([], lambda: None), arguments=n)
-
-    def _work(self, one: Pass) -> Work:
-        """An iteration with this pass, its gradients given."""
-        grads = [p.grad for p in self.optimizer.engine.parameters()]
-        assert one.randomness is not None
-
-        def traced() -> tuple[Sequence[Tensor | None], Any]:
-            copy = one.copied()
-            return [*copy.tensors, *one.G[0], *grads], partial(self._rerun.iteration, copy)
-
-        inputs = [*one.tensors, *one.G[0], *grads]
-        generator = one.randomness.torch_cpu
-        written = partial(self._rerun.iteration, one)
-        return Work(one.kind, inputs, written, traced, generator, len(one.tensors))
 
     def _planned(self, recording: Recording) -> Plan:
         return PhasedPlan(recording, self.compiles, self.optimizer.engine.parameters())
@@ -324,11 +340,9 @@ class CapturedLoop(Records, Shortcut):
             tracer.refuse("p.grad is changed before the step")
         if any(p.grad is not None and p not in made["grads"] for p in self._net.parameters()):
             tracer.refuse("parameters have gradients that the pass has not made")
-        for module in self._modules:
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            backward = module._backward_hooks or module._backward_pre_hooks
-            if backward or not all(isinstance(hook, Hook) for hook in hooks):
-                tracer.refuse(f"a {type(module).__name__} has hooks")
+        hooked = calls.hooked(self._modules)
+        if hooked is not None:
+            tracer.refuse(f"a {type(hooked).__name__} has hooks")
 
     def _obstacle(self, work: Work) -> str:
         if any(t is not None and t.requires_grad for t in work.inputs[: work.arguments]):

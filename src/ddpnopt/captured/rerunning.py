@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +14,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ddpnopt import decisions
+from ddpnopt.captured.calls import Work
 from ddpnopt.captured.comparing import CLOSE, CLOSE_COARSE
 from ddpnopt.captured.forward import Pass
 from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.gradients import SAME, sampled
+from ddpnopt.gradients import SAME, Fingerprint, sampled
 from ddpnopt.randomness import Randomness, drawing
+from ddpnopt.replay import set_training
 from ddpnopt.shell import Shell
 from ddpnopt.sizes import norms
 from ddpnopt.taking import take
@@ -63,15 +67,31 @@ class Rerun:
         Raises:
             UnsupportedModelError: Arguments or weights are not those of the pass.
         """
+        for one in held:
+            one.check_inputs()
+            self.check_weights(one)
+        engine = self._optimizer.engine
+        assert engine.recorder is not None
+        arrivals, fingerprint = engine.recorder.arrivals, engine.fingerprint
+        # Without p.grad these would be taken for thrown away; and they know how long it was.
+        seen, arrivals.completed = arrivals.completed, []
+        if seen:
+            engine.fingerprint = Fingerprint()
         kept = self._put_aside()
         try:
-            for one in held:
-                one.check_inputs()
-                self.check_weights(one)
-                one.put_back()
-                self._again(one)
+            for one in sorted(held, key=lambda one: one.number):
+                self._once_more(one)
         finally:
             _put_back(kept)
+            arrivals.completed = [*seen, *arrivals.completed]
+            if seen:
+                engine.fingerprint = fingerprint
+
+    def _once_more(self, one: Pass) -> None:
+        """Run a pass again that has left its traces in the model already."""
+        with restoring(one.buffers):
+            one.put_back()
+            self._again(one)
 
     def instead(self, one: Pass) -> None:
         """Run a pass as it is written while its backward pass runs: p.grad gets its gradients.
@@ -85,16 +105,19 @@ class Rerun:
 
         def run() -> None:
             try:
-                one.put_back()
-                self._again(one)
+                self._once_more(one)
             except BaseException as error:  # handed over, never swallowed
                 errors.append(error)
 
         thread = threading.Thread(target=run)
         thread.start()
-        thread.join()
-        for error in errors:
-            raise error
+        while thread.is_alive():
+            try:
+                thread.join()
+            except BaseException as interrupt:  # raised when the pass is over
+                errors.append(interrupt)
+        if errors:
+            raise errors[0]
 
     def iteration(self, one: Pass) -> dict[str, Any]:
         """Run a pass again, its buffers put back, and take the step with p.grad as it is.
@@ -116,6 +139,19 @@ class Rerun:
         report = take(engine, list(engine.recorder.arrivals.completed))
         return {"outputs": made, "grads": grads, "sound": sound, "report": report}
 
+    def work(self, one: Pass) -> Work:
+        """An iteration with this pass, its gradients and p.grad given."""
+        grads = [p.grad for p in self._optimizer.engine.parameters()]
+        assert one.randomness is not None
+
+        def traced() -> tuple[Sequence[Tensor | None], Callable[[], Any]]:
+            copy = one.copied()
+            return [*copy.tensors, *one.G[0], *grads], partial(self.iteration, copy)
+
+        inputs = [*one.tensors, *one.G[0], *grads]
+        generator, n = one.randomness.torch_cpu, len(one.tensors)
+        return Work(one.kind, inputs, partial(self.iteration, one), traced, generator, n)
+
     def _put_aside(self) -> dict[Tensor, Tensor | None]:
         kept: dict[Tensor, Tensor | None] = {p: p.grad for p in self._net.parameters()}
         for p in kept:
@@ -131,9 +167,12 @@ class Rerun:
         """
         outside, (on, dtype) = Randomness.capture(), one.autocast
         kind = self._optimizer.engine.parameters()[0].device.type
+        flags = [m.training for m, _ in one.training]
+        modules, known = [m for m, _ in one.training], [flag for _, flag in one.training]
         self.runs = True
         try:
             one.rewind()
+            set_training(modules, known)
             with torch.enable_grad():
                 with torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False):
                     made = self._net(*one.args, **one.kwargs)
@@ -149,8 +188,25 @@ class Rerun:
             decisions.phase_ends()
         finally:
             self.runs = False
+            set_training(modules, flags)
             outside.restore()
         return made, sizes, sound
+
+
+@contextmanager
+def restoring(buffers: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Leave buffers as they are before the block, whatever runs in it.
+
+    Args:
+        buffers: They, and what they were before some pass.
+    """
+    now = [(buffer, buffer.detach().clone()) for buffer, _ in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in now:
+                buffer.copy_(value)
 
 
 def _put_back(kept: Mapping[Tensor, Tensor | None]) -> None:
@@ -187,14 +243,10 @@ def off_by(one: Pass, plan: PhasedPlan, rates: Sequence[Tensor]) -> float:
     """
     if not plan.runs:
         return 0.0
-    after = [(b, b.detach().clone()) for b, _ in one.buffers]
-    one.put_back()
     assert one.randomness is not None
-    with drawing(one.randomness.torch_cpu if plan.random else None):
+    with restoring(one.buffers), drawing(one.randomness.torch_cpu if plan.random else None):
+        one.put_back()
         outputs, _ = plan.forward(plan.given(0, one.tensors), rates)
-    with torch.no_grad():
-        for buffer, value in after:
-            buffer.copy_(value)
     pairs = [(a, b) for a, b in zip(outputs, one.outputs, strict=True) if b.is_floating_point()]
     sizes = [(float((a - b).norm()), float(b.norm())) for a, b in pairs]
     off = max((apart / size if size else apart for apart, size in sizes), default=0.0)

@@ -63,8 +63,8 @@ class Variant:
             whole periods.
         package: Module that it needs beside ddpnopt's own; None: nothing.
         captured: How its iterations are run: "" as they are written, else by `ddpnopt.capture`:
-            "replayed", "compiled", or as plain loops with the "step compiled", or with their passes,
-            too: "loop compiled".
+            "replayed", "compiled", or as plain loops with the "step compiled", or with the passes,
+            too ("loop compiled").
     """
 
     make: Callable[[nn.Module], torch.optim.Optimizer]

@@ -27,6 +27,9 @@ MIB = 2**20
 CHUNK_SECONDS = 0.05
 
 
+Recorded = ddpnopt.CapturedStep | ddpnopt.CapturedUpdate | ddpnopt.CapturedLoop
+
+
 class Job:
     """A model, its optimizer and one batch: what `step` needs to train once.
 
@@ -58,7 +61,7 @@ class Job:
         self.criterion = net.loss
         self._initial: list[Tensor] = []
         self._iteration: ddpnopt.CapturedStep | None = None
-        self._update: ddpnopt.CapturedUpdate | ddpnopt.CapturedLoop | None = None
+        self._update: Recorded | None = None
         if variant.captured:
             optimizer, compiled = self.optimizer, self.compiled
             assert isinstance(optimizer, ddpnopt.DDPNOpt | ddpnopt.Feedback)
@@ -91,7 +94,9 @@ class Job:
             self._check(self._update)
         return loss.detach()
 
-    def _check(self, record: ddpnopt.CapturedStep | ddpnopt.CapturedUpdate) -> None:
+    def _check(
+        self, record: ddpnopt.CapturedStep | ddpnopt.CapturedUpdate | ddpnopt.CapturedLoop
+    ) -> None:
         """It must be the record that is measured."""
         if record.reason:
             raise RuntimeError(f"not run from a record: {record.reason}")
