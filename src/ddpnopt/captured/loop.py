@@ -71,7 +71,7 @@ class CapturedLoop(Records, Shortcut):
         self._held = Held()
         self._rerun = Rerun(weakref.proxy(optimizer), self._net)
         self._unused = self._several = self._passes = 0
-        #: The last pass that was run from the record, while anything may come of it.
+        #: The last pass from the record, while anything may come of it.
         self._last: weakref.ref[Pass] | None = None
         self._forward = Forward(self, self._net)
         self._net.forward = self._forward
@@ -232,13 +232,10 @@ class CapturedLoop(Records, Shortcut):
     def _step(self, held: list[Pass], closure: Any) -> Report | None:
         engine, one = self.optimizer.engine, held[0]
         assert one.plan is not None and engine.recorder is not None
-        grads = [p.grad for p in engine.parameters()]
-        alone = (
-            len(held) == len(one.G) == 1 and not one.odd and not engine.recorder.arrivals.completed
-        )
-        there = one.plan.there[-len(grads) :]
-        like = [g is not None and g.layout == torch.strided for g in grads] == there
-        if closure is None and alone and like and one.plan.current():
+        others, grads = engine.recorder.arrivals.completed, [p.grad for p in engine.parameters()]
+        there = [g is not None and g.layout == torch.strided for g in grads]
+        like = there == one.plan.there[-len(grads) :] and one.plan.current() and one.found
+        if len(held) == len(one.G) == 1 and like and not (one.odd or others or closure):
             self._several = 0
             outcome = self._outcome(one, one.plan, grads)
             if outcome is not None:
@@ -290,8 +287,7 @@ class CapturedLoop(Records, Shortcut):
             self.written += 1
             made: Report = take(engine, trajectories)
         else:
-            key, one = waiting
-            self._unused = 0
+            (key, one), self._unused = waiting, 0
             one.check_inputs()
             plan = self._plans.get(key)
             if plan is not None and not plan.current():
@@ -300,10 +296,7 @@ class CapturedLoop(Records, Shortcut):
             work = self._rerun.work(one)
             self._rates.update()
             if isinstance(plan, PhasedPlan) and (off := off_by(one, plan, self._rates.tensors)):
-                self._give_up(
-                    f"a recorded iteration differs from the code by {off:.2%}: perhaps something "
-                    "else than the batch and the weights changes from call to call"
-                )
+                self._differs(off)
                 self.written += 1
                 self.say(stacklevel=6)
                 return take(engine, trajectories)
@@ -320,8 +313,8 @@ class CapturedLoop(Records, Shortcut):
 
     def _asked(self, one: Pass) -> Work:
         """What a pass is told by, for `_usual`."""
-        n = len(one.tensors)
-        return Work(one.kind, one.tensors, lambda: None, lambda: ([], lambda: None), arguments=n)
+        t = one.tensors
+        return Work(one.kind, t, lambda: None, lambda: (t, lambda: None), arguments=len(t))
 
     def _planned(self, recording: Recording) -> Plan:
         return PhasedPlan(recording, self.compiles, self.optimizer.engine.parameters())

@@ -68,8 +68,7 @@ class Records(ABC):
         calls.check_optimizer(optimizer)
         self.optimizer, self.compiles = optimizer, compile
         self.replayed = self.written = self.missed = 0
-        self.reason = ""
-        self._said: list[str] = []
+        self.reason, self._said = "", list[str]()
         #: Calls as written by kind of batch, and records by kinds of batch and step.
         self._warm: dict[Any, int] = {}
         self._plans: dict[tuple[Any, Any], Plan] = {}
@@ -77,9 +76,8 @@ class Records(ABC):
         self._curvatures: dict[Tensor, Curvature] = {}
         self._fruitless = self._postponed = self._refused = 0
         self._rates = Rates(optimizer)
-        self._settings: list[Any] = []
+        self._settings, self._modules = list[Any](), list[nn.Module]()
         self._model: nn.Module | None = None
-        self._modules: list[nn.Module] = []
         self._anatomy: Anatomy | None = None
 
     # What the work is ------------------------------------------------------------------------
@@ -280,10 +278,7 @@ class Records(ABC):
             self._do_without_compiler(plan, f"a compiled {self.what} differs by {off:.2%}")
             return made
         if off:
-            self._give_up(
-                f"a recorded {self.what} differs from the code by {off:.2%}: perhaps something "
-                "else than the batch and the weights changes from call to call"
-            )
+            self._differs(off)
             return made
         plan.verified, plan.compared = True, plan.runs
         if any(t.device.type == "cuda" for t in plan.changed):
@@ -294,6 +289,12 @@ class Records(ABC):
                     f"a CUDA graph can't hold the {self.what} ({calls.first_line(error)})"
                 )
         return made
+
+    def _differs(self, off: float) -> None:
+        self._give_up(
+            f"a recorded {self.what} differs from the code by {off:.2%}: perhaps something else "
+            "than the batch and the weights changes from call to call"
+        )
 
     def _first_run(self, plan: Plan, work: Work) -> Outcome | None:
         """A run that may have to be compiled; what the compiler can't do is run as it is."""
