@@ -115,7 +115,8 @@ class Weighted(Moreau):
     #: H of the backward pass that is running.
     gram: ClassVar[Tensor] = torch.zeros(())
 
-    def start(self, terminal: TerminalCost) -> Recursion:  # noqa: D102
+    def start(self, terminal: TerminalCost) -> Recursion:
+        """With other weights at the boundary."""
         return _Recursion(self, Line(terminal.kappa, terminal.excess), terminal.w)
 
 

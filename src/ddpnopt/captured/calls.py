@@ -29,7 +29,6 @@ class Work:
         written: Does it as it is written.
         traced: Inputs, and what does it with them while it is taken down.
         generator: State of torch's generator that random numbers are drawn from; None: none are.
-        arguments: How many of the inputs are what the model is called with.
     """
 
     kind: Hashable
@@ -37,7 +36,6 @@ class Work:
     written: Callable[[], Any]
     traced: Callable[[], tuple[Sequence[Tensor | None], Callable[[], Any]]]
     generator: Tensor | None = None
-    arguments: int = 0
 
     def of(self, changed: Callable[[Tensor], Tensor]) -> Work:
         """The same with other inputs."""

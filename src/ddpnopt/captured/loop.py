@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ddpnopt.captured import calls
-from ddpnopt.captured.calls import Work
 from ddpnopt.captured.forward import Forward, Pass, attach, watched
 from ddpnopt.captured.holding import Held
 from ddpnopt.captured.phased import PhasedPlan
@@ -115,7 +114,7 @@ class CapturedLoop(Records, Shortcut):
         step = calls.kind_of_step(self.optimizer, self._curvatures) if self._curvatures else ()
         key = one.kind, step
         plan = self._plans.get(key)
-        usual = step is not None and self._usual(self._asked(one)) and engine.rescale == 1.0
+        usual = step is not None and self._usual(one.tensors) and engine.rescale == 1.0
         if plan is not None and not plan.current():
             self._forget(one.kind)
             plan = None
@@ -311,11 +310,6 @@ class CapturedLoop(Records, Shortcut):
         """What open loop adds to p.grad."""
         return reweighing(self.optimizer.engine, trajectories)
 
-    def _asked(self, one: Pass) -> Work:
-        """What a pass is told by, for `_usual`."""
-        t = one.tensors
-        return Work(one.kind, t, lambda: None, lambda: (t, lambda: None), arguments=len(t))
-
     def _planned(self, recording: Recording) -> Plan:
         return PhasedPlan(recording, self.compiles, self.optimizer.engine.parameters())
 
@@ -337,10 +331,10 @@ class CapturedLoop(Records, Shortcut):
         if hooked is not None:
             tracer.refuse(f"a {type(hooked).__name__} has hooks")
 
-    def _obstacle(self, work: Work) -> str:
-        if any(t is not None and t.requires_grad for t in work.inputs[: work.arguments]):
+    def _obstacle(self, inputs: Sequence[Tensor | None]) -> str:
+        if any(t is not None and t.requires_grad for t in inputs):
             return "an argument requires gradients"
-        return super()._obstacle(work)
+        return super()._obstacle(inputs)
 
     def _keep(self, plan: Plan, outcome: Outcome) -> Any:
         plan.commit(outcome)

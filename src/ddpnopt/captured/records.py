@@ -116,7 +116,7 @@ class Records(ABC):
             self._give_up(f"an argument can't be told from others ({calls.first_line(error)})")
         return not self.reason
 
-    def _obstacle(self, work: Work) -> str:
+    def _obstacle(self, inputs: Sequence[Tensor | None]) -> str:
         """What is in the way of all records; or ''."""
         if self.optimizer.engine.company.ranks.several:
             return "several ranks train together"
@@ -134,11 +134,11 @@ class Records(ABC):
         if plan is None:
             cold = self._warm.get(work.kind, 0) < WARM or self._crowded(work.kind)
             still = 0 in self._rates.numbers  # where nothing moves, ratios are 0 / 0
-            if kind is None or cold or still or not self._usual(work):
+            if kind is None or cold or still or not self._usual(work.inputs):
                 self._warm_up(work.kind)
                 return self._as_written(work)
             return self._record((work.kind, kind), work)
-        if not self._usual(work) or not plan.current():
+        if not self._usual(work.inputs) or not plan.current():
             self._forget(work.kind)
             return self._as_written(work)
         self._rates.update()
@@ -328,9 +328,9 @@ class Records(ABC):
             known = curvatures(self.optimizer.param_groups)
             self._curvatures = known if any(one.counts for one in known.values()) else {}
 
-    def _usual(self, work: Work) -> bool:
+    def _usual(self, inputs: Sequence[Tensor | None]) -> bool:
         """Whether nothing is in the way of running from the record at this call."""
-        obstacle = self._obstacle(work)
+        obstacle = self._obstacle(inputs)
         if obstacle:
             self._give_up(obstacle)
         elif decisions.traced():  # in another thread

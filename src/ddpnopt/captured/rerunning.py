@@ -149,8 +149,8 @@ class Rerun:
             return [*copy.tensors, *one.G[0], *grads], partial(self.iteration, copy)
 
         inputs = [*one.tensors, *one.G[0], *grads]
-        generator, n = one.randomness.torch_cpu, len(one.tensors)
-        return Work(one.kind, inputs, partial(self.iteration, one), traced, generator, n)
+        written, generator = partial(self.iteration, one), one.randomness.torch_cpu
+        return Work(one.kind, inputs, written, traced, generator)
 
     def _put_aside(self) -> dict[Tensor, Tensor | None]:
         kept: dict[Tensor, Tensor | None] = {p: p.grad for p in self._net.parameters()}

@@ -106,12 +106,12 @@ class CapturedStep(Records):
     def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
         calls.look_again(tracer, made, calls.parameters_of_others(self.optimizer, self._modules))
 
-    def _obstacle(self, work: Work) -> str:
+    def _obstacle(self, inputs: Sequence[Tensor | None]) -> str:
         if calls.has_hooks(self.optimizer):
             return "an optimizer has step hooks"
-        if any(t is not None and t.requires_grad for t in work.inputs):
+        if any(t is not None and t.requires_grad for t in inputs):
             return "an argument requires gradients"
-        return super()._obstacle(work)
+        return super()._obstacle(inputs)
 
     def _keep(self, plan: Plan, outcome: Outcome) -> Any:
         plan.commit(outcome)

@@ -44,10 +44,10 @@ class _OfPasses(Records):
         work = Work(kind, inputs, written, lambda: (inputs, written), generator)
         return self._run(work) if self._hashable(kind) else self._as_written(work)
 
-    def _obstacle(self, work: Work) -> str:
-        if any(t is not None and t.layout != torch.strided for t in work.inputs):
+    def _obstacle(self, inputs: Sequence[Tensor | None]) -> str:
+        if any(t is not None and t.layout != torch.strided for t in inputs):
             return "a gradient is sparse"
-        return super()._obstacle(work)
+        return super()._obstacle(inputs)
 
     def _object(self, tracer: Tracer, made: Any, inputs: Sequence[Tensor | None]) -> None:
         known = [t for m in self._modules for t in (*m.parameters(False), *m.buffers(False))]
