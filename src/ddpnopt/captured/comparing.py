@@ -60,13 +60,16 @@ def compare(
     if outcome is None:
         return written(), None
     try:
+        plan.settle()
         replayed = after(outcome.state, outcome.made)
         put_back()
         for t in plan.changed:
             t.copy_(_shaken(t))
         shaken = [t.clone() for t in plan.changed]
-        another = run(_shaken)
-        nearby = None if another is None else after(another.state, another.made)
+        another, nearby = run(_shaken), None
+        if another is not None:
+            plan.settle()
+            nearby = after(another.state, another.made)
     finally:
         insist(put_back)
     made = written()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ddpnopt.captured import calls
+from ddpnopt.captured.early import Early
 from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.captured.phases import Found
 from ddpnopt.errors import UnsupportedModelError
@@ -44,6 +45,7 @@ class Pass:
         G: The gradients at the tensors that it has returned, one list for each backward pass.
         plan: The record that it was run from; None: as it is written.
         found: What the step needs of what was computed.
+        early: The step, where it was computed in the backward pass.
         odd: It is part of another loss, or of several: not to be recorded.
         outputs: The tensors that it has returned, where it is to be recorded.
     """
@@ -63,6 +65,7 @@ class Pass:
     G: list[Gradients] = field(default_factory=list)
     plan: PhasedPlan | None = None
     found: Found = field(default_factory=dict)
+    early: Early | None = None
     odd: bool = False
     outputs: list[Tensor] = field(default_factory=list)
 

@@ -36,7 +36,7 @@ class Held:
     def drop(self) -> None:
         """Their gradients have been used or cleared."""
         for one in self.passes:
-            one.found = {}
+            one.found, one.early = {}, None
         self.passes = []
 
     def drop_stale(self) -> None:

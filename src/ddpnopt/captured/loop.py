@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import is_not
 from typing import Any
@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from ddpnopt.captured import calls
+from ddpnopt.captured.early import Early
 from ddpnopt.captured.forward import Forward, Pass, attach, watched
 from ddpnopt.captured.holding import Held
 from ddpnopt.captured.phased import PhasedPlan
+from ddpnopt.captured.phases import Found
 from ddpnopt.captured.plan import Outcome, Plan, Recording
 from ddpnopt.captured.records import MISSES, POSTPONED, WARM, Records
 from ddpnopt.captured.rerunning import Rerun, off_by, restoring
 from ddpnopt.captured.tracing import Tracer
+from ddpnopt.errors import LinAlgError
 from ddpnopt.randomness import drawing
 from ddpnopt.report import Report, StepReport
 from ddpnopt.reweighting import Reweighing, reweighing
@@ -72,6 +75,10 @@ class CapturedLoop(Records, Shortcut):
         self._unused = self._several = self._passes = 0
         #: The last pass from the record, while anything may come of it.
         self._last: weakref.ref[Pass] | None = None
+        #: Steps are computed in the backward pass; how many in a row were other ones in the end.
+        self._joins, self._late = True, 0
+        #: The step whose outcome lies in the room beside the weights.
+        self._early: weakref.ref[Early] | Callable[[], None] = lambda: None
         self._forward = Forward(self, self._net)
         self._net.forward = self._forward
         weakref.finalize(self, self._forward.remove)
@@ -192,24 +199,48 @@ class CapturedLoop(Records, Shortcut):
         assert plan is not None
         one.check_inputs()
         given = [None if g is None else g.detach() for g in G]
-        found: list[Tensor] = []
+        found: Sequence[Tensor] = []
         sound = [g is not None for g in given] == plan.there[first : first + len(G)]
         sound = sound and plan.current()
         engine = self.optimizer.engine
         if sound and engine.shortcut is self:
             self._rates.update()
             inputs = plan.given(0, one.tensors) | plan.given(first, given)
-            found, left, decided = plan.backward(saved, inputs, self._rates.tensors)
+            found, decided = self._gradients(one, plan, saved, inputs)
             # What open loop adds to p.grad can't be taken back at the step.
-            sound = decided or not engine.in_backward
+            sound = decided or bool(found and not engine.in_backward)
         if not sound or engine.shortcut is not self:
             self._rerun.instead(replace(one, G=[given]))
             one.G.append(given)
             return [None] * len(plan.receiving)
-        one.found = left
         one.G.append(given)
         self._held.add(one, plan.receiving)
         return found
+
+    def _gradients(
+        self, one: Pass, plan: PhasedPlan, saved: Sequence[Tensor], inputs: Found
+    ) -> tuple[Sequence[Tensor], bool]:
+        """The backward pass, and the step where that is one with it.
+
+        Returns:
+            The parameters' gradients, and whether all is as it was in the recording.
+        """
+        rates = self._rates
+        if not plan.phases.joined:
+            found, one.found, decided = plan.backward(saved, inputs, rates.tensors)
+            return found, decided
+        if any(p.grad is not None for p in plan.receiving):
+            self._count_late(plan)  # p.grad is not going to be what the step is computed from
+            return [], False
+        weights = self._rerun.weights()
+        try:
+            found, one.early, decided = plan.early(
+                saved, inputs, rates.tensors, weights, rates.numbers
+            )
+        except LinAlgError:  # as written, another factorisation is tried
+            return [], False
+        self._early = weakref.ref(one.early)
+        return found, decided
 
     def forget(self) -> None:
         """Gradients have been used or cleared."""
@@ -233,10 +264,11 @@ class CapturedLoop(Records, Shortcut):
         assert one.plan is not None and engine.recorder is not None
         others, grads = engine.recorder.arrivals.completed, [p.grad for p in engine.parameters()]
         there = [g is not None and g.layout == torch.strided for g in grads]
-        like = there == one.plan.there[-len(grads) :] and one.plan.current() and one.found
+        like = there == one.plan.there[-len(grads) :] and one.plan.current()
+        like = like and (bool(one.found) or one.early is not None)
         if len(held) == len(one.G) == 1 and like and not (one.odd or others or closure):
             self._several = 0
-            outcome = self._outcome(one, one.plan, grads)
+            outcome = self._outcome(one, one.plan, grads) if self._stands(one, one.plan) else None
             if outcome is not None:
                 return outcome
         else:
@@ -244,20 +276,45 @@ class CapturedLoop(Records, Shortcut):
         self._rerun.all(held)
         return None
 
+    def _stands(self, one: Pass, plan: PhasedPlan) -> bool:
+        """Whether a step that was computed in the backward pass is the one that is asked for."""
+        early = one.early
+        if early is None:
+            return True
+        grads, rates = [p.grad for p in plan.receiving], self._rates.numbers
+        weights, state = self._rerun.weights(), plan.depends_on()
+        if self._early() is early and early.stands(grads, weights, rates, state):
+            self._late = 0
+            return True
+        self._count_late(plan)
+        return False
+
+    def _count_late(self, plan: PhasedPlan) -> None:
+        """The step is another one than the backward pass could know."""
+        self._late += 1
+        if self._late >= MISSES:
+            self._joins = False
+            key = next(key for key, known in self._plans.items() if known is plan)
+            self._forget(key[0])
+
     def _outcome(
         self, one: Pass, plan: PhasedPlan, grads: Sequence[Tensor | None]
     ) -> Report | None:
         """The step from the record; None where it would decide otherwise."""
         one.check_inputs()
         self._rerun.check_weights(one)
-        self._rates.update()
-        first = len(one.tensors)
-        found = one.found | plan.given(0, one.tensors) | plan.given(first, one.G[0])
-        found |= plan.given(first + len(one.G[0]), grads)
-        with drawing(one.generator):
-            outcome = plan.step(found, self._rates.tensors)
-        # Where nothing has come of it, the weights have been put back.
-        one.found, one.weights = {}, self._rerun.weights()
+        early, one.early = one.early, None
+        if early is not None:
+            outcome = plan.taken(early)
+        else:
+            self._rates.update()
+            first = len(one.tensors)
+            found = one.found | plan.given(0, one.tensors) | plan.given(first, one.G[0])
+            found |= plan.given(first + len(one.G[0]), grads)
+            with drawing(one.generator):
+                outcome = plan.step(found, self._rates.tensors)
+            # Where nothing has come of it, the weights have been put back.
+            one.found, one.weights = {}, self._rerun.weights()
         if outcome is None:
             key = next(key for key, known in self._plans.items() if known is plan)
             self._count_miss(key, plan)
@@ -311,7 +368,8 @@ class CapturedLoop(Records, Shortcut):
         return reweighing(self.optimizer.engine, trajectories)
 
     def _planned(self, recording: Recording) -> Plan:
-        return PhasedPlan(recording, self.compiles, self.optimizer.engine.parameters())
+        parameters = self.optimizer.engine.parameters()
+        return PhasedPlan(recording, self.compiles, self._joins, parameters)
 
     def _report(self, made: Any) -> tuple[Any, StepReport | None]:
         return {name: made[name] for name in ("outputs", "grads", "sound")}, made["report"]

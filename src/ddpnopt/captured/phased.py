@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ddpnopt.captured.early import Early, noted
 from ddpnopt.captured.phases import BACKWARD, FORWARD, STEP, Found, Phases
 from ddpnopt.captured.plan import At, Outcome, Plan, Recording, without_autocast
 from ddpnopt.captured.program import Value
@@ -22,6 +23,7 @@ class PhasedPlan(Plan):
     Args:
         recording: It.
         compiled: Compile the program by torch's compiler.
+        join: Run the step with the backward pass, if that can be.
         parameters: Those whose p.grad are the last inputs, in order.
 
     It has made "outputs" and "grads", and "sound": whether all was decided in the passes as before.
@@ -36,8 +38,10 @@ class PhasedPlan(Plan):
 
     phases: Phases
 
-    def __init__(self, recording: Recording, compiled: bool, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(
+        self, recording: Recording, compiled: bool, join: bool, parameters: Sequence[Tensor]
+    ) -> None:
+        self._join, self._parameters = join, parameters
         super().__init__(recording, compiled)
 
     def _built(self, recording: Recording | None = None) -> Callable[..., list[Tensor]]:
@@ -67,14 +71,19 @@ class PhasedPlan(Plan):
         phases = Phases(
             program,
             self._outside,
+            dict(zip(program.changed, self._room, strict=True)),
             self._recorded,
             self._ends,
             self._found_at,
             self._grads,
             self.random,
+            self._join,
             self.compiled,
         )
         self.phases = phases
+        pairs = zip(program.changed, self.changed, self._room, strict=True)
+        self._exposed = [(t, room) for v, t, room in pairs if v not in phases.moved]
+        self._moved = [self._outside[v] for v in phases.moved], list(phases.moved.values())
         self._after = [phases.kept(FORWARD), phases.kept(BACKWARD)]
         leaves = tree_leaves(self._made["outputs"])
         self._outputs = [program.results[at.place] for at in leaves if isinstance(at, At)]
@@ -129,11 +138,65 @@ class PhasedPlan(Plan):
         Returns:
             The parameters' gradients, what the step needs, and whether the decisions are the same.
         """
-        found.update(zip(self._after[0], saved, strict=True))
+        found.update(zip(self._after[FORWARD], saved, strict=True))
         self._run_phase(BACKWARD, found, rates)
         grads = [found[v] for v in self._grads]
-        sound = self._sound not in found or bool(found[self._sound])
-        return grads, {v: found[v] for v in self._after[1]}, sound
+        return grads, {v: found[v] for v in self._after[BACKWARD]}, self._as_before(found)
+
+    def early(
+        self,
+        saved: Sequence[Tensor],
+        found: Found,
+        rates: Sequence[Tensor],
+        weights: int,
+        numbers: Sequence[float],
+    ) -> tuple[list[Tensor], Early, bool]:
+        """Run the backward pass and the step; nothing changes before that is committed.
+
+        Args:
+            saved: What the forward pass has left.
+            found: The arguments, and the gradients at what the model has returned.
+            rates: The groups' learning rates.
+            weights: The sum of the parameters' versions.
+            numbers: The learning rates as the groups have them.
+
+        Returns:
+            The parameters' gradients, the step, and whether the decisions are the same.
+
+        Raises:
+            LinAlgError: A factorisation of the step has failed.
+        """
+        found.update(zip(self._after[FORWARD], saved, strict=True))
+        state = noted(self.depends_on())
+        self._run_phase(BACKWARD, found, rates)
+        grads = [found[v] for v in self._grads]
+        own, versions = [g.detach() for g in grads], [g._version for g in grads]
+        left = {v: found[v] for v in (*self._after[FORWARD], *self._after[BACKWARD])}
+        return grads, Early(left, own, versions, weights, numbers, state), self._as_before(found)
+
+    def taken(self, early: Early) -> Outcome | None:
+        """What a step has made; None where the host would decide otherwise."""
+        early.found.update(zip(self._grads, (p.grad for p in self.receiving), strict=True))
+        with torch.no_grad():
+            return self._made_of(self.phases.outcome(early.found))
+
+    def settle(self) -> None:
+        """What was written to the room beside the weights, say, becomes the weights."""
+        if self._moved[0]:
+            torch._foreach_copy_(*self._moved)
+
+    def _at_risk(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [t for t, _ in self._exposed], [room for _, room in self._exposed]
+
+    def depends_on(self) -> list[Tensor]:
+        """The optimizer's tensors that a step depends on."""
+        return [*self._state(), *(t for _, t in self._fixed)]
+
+    def _state(self) -> list[Tensor]:
+        return [slot.tensor for slot in (*self.slots, *self._read)]
+
+    def _as_before(self, found: Found) -> bool:
+        return self._sound not in found or bool(found[self._sound])
 
     def step(self, found: Found, rates: Sequence[Tensor]) -> Outcome | None:
         """Run the step.
@@ -158,8 +221,7 @@ class PhasedPlan(Plan):
 
     def _run_phase(self, place: int, found: Found, rates: Sequence[Tensor]) -> None:
         """Run a phase, with the rates and the state as they are now."""
-        state = (*rates, *(slot.tensor for slot in (*self.slots, *self._read)))
         values: Sequence[Value] = self.program.arguments[len(self._inputs) :]
-        found.update(zip(values, state, strict=True))
+        found.update(zip(values, (*rates, *self._state()), strict=True))
         with torch.no_grad(), without_autocast(self.changed):
             self.phases.phases[place](found)

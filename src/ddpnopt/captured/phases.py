@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ddpnopt.captured.compiling import Compiled
+from ddpnopt.captured.early import beside
 from ddpnopt.captured.program import Call, Program, Value, drawn, graph_of
 from ddpnopt.typing import Tensor
 
@@ -20,7 +21,7 @@ Found = dict[Value, Tensor]
 
 @dataclass(eq=False)
 class Phase:
-    """One of the three, as a function.
+    """One of them, as a function.
 
     Attributes:
         calls: Its operators. Views of what earlier phases have made are taken anew: a view handed
@@ -51,17 +52,26 @@ class Phase:
 class Phases:
     """The three phases of a program; called, they run one after another.
 
+    Backward pass and step can be one phase, which changes nothing: what the step makes of the
+    weights is written to the room beside them, and known before it is asked for.
+
     Args:
         program: The program.
         fixed: Its externals, as they are used.
+        room: Of those that it changes: as much memory.
         recorded: All operators of the recording, in order.
         ends: How many of them had run when the forward pass had ended, and the backward pass.
         found_at: Arguments of the step that are what backward has returned, by that.
         grads: What backward returns: nothing later needs it.
         random: Numbers are drawn. What the forward pass has drawn the step draws again.
+        join: Backward pass and step are to be one phase, if they can.
         compiled: Compile the functions.
 
     Attributes:
+        phases: Forward pass, backward pass, and the step if it is not one with that.
+        joined: It is.
+        moved: Then what it changes, and what it writes to instead.
+        results: What stands for the program's results.
         refusal: Why the program can't be cut; or ''.
     """
 
@@ -69,25 +79,34 @@ class Phases:
         self,
         program: Program,
         fixed: Mapping[Value, Tensor],
+        room: Mapping[Value, Tensor],
         recorded: Sequence[Call],
         ends: Sequence[int],
         found_at: Mapping[Value, Value],
-        grads: Iterable[Value],
+        grads: Sequence[Value],
         random: bool,
+        join: bool,
         compiled: bool,
     ) -> None:
         at = {call: bisect_right(ends, place) for place, call in enumerate(recorded)}
-        self._program, self._fixed, self._random = program, fixed, random
+        self._program, self._fixed, self._random = program, dict(fixed), random
         outside = {*program.arguments, *program.externals}
-        made = [(v, call) for call in program.calls[::-1] for v in call.outputs if v not in outside]
-        #: By whom, and in which phase, a tensor was made that is not given.
-        self._maker = dict(made)
-        self._at = {v: at[call] for v, call in made}
-        self._grads, self._found_at = set(grads), found_at
-        self.refusal = ""
+        #: By whom a tensor was made that is not given.
+        self._maker = {
+            v: call for call in program.calls[::-1] for v in call.outputs if v not in outside
+        }
+        self._grads, self._found_at = grads, found_at
+        self.refusal, self.results = "", program.results
         self.phases = [Phase(), Phase(), Phase()]
         for call in program.calls:
             self.phases[at[call]].calls.append(call)
+        self.moved: dict[Value, Tensor] = {}
+        self.joined = join and not random and self._join(room)
+        #: The phase in which it was made.
+        self._at = {v: at[call] for v, call in self._maker.items()}
+        if self.joined:
+            own = {v for call in self.phases[BACKWARD].calls for v in call.outputs}
+            self._at = dict.fromkeys(own, BACKWARD) | {v: i for v, i in self._at.items() if not i}
         for phase in self.phases:
             self._complete(phase)
         self._hand_over()
@@ -105,13 +124,41 @@ class Phases:
                 if state is not None:
                     torch.set_rng_state(state)
             phase(found)
-        return [found[v] for v in program.results]
+        return self.outcome(found)
+
+    def outcome(self, found: Found) -> list[Tensor]:
+        """The results, when all phases have run."""
+        return [found[v] if v in found else self._fixed[v] for v in self.results]
 
     def kept(self, after: int) -> list[Value]:
         """What phases up to this one have made that is needed behind it."""
         wanted = {v for phase in self.phases[after + 1 :] for v in phase.given}
-        wanted |= set(self._program.results) - self._grads
+        wanted |= set(self.results) - set(self._grads)
         return [v for phase in self.phases[: after + 1] for v in phase.made if v in wanted]
+
+    def _join(self, room: Mapping[Value, Tensor]) -> bool:
+        """Make one phase of backward pass and step, if what they change can be beside itself."""
+        before, backward, step = self.phases
+        calls = [*backward.calls, *step.calls]
+        written = {v.storage for call in calls for v in call.written}
+        changed = [v for v in room if v.storage in written]
+        shared = len({v.storage for v in changed}) < len(changed)
+        taken = {room[v].data_ptr() for v in room}
+        read = any(self._fixed[v].data_ptr() in taken for v in room)  # memory of another's room
+        if (
+            shared
+            or read
+            or any(v.storage in written for call in before.calls for v in call.written)
+        ):
+            return False
+        number = 1 + max((v.index for v in (*self._maker, *self._fixed)), default=0)
+        rooms = {v: Value(number + i, -1 - i, v.dim) for i, v in enumerate(changed)}
+        self.moved = {v: room[v] for v in changed}
+        self._fixed |= {rooms[v]: room[v] for v in changed}
+        known = {at: v for v, at in self._found_at.items()}
+        calls, self.results = beside(calls, self._program.results, rooms, known, self._maker)
+        self.phases = [before, Phase(calls)]
+        return True
 
     def _complete(self, phase: Phase) -> None:
         """Find what a phase needs from outside."""
@@ -144,8 +191,8 @@ class Phases:
     def _hand_over(self) -> None:
         """What each phase makes for later ones, or for whoever asks."""
         later = {v for phase in self.phases for v in phase.given}
-        for v in dict.fromkeys((*later, *self._program.results)):
-            if v in self._at:
+        for v in dict.fromkeys((*later, *self.results)):
+            if v in self._at and v not in self._fixed:
                 self.phases[self._at[v]].made.append(v)
 
 

@@ -162,9 +162,11 @@ class Plan:
         scratch = [tracer.value(t) for t in recording.scratch.values()]
         self.program = Program(tracer.calls, arguments, externals, results, scratch)
         self.compiled = compiled
+        changed = list(self.program.changed.values())
+        self.changed = [t.detach() for t in changed]
+        self._room = [_room(t, recording.scratch) for t in changed]
         self._function = self._built(recording)
         self._externals = [t.detach() for t in self.program.externals.values()]
-        changed = list(self.program.changed.values())
         read = {id(t) for t in self.program.externals.values()}
         owners = [one for m in recording.modules for one in (m._parameters, m._buffers)]
         #: The model's tensors: where they are held, and where in memory they are.
@@ -175,8 +177,6 @@ class Plan:
             if t is not None and id(t) in read
         ]
         self._constant = [i for i, v in enumerate(results) if v in self.program.externals]
-        self.changed = [t.detach() for t in changed]
-        self._room = [_room(t, recording.scratch) for t in changed]
         self._backed = False
         self._graph: tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None = None
 
@@ -207,17 +207,23 @@ class Plan:
             with torch.no_grad(), without_autocast(self.changed):
                 self._back_up()
                 results = run()
-            if not bool(results[0]):
+            outcome = self._made_of(results)
+            if outcome is None:
                 self.restore()
-                return None
-            for place in self._constant:  # the caller may write to them
-                results[place] = results[place].clone()
+            return outcome
         except LinAlgError:  # as written, another factorisation is tried
             self.restore()
             return None
         except BaseException:
             self.restore()
             raise
+
+    def _made_of(self, results: list[Tensor]) -> Outcome | None:
+        """The program's results; None where the host would decide otherwise."""
+        if not bool(results[0]):
+            return None
+        for place in self._constant:  # the caller may write to them
+            results[place] = results[place].clone()
         return Outcome(
             self._filled(results),
             lambda: _mapped(self._report, lambda at: results[at.place]),
@@ -231,6 +237,7 @@ class Plan:
 
     def commit(self, outcome: Outcome) -> None:
         """Keep what a run has made of the state; may be begun again."""
+        self.settle()
         for slot, tensor in zip(self.slots, outcome.state, strict=True):
             slot.put(tensor)
         for (slot, _), number in zip(self.counts, outcome.counts, strict=True):
@@ -244,14 +251,23 @@ class Plan:
             lambda leaf: results[leaf.place] if isinstance(leaf, At) else leaf, self._made
         )
 
+    def settle(self) -> None:
+        """What a run has changed elsewhere is changed where it belongs; may be begun again."""
+
     def restore(self) -> None:
         """Weights and buffers as they were before the run, as far as it came."""
-        if self._backed and self.changed:
-            torch._foreach_copy_(self.changed, self._room)
+        at_risk, room = self._at_risk()
+        if self._backed and at_risk:
+            torch._foreach_copy_(at_risk, room)
+
+    def _at_risk(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What a run changes before all is known to be well, and room for copies of it."""
+        return self.changed, self._room
 
     def _back_up(self) -> None:
-        if self.changed:
-            torch._foreach_copy_(self._room, self.changed)
+        at_risk, room = self._at_risk()
+        if at_risk:
+            torch._foreach_copy_(room, at_risk)
         self._backed = True
 
     def _run(self, arguments: Sequence[Tensor]) -> list[Tensor]:

@@ -221,9 +221,12 @@ def _compiled(graph: fx.Graph, call: Call, args: tuple[Any, ...], kwargs: dict[s
     if call.func is aten._foreach_norm.Scalar:
         order = args[1:] or (2,)
         return [graph.call_function(aten.linalg_vector_norm.default, (t, *order)) for t in args[0]]
-    if call.func is aten.addmm.default and not kwargs and call.inputs[0].dim == 2:
+    alone = kwargs.get("alpha", 1) == kwargs.get("beta", 1) == 1
+    if call.func is aten.addmm.default and alone and call.inputs[0].dim == 2:
         product = graph.call_function(aten.mm.default, args[1:])
-        return graph.call_function(aten.add.Tensor, (args[0], product))
+        # As a sum the compiler would make an `addmm` of it again, which copies the matrix first.
+        negative = graph.call_function(aten.neg.default, (product,))
+        return graph.call_function(aten.sub.Tensor, (args[0], negative))
     scaled = kwargs.get("grad_scale") is not None or kwargs.get("found_inf") is not None
     if call.func in FORMULAS and not scaled:
         given = {name: value for name, value in kwargs.items() if value is not None}

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Backward pass and step in one: a step that is known before it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from ddpnopt.captured.program import Call, Value
+from ddpnopt.typing import Tensor
+
+#: By what stands for a tensor that a program changes: what stands for the room beside it.
+Rooms = Mapping[Value, Value]
+
+
+@dataclass(eq=False)
+class Early:
+    """A step whose outcome lies in the room beside the weights.
+
+    It is the step that is asked for if nothing that it was computed from has changed since.
+
+    Attributes:
+        found: What the backward pass and the step have made.
+        grads: The gradients, in other tensors: the memory stays theirs for as long as this lives.
+        versions: Of these, as autograd got them.
+        weights: The sum of the parameters' versions.
+        rates: The groups' learning rates.
+        state: The optimizer's tensors, and their versions.
+    """
+
+    found: dict[Value, Tensor]
+    grads: Sequence[Tensor]
+    versions: Sequence[int]
+    weights: int
+    rates: Sequence[float]
+    state: Sequence[tuple[Tensor, int]]
+
+    def stands(
+        self,
+        grads: Iterable[Tensor | None],
+        weights: int,
+        rates: Sequence[float],
+        state: Sequence[Tensor],
+    ) -> bool:
+        """Whether the step now would have the same outcome.
+
+        Args:
+            grads: p.grad of the parameters that the pass has given gradients to.
+            weights: The sum of the parameters' versions.
+            rates: The groups' learning rates.
+            state: The optimizer's tensors.
+        """
+        return (
+            weights == self.weights
+            and rates == self.rates
+            and all(a is b and a._version == v for a, (b, v) in zip(state, self.state, strict=True))
+            and all(map(_untouched, grads, self.grads, self.versions))
+        )
+
+
+def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+    """Tensors and their versions."""
+    return [(t, t._version) for t in tensors]
+
+
+def _untouched(grad: Tensor | None, own: Tensor, version: int) -> bool:
+    """Whether p.grad is what the backward pass has made, and nobody has written to it."""
+    return grad is not None and grad.data_ptr() == own.data_ptr() and own._version == version
+
+
+def beside(
+    calls: Iterable[Call],
+    results: Iterable[Value],
+    rooms: Rooms,
+    known: Mapping[Value, Value],
+    makers: Mapping[Value, Call],
+) -> tuple[list[Call], list[Value]]:
+    """Operators that write to the room beside tensors, from the first time that they would write.
+
+    Args:
+        calls: Operators that write to the tensors.
+        results: What is asked for afterwards.
+        rooms: What is to be written to instead.
+        known: Other stand-ins.
+        makers: The operators that have made tensors, for views of what is written to.
+
+    Returns:
+        The operators, and what stands for the results.
+    """
+    moved = _Moved(rooms, known, makers)
+    for call in calls:
+        moved.add(call)
+    return moved.calls, [moved.of(v) for v in results]
+
+
+class _Moved:
+    """Operators so far."""
+
+    def __init__(
+        self, rooms: Rooms, known: Mapping[Value, Value], makers: Mapping[Value, Call]
+    ) -> None:
+        self.calls: list[Call] = []
+        self._now = dict(known)
+        self._rooms = {v.storage: (v, room) for v, room in rooms.items()}
+        self._makers, self._written, self._fresh = makers, set[int](), 0
+
+    def add(self, call: Call) -> None:
+        """The next one."""
+        for storage in {v.storage for v in call.written} - self._written:
+            if storage in self._rooms:
+                self._written.add(storage)
+                v, room = self._rooms[storage]
+                self._now[v] = room
+                copy = torch.ops.aten.copy_.default
+                self.calls.append(Call(copy, (room, v), {}, room))
+        self._append(call)
+        for v in call.outputs:
+            if v.storage in self._written:
+                self._now.setdefault(v, v)
+
+    def of(self, v: Value) -> Value:
+        """What stands for a tensor now: views from before are taken anew."""
+        if v not in self._now and v.storage in self._written:
+            self._append(self._makers[v], anew=True)
+        return self._now.get(v, v)
+
+    def _append(self, call: Call, anew: bool = False) -> None:
+        args, kwargs = tree_map(self._moved, (call.args, call.kwargs))
+        for v in call.outputs if anew else ():
+            self._fresh -= 1
+            self._now[v] = replace(v, index=self._fresh)
+        made = tree_map(self._moved, call.made) if anew else call.made
+        self.calls.append(Call(call.func, args, kwargs, made))
+
+    def _moved(self, leaf: Any) -> Any:
+        return self.of(leaf) if isinstance(leaf, Value) else leaf
