@@ -273,9 +273,6 @@ class Engine:
 
     def step(self, closure: Callable[[], float] | None = None) -> Report:
         """Take one step, ``closure`` called; raises before anything is changed, or puts it back."""
-        made = self.shortcut.step(closure) if self.shortcut is not None else None
-        if made is not None:
-            return made
         trajectories = list(self.recorder.arrivals.completed) if self.recorder else []
         parameters = [p for p in self.parameters() if p.requires_grad]
         fresh = self.consumed.fresh(parameters) or not parameters

@@ -107,15 +107,9 @@ class Shell(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self.engine
-        engine.refresh()
-        engine.company.look(self.model)
-        device = next(iter(engine.parameters())).device.type
         try:
-            ranks, parameters = engine.company.ranks, engine.parameters()
-            with torch.autocast(device, enabled=False), ranks.together(parameters):
-                check_bound(engine.waiting and engine.records)
-                check_ranks(engine)
-                self.last_step = engine.step(closure)
+            made = engine.shortcut.step(closure) if engine.shortcut is not None else None
+            self.last_step = self._step(closure) if made is None else made
         except NonFiniteError:
             if self.options.nonfinite == "raise":
                 raise
@@ -125,6 +119,18 @@ class Shell(torch.optim.Optimizer):
         else:
             self._closing(closure)
         return loss
+
+    def _step(self, closure: Callable[[], float] | None) -> Report:
+        """Take a step as it is written."""
+        engine = self.engine
+        engine.refresh()
+        engine.company.look(self.model)
+        ranks, parameters = engine.company.ranks, engine.parameters()
+        device = parameters[0].device.type
+        with torch.autocast(device, enabled=False), ranks.together(parameters):
+            check_bound(engine.waiting and engine.records)
+            check_ranks(engine)
+            return engine.step(closure)
 
     def _opening(self, closure: Callable[[], float] | None) -> Callable[[], float] | None:
         """Before anything else in a step; the closure to call."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ddpnopt.captured.plan import Outcome, Plan
+from ddpnopt.captured.plan import Plan
+from ddpnopt.captured.recording import Outcome
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import insist
 

@@ -13,6 +13,10 @@ from torch import fx
 
 from ddpnopt.typing import Tensor
 
+#: Entries that are worth another thread: between two kernels threads fall asleep, and to wake one
+#: costs as much as some thousand exponentials. The compiler's own bound is 512.
+MIN_CHUNK = 4096
+
 
 class Compiled:
     """A straight line of operators, compiled when it is first called.
@@ -48,6 +52,7 @@ def _compiled(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any
     """By Inductor; on CPUs what calls the kernels is C++, too, a quarter of a small net's step."""
     options = {
         "cpp_wrapper": all(t.device.type == "cpu" for t in inputs),
+        "cpp.min_chunk_size": MIN_CHUNK,
         "fallback_random": True,  # the compiler's own generator draws other numbers
     }
     log = logging.getLogger("torch._inductor.ir")

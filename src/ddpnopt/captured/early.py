@@ -44,7 +44,7 @@ class Early:
         grads: Iterable[Tensor | None],
         weights: int,
         rates: Sequence[float],
-        state: Sequence[Tensor],
+        state: Sequence[Any],
     ) -> bool:
         """Whether the step now would have the same outcome.
 
@@ -52,7 +52,7 @@ class Early:
             grads: p.grad of the parameters that the pass has given gradients to.
             weights: The sum of the parameters' versions.
             rates: The groups' learning rates.
-            state: The optimizer's tensors.
+            state: What there is of the optimizer's state.
         """
         return (
             weights == self.weights

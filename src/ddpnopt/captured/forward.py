@@ -193,8 +193,9 @@ class _Attached(torch.autograd.Function):
         ctx.owner, ctx.one = owner, one
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
-        pairs = zip(outputs, one.plan.differentiable, strict=True)
-        ctx.mark_non_differentiable(*[t for t, differentiable in pairs if not differentiable])
+        if not all(one.plan.differentiable):
+            pairs = zip(outputs, one.plan.differentiable, strict=True)
+            ctx.mark_non_differentiable(*[t for t, differentiable in pairs if not differentiable])
         return tuple(outputs)
 
     @staticmethod

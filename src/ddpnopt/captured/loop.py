@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import is_not
 from typing import Any
@@ -13,16 +13,15 @@ import torch
 from torch import nn
 
 from ddpnopt.captured import calls
-from ddpnopt.captured.early import Early
+from ddpnopt.captured.ahead import Ahead
 from ddpnopt.captured.forward import Forward, Pass, attach, watched
 from ddpnopt.captured.holding import Held
 from ddpnopt.captured.phased import PhasedPlan
-from ddpnopt.captured.phases import Found
-from ddpnopt.captured.plan import Outcome, Plan, Recording
+from ddpnopt.captured.plan import Plan
+from ddpnopt.captured.recording import Outcome, Recording, told
 from ddpnopt.captured.records import MISSES, POSTPONED, WARM, Records
 from ddpnopt.captured.rerunning import Rerun, off_by, restoring
 from ddpnopt.captured.tracing import Tracer
-from ddpnopt.errors import LinAlgError
 from ddpnopt.randomness import drawing
 from ddpnopt.report import Report, StepReport
 from ddpnopt.reweighting import Reweighing, reweighing
@@ -75,10 +74,7 @@ class CapturedLoop(Records, Shortcut):
         self._unused = self._several = self._passes = 0
         #: The last pass from the record, while anything may come of it.
         self._last: weakref.ref[Pass] | None = None
-        #: Steps are computed in the backward pass; how many in a row were other ones in the end.
-        self._joins, self._late = True, 0
-        #: The step whose outcome lies in the room beside the weights.
-        self._early: weakref.ref[Early] | Callable[[], None] = lambda: None
+        self._ahead = Ahead(self._rates, self._rerun.weights)
         self._forward = Forward(self, self._net)
         self._net.forward = self._forward
         weakref.finalize(self, self._forward.remove)
@@ -120,15 +116,11 @@ class CapturedLoop(Records, Shortcut):
         self._watch_settings()
         step = calls.kind_of_step(self.optimizer, self._curvatures) if self._curvatures else ()
         key = one.kind, step
-        plan = self._plans.get(key)
+        plan = self._current(key)
         usual = step is not None and self._usual(one.tensors) and engine.rescale == 1.0
-        if plan is not None and not plan.current():
-            self._forget(one.kind)
-            plan = None
-        if usual and isinstance(plan, PhasedPlan) and plan.verified:
-            if plan.runs - plan.compared < self.compare_every:
-                self._due = one, plan
-                return True
+        if usual and isinstance(plan, PhasedPlan) and plan.verified and plan.runs < plan.due:
+            self._due = one, plan
+            return True
         self._waiting = None
         if plan is None and (self._warm.get(one.kind, 0) < WARM or self._crowded(one.kind)):
             self._warm_up(one.kind)
@@ -206,7 +198,7 @@ class CapturedLoop(Records, Shortcut):
         if sound and engine.shortcut is self:
             self._rates.update()
             inputs = plan.given(0, one.tensors) | plan.given(first, given)
-            found, decided = self._gradients(one, plan, saved, inputs)
+            found, decided = self._ahead.backward(one, plan, saved, inputs)
             # What open loop adds to p.grad can't be taken back at the step.
             sound = decided or bool(found and not engine.in_backward)
         if not sound or engine.shortcut is not self:
@@ -216,31 +208,6 @@ class CapturedLoop(Records, Shortcut):
         one.G.append(given)
         self._held.add(one, plan.receiving)
         return found
-
-    def _gradients(
-        self, one: Pass, plan: PhasedPlan, saved: Sequence[Tensor], inputs: Found
-    ) -> tuple[Sequence[Tensor], bool]:
-        """The backward pass, and the step where that is one with it.
-
-        Returns:
-            The parameters' gradients, and whether all is as it was in the recording.
-        """
-        rates = self._rates
-        if not plan.phases.joined:
-            found, one.found, decided = plan.backward(saved, inputs, rates.tensors)
-            return found, decided
-        if any(p.grad is not None for p in plan.receiving):
-            self._count_late(plan)  # p.grad is not going to be what the step is computed from
-            return [], False
-        weights = self._rerun.weights()
-        try:
-            found, one.early, decided = plan.early(
-                saved, inputs, rates.tensors, weights, rates.numbers
-            )
-        except LinAlgError:  # as written, another factorisation is tried
-            return [], False
-        self._early = weakref.ref(one.early)
-        return found, decided
 
     def forget(self) -> None:
         """Gradients have been used or cleared."""
@@ -264,38 +231,25 @@ class CapturedLoop(Records, Shortcut):
         assert one.plan is not None and engine.recorder is not None
         others, grads = engine.recorder.arrivals.completed, [p.grad for p in engine.parameters()]
         there = [g is not None and g.layout == torch.strided for g in grads]
-        like = there == one.plan.there[-len(grads) :] and one.plan.current()
-        like = like and (bool(one.found) or one.early is not None)
-        if len(held) == len(one.G) == 1 and like and not (one.odd or others or closure):
+        like = there == one.plan.there[-len(grads) :] and not (one.odd or others or closure)
+        if len(held) == len(one.G) == 1 and like:
             self._several = 0
-            outcome = self._outcome(one, one.plan, grads) if self._stands(one, one.plan) else None
-            if outcome is not None:
-                return outcome
+            if self._ahead.stands(one, one.plan):
+                outcome = self._outcome(one, one.plan, grads)
+                if outcome is not None:
+                    return outcome
+            else:
+                self._late(one.plan)
         else:
             self._count_several()
         self._rerun.all(held)
         return None
 
-    def _stands(self, one: Pass, plan: PhasedPlan) -> bool:
-        """Whether a step that was computed in the backward pass is the one that is asked for."""
-        early = one.early
-        if early is None:
-            return True
-        grads, rates = [p.grad for p in plan.receiving], self._rates.numbers
-        weights, state = self._rerun.weights(), plan.depends_on()
-        if self._early() is early and early.stands(grads, weights, rates, state):
-            self._late = 0
-            return True
-        self._count_late(plan)
-        return False
-
-    def _count_late(self, plan: PhasedPlan) -> None:
-        """The step is another one than the backward pass could know."""
-        self._late += 1
-        if self._late >= MISSES:
-            self._joins = False
-            key = next(key for key, known in self._plans.items() if known is plan)
-            self._forget(key[0])
+    def _late(self, plan: PhasedPlan) -> None:
+        """A step was another one than its backward pass could know."""
+        self.missed += 1
+        if plan.phases.joined and not self._ahead.joins:  # the next one has them apart
+            self._drop(plan)
 
     def _outcome(
         self, one: Pass, plan: PhasedPlan, grads: Sequence[Tensor | None]
@@ -308,16 +262,13 @@ class CapturedLoop(Records, Shortcut):
             outcome = plan.taken(early)
         else:
             self._rates.update()
-            first = len(one.tensors)
-            found = one.found | plan.given(0, one.tensors) | plan.given(first, one.G[0])
-            found |= plan.given(first + len(one.G[0]), grads)
+            inputs = [*one.tensors, *one.G[0], *grads]
             with drawing(one.generator):
-                outcome = plan.step(found, self._rates.tensors)
+                outcome = plan.step(one.found, inputs, self._rates.tensors)
             # Where nothing has come of it, the weights have been put back.
             one.found, one.weights = {}, self._rerun.weights()
         if outcome is None:
-            key = next(key for key, known in self._plans.items() if known is plan)
-            self._count_miss(key, plan)
+            self._count_miss(plan)
             return None
         plan.misses, plan.runs = 0, plan.runs + 1
         self.replayed += 1
@@ -345,22 +296,19 @@ class CapturedLoop(Records, Shortcut):
         else:
             (key, one), self._unused = waiting, 0
             one.check_inputs()
-            plan = self._plans.get(key)
-            if plan is not None and not plan.current():
-                self._forget(one.kind)
-                plan = None
+            plan = self._current(key)
             work = self._rerun.work(one)
             self._rates.update()
             if isinstance(plan, PhasedPlan) and (off := off_by(one, plan, self._rates.tensors)):
                 self._differs(off)
                 self.written += 1
-                self.say(stacklevel=6)
+                self.say(stacklevel=7)
                 return take(engine, trajectories)
             with restoring(one.buffers):  # other passes may have come since
                 one.put_back()
                 asked = self._record(key, work) if plan is None else self._verify(plan, work)
             made = asked["report"]
-        self.say(stacklevel=6)
+        self.say(stacklevel=7)
         return made
 
     def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:
@@ -369,7 +317,7 @@ class CapturedLoop(Records, Shortcut):
 
     def _planned(self, recording: Recording) -> Plan:
         parameters = self.optimizer.engine.parameters()
-        return PhasedPlan(recording, self.compiles, self._joins, parameters)
+        return PhasedPlan(recording, self.compiles, self._ahead.joins, parameters)
 
     def _report(self, made: Any) -> tuple[Any, StepReport | None]:
         return {name: made[name] for name in ("outputs", "grads", "sound")}, made["report"]
@@ -399,4 +347,4 @@ class CapturedLoop(Records, Shortcut):
         engine = self.optimizer.engine
         engine.rescale = 1.0
         engine.finish()
-        return self._told(outcome)
+        return told(outcome, self.optimizer.skipped)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpnopt.captured.plan import Slot
+from ddpnopt.captured.recording import Slot
 from ddpnopt.hyperparameters import curvatures
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from ddpnopt.captured.plan import reported
+from ddpnopt.captured.recording import reported
 from ddpnopt.engine import Engine
 from ddpnopt.replay import Call
 from ddpnopt.stages import Trajectory

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ddpnopt.captured.early import Early, noted
 from ddpnopt.captured.phases import BACKWARD, FORWARD, STEP, Found, Phases
-from ddpnopt.captured.plan import At, Outcome, Plan, Recording, without_autocast
+from ddpnopt.captured.plan import Plan, without_autocast
 from ddpnopt.captured.program import Value
+from ddpnopt.captured.recording import At, Outcome, Recording
 from ddpnopt.keeping import buffers_of
 from ddpnopt.typing import Tensor
 
@@ -81,8 +82,8 @@ class PhasedPlan(Plan):
             self.compiled,
         )
         self.phases = phases
-        pairs = zip(program.changed, self.changed, self._room, strict=True)
-        self._exposed = [(t, room) for v, t, room in pairs if v not in phases.moved]
+        changed = zip(program.changed, self.changed, self._room, strict=True)
+        self._exposed = [(t, room) for v, t, room in changed if v not in phases.moved]
         self._moved = [self._outside[v] for v in phases.moved], list(phases.moved.values())
         self._after = [phases.kept(FORWARD), phases.kept(BACKWARD)]
         leaves = tree_leaves(self._made["outputs"])
@@ -178,7 +179,7 @@ class PhasedPlan(Plan):
         """What a step has made; None where the host would decide otherwise."""
         early.found.update(zip(self._grads, (p.grad for p in self.receiving), strict=True))
         with torch.no_grad():
-            return self._made_of(self.phases.outcome(early.found))
+            return self._made_of(self.phases.outcome(early.found), lambda results: None)
 
     def settle(self) -> None:
         """What was written to the room beside the weights, say, becomes the weights."""
@@ -188,9 +189,9 @@ class PhasedPlan(Plan):
     def _at_risk(self) -> tuple[list[Tensor], list[Tensor]]:
         return [t for t, _ in self._exposed], [room for _, room in self._exposed]
 
-    def depends_on(self) -> list[Tensor]:
-        """The optimizer's tensors that a step depends on."""
-        return [*self._state(), *(t for _, t in self._fixed)]
+    def depends_on(self) -> list[Any]:
+        """What there is of the optimizer's state that a step depends on."""
+        return [slot.found for slot in (*self.slots, *self._read)] + [t for _, t in self._fixed]
 
     def _state(self) -> list[Tensor]:
         return [slot.tensor for slot in (*self.slots, *self._read)]
@@ -198,21 +199,25 @@ class PhasedPlan(Plan):
     def _as_before(self, found: Found) -> bool:
         return self._sound not in found or bool(found[self._sound])
 
-    def step(self, found: Found, rates: Sequence[Tensor]) -> Outcome | None:
+    def step(
+        self, left: Found, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]
+    ) -> Outcome | None:
         """Run the step.
 
         Args:
-            found: All inputs, and what the earlier phases have left.
+            left: What the earlier phases have left.
+            inputs: All inputs.
             rates: The groups' learning rates.
 
         Returns:
             None where the host would decide otherwise: then nothing has changed.
         """
+        found = left | self.given(0, inputs)
         found.update(zip(self._grads, (p.grad for p in self.receiving), strict=True))
 
         def run() -> list[Tensor]:
             self._run_phase(STEP, found, rates)
-            return [found[v] if v in found else self._outside[v] for v in self.program.results]
+            return self.phases.outcome(found)
 
         return self._outcome(run)
 

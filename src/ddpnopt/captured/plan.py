@@ -1,113 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""What has been traced, ready to be run again: on which tensors, and the way back."""
+"""What has been traced as a program that can be run again: on which tensors, and the way back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.compiling import Compiled
 from ddpnopt.captured.program import Program, Value
-from ddpnopt.captured.tracing import Tracer
+from ddpnopt.captured.recording import At, Outcome, Recording, mapped
 from ddpnopt.errors import LinAlgError
-from ddpnopt.report import LayerReport, StepReport
 from ddpnopt.typing import Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """A place of the optimizer's state.
-
-    Attributes:
-        holder: Finds the dictionary.
-        key: The name in it.
-        counts: A number is there that the host goes by.
-        turns: What is there is in a basis that rounding alone may turn.
-    """
-
-    holder: Callable[[], dict[Any, Any]]
-    key: Any
-    counts: bool = False
-    turns: bool = False
-
-    @property
-    def found(self) -> Any:
-        """What is there now; None for nothing."""
-        return self.holder().get(self.key)
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor that is there."""
-        found = self.found
-        assert isinstance(found, torch.Tensor)
-        return found
-
-    def put(self, value: Any) -> None:
-        """Replace it."""
-        self.holder()[self.key] = value
-
-
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """What a traced iteration was given and has made.
-
-    Attributes:
-        tracer: Its operators.
-        sound: Whether the decisions are as they were.
-        inputs: Tensors that differ from run to run; None where there is none.
-        rates: The groups' learning rates.
-        state: The places of the state, with the tensors that were there before.
-        counts: Those of numbers that the host goes by, with these.
-        made: What the loss function returned.
-        report: What the step has done.
-        scratch: The optimizer's own memory for copies of weights, by parameter.
-        modules: Those of the model.
-    """
-
-    tracer: Tracer
-    sound: Tensor
-    inputs: Sequence[Tensor | None]
-    rates: Sequence[Tensor]
-    state: Sequence[tuple[Slot, Tensor]]
-    counts: Sequence[tuple[Slot, int]]
-    made: Any
-    report: StepReport | None
-    scratch: dict[int, Tensor]
-    modules: Sequence[nn.Module]
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a run has made.
-
-    Attributes:
-        made: As the loss function returns it.
-        report: For ``opt.last_step``, made when it is asked for.
-        state: The tensors for the slots.
-        counts: The numbers for those of counts.
-    """
-
-    made: Any
-    report: Callable[[], StepReport | None]
-    state: Sequence[Tensor]
-    counts: Sequence[int]
-
-
-@dataclass(frozen=True)
-class At:
-    """Stands for a result of the program.
-
-    Attributes:
-        place: Which one.
-    """
-
-    place: int
 
 
 class Plan:
@@ -120,7 +27,7 @@ class Plan:
     Attributes:
         verified: A run has been compared with the code.
         runs: How often it was run.
-        compared: How often it had been when it was compared last.
+        due: How often it will have been when it is compared again.
         misses: Runs in a row whose decisions were not the recording's.
         half: Some of it has half precision.
         random: It draws random numbers.
@@ -130,7 +37,8 @@ class Plan:
     def __init__(self, recording: Recording, compiled: bool) -> None:
         tracer = recording.tracer
         self.verified, self.half, self.random = False, tracer.half, tracer.random
-        self.runs = self.misses = self.compared = 0
+        self.runs = self.misses = 0
+        self.due: float = 0
         #: State that the step replaces by new tensors; state that it only reads, or not even that,
         #: so that other steps may replace it; and state that it writes to where it is.
         self.slots = [slot for slot, old in recording.state if slot.tensor is not old]
@@ -151,7 +59,7 @@ class Plan:
             return At(len(wanted) - 1)
 
         self._made = tree_map(placed, recording.made)
-        self._report = _mapped(recording.report, placed)
+        self._report = mapped(recording.report, placed)
         results = [tracer.value(t) for t in wanted]
         #: Places of the inputs that are used.
         self._used = _used(recording, results)
@@ -180,6 +88,18 @@ class Plan:
         self._backed = False
         self._graph: tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None = None
 
+    def confirm(self, first: float) -> None:
+        """A run is like the code: the record is run as long again as it has held.
+
+        Args:
+            first: Runs before the first comparison after this; a tenth of the most.
+        """
+        self.verified, self.due = True, self.runs + min(max(first, self.runs), 10 * first)
+
+    def in_place(self) -> bool:
+        """Whether the model's tensors are where they were in memory."""
+        return all(t.data_ptr() == at[0] for _, _, t, at in self._places)
+
     def current(self) -> bool:
         """Whether everything that is not an argument is where it was."""
         return (
@@ -207,7 +127,7 @@ class Plan:
             with torch.no_grad(), without_autocast(self.changed):
                 self._back_up()
                 results = run()
-            outcome = self._made_of(results)
+            outcome = self._made_of(results, self._filled)
             if outcome is None:
                 self.restore()
             return outcome
@@ -218,15 +138,17 @@ class Plan:
             self.restore()
             raise
 
-    def _made_of(self, results: list[Tensor]) -> Outcome | None:
+    def _made_of(
+        self, results: list[Tensor], made: Callable[[Sequence[Tensor]], Any]
+    ) -> Outcome | None:
         """The program's results; None where the host would decide otherwise."""
         if not bool(results[0]):
             return None
         for place in self._constant:  # the caller may write to them
             results[place] = results[place].clone()
         return Outcome(
-            self._filled(results),
-            lambda: _mapped(self._report, lambda at: results[at.place]),
+            made(results),
+            lambda: mapped(self._report, lambda at: results[at.place]),
             results[1 : 1 + len(self.slots)],
             [slot.found + more for slot, more in self.counts],
         )
@@ -342,23 +264,3 @@ def _room(t: Tensor, scratch: dict[int, Tensor]) -> Tensor:
     """Memory for a copy of what a run changes: the optimizer's own, where it has some."""
     known = scratch.get(id(t))
     return torch.empty_like(t, requires_grad=False) if known is None else known
-
-
-def reported(report: StepReport | None) -> list[Tensor]:
-    """The tensors of a step's record, in order."""
-    found: list[Tensor] = []
-    _mapped(report, found.append)
-    return found
-
-
-def _mapped(report: StepReport | None, f: Callable[[Any], Any]) -> StepReport | None:
-    """A record with each tensor replaced."""
-    if report is None:
-        return None
-    front = None if report.front is None else _layer(report.front, f)
-    return replace(report, layers=tuple(_layer(one, f) for one in report.layers), front=front)
-
-
-def _layer(one: LayerReport, f: Callable[[Any], Any]) -> LayerReport:
-    given = (getattr(one, field.name) for field in fields(one)[1:])
-    return LayerReport(one.name, *(None if t is None else f(t) for t in given))

@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,8 @@ from ddpnopt.captured import calls
 from ddpnopt.captured.calls import Work
 from ddpnopt.captured.comparing import compare
 from ddpnopt.captured.numbers import Rates, State
-from ddpnopt.captured.plan import Outcome, Plan, Recording
+from ddpnopt.captured.plan import Plan
+from ddpnopt.captured.recording import Outcome, Recording
 from ddpnopt.captured.tracing import Reads, Tracer
 from ddpnopt.curvature import Curvature
 from ddpnopt.errors import DDPNOptWarning
@@ -61,7 +61,7 @@ class Records(ABC):
         TypeError: The optimizer is none of this package.
     """
 
-    #: What a call does; runs from a record between two comparisons with the code; what else to try.
+    #: What a call does; runs from a new record until it is compared again; what else to try.
     what, compare_every, advice = "", math.inf, ""
 
     def __init__(self, optimizer: Shell, *, compile: bool = False) -> None:
@@ -98,16 +98,6 @@ class Records(ABC):
     def _keep(self, plan: Plan, outcome: Outcome) -> Any:
         """A run from the record counts; may be begun again."""
 
-    def _told(self, outcome: Outcome) -> Callable[[], StepReport | None]:
-        """The record of the step, as of now, made when it is asked for."""
-        skipped = self.optimizer.skipped
-
-        def report() -> StepReport | None:
-            made = outcome.report()
-            return None if made is None else replace(made, skipped=skipped)
-
-        return report
-
     def _hashable(self, kind: Any) -> bool:
         """Whether this kind can be told from others."""
         try:
@@ -142,13 +132,14 @@ class Records(ABC):
             self._forget(work.kind)
             return self._as_written(work)
         self._rates.update()
-        if not plan.verified or plan.runs - plan.compared >= self.compare_every:
+        if not plan.verified or plan.runs >= plan.due:
             if 0 in self._rates.numbers:  # a step that moves nothing shows nothing
                 return self._as_written(work)
             return self._verify(plan, work)
         outcome = self._from(plan, work)
         if outcome is None:
-            return self._missed((work.kind, kind), plan, work)
+            self._count_miss(plan)
+            return self._as_written(work)
         plan.misses, plan.runs = 0, plan.runs + 1
         made = self._kept(plan, outcome)
         self.replayed += 1
@@ -184,16 +175,24 @@ class Records(ABC):
         self._warm.pop(kind, None)
         self._plans = {known: plan for known, plan in self._plans.items() if known[0] != kind}
 
-    def _missed(self, key: tuple[Any, Any], plan: Plan, work: Work) -> Any:
-        self._count_miss(key, plan)
-        return self._as_written(work)
+    def _current(self, key: tuple[Any, Any]) -> Plan | None:
+        """The record, unless a tensor of it is another by now."""
+        plan = self._plans.get(key)
+        if plan is not None and not plan.current():
+            self._forget(key[0])
+            return None
+        return plan
 
-    def _count_miss(self, key: tuple[Any, Any], plan: Plan) -> None:
+    def _drop(self, plan: Plan) -> None:
+        """Another is made in its place."""
+        self._plans = {key: known for key, known in self._plans.items() if known is not plan}
+
+    def _count_miss(self, plan: Plan) -> None:
         """A record's decisions were others."""
         self.missed += 1
         plan.misses += 1
         if plan.misses >= MISSES:
-            del self._plans[key]
+            self._drop(plan)
             self._fruitless = self._fruitless + 1 if plan.runs < FRUITFUL else 0
             if self._fruitless >= FRUITLESS:
                 self._give_up("what the step decides (about the loss, say) changes all the time")
@@ -272,7 +271,7 @@ class Records(ABC):
         if off is None:  # what was decided in the recording is not decided so again
             plan.misses += 1
             if plan.misses >= MISSES:
-                self._plans = {known: one for known, one in self._plans.items() if one is not plan}
+                self._drop(plan)
             return made
         if off and plan.compiled:
             self._do_without_compiler(plan, f"a compiled {self.what} differs by {off:.2%}")
@@ -280,7 +279,7 @@ class Records(ABC):
         if off:
             self._differs(off)
             return made
-        plan.verified, plan.compared = True, plan.runs
+        plan.confirm(self.compare_every)
         if any(t.device.type == "cuda" for t in plan.changed):
             try:
                 plan.capture_graph(work.inputs, self._rates.tensors)

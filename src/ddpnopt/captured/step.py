@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ddpnopt.captured import calls
 from ddpnopt.captured.calls import Work
-from ddpnopt.captured.plan import Outcome, Plan
+from ddpnopt.captured.plan import Plan
+from ddpnopt.captured.recording import Outcome, told
 from ddpnopt.captured.records import Records
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.report import StepReport
@@ -115,5 +116,5 @@ class CapturedStep(Records):
 
     def _keep(self, plan: Plan, outcome: Outcome) -> Any:
         plan.commit(outcome)
-        self.optimizer.last_step = self._told(outcome)
+        self.optimizer.last_step = told(outcome, self.optimizer.skipped)
         return outcome.made

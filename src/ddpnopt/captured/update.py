@@ -12,7 +12,8 @@ import torch
 
 from ddpnopt.captured import calls, passes
 from ddpnopt.captured.calls import Work
-from ddpnopt.captured.plan import Outcome, Plan, reported
+from ddpnopt.captured.plan import Plan
+from ddpnopt.captured.recording import Outcome, reported, told
 from ddpnopt.captured.records import Records
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.checks import check_states
@@ -91,7 +92,7 @@ class _Steps(_OfPasses):
         engine = self.optimizer.engine
         engine.rescale = 1.0
         engine.finish()
-        return self._told(outcome)
+        return told(outcome, self.optimizer.skipped)
 
 
 class _Reweighings(_OfPasses):
@@ -118,7 +119,7 @@ class _Reweighings(_OfPasses):
 
     def _keep(self, plan: Plan, outcome: Outcome) -> Reweighing:
         plan.commit(outcome)
-        report = self._told(outcome)()
+        report = told(outcome, self.optimizer.skipped)()
         assert report is not None
         found, kept = outcome.made
         return Reweighing(found, kept, report)
@@ -191,7 +192,7 @@ class CapturedUpdate(Shortcut):
         else:
             self.written += 1
         self._written = self._steps.written, self._reweighings.written
-        self._steps.say(stacklevel=6)
+        self._steps.say(stacklevel=7)
         return made
 
     def reweigh(self, trajectories: list[Trajectory]) -> Reweighing:

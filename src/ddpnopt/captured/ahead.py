@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Steps that are computed in the backward pass, if they are those that the loop asks for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+from ddpnopt.captured.early import Early
+from ddpnopt.captured.forward import Pass
+from ddpnopt.captured.numbers import Rates
+from ddpnopt.captured.phased import PhasedPlan
+from ddpnopt.captured.phases import Found
+from ddpnopt.errors import LinAlgError
+from ddpnopt.typing import Tensor
+
+#: Steps in a row that turned out to be other ones before backward pass and step are kept apart.
+LATE = 3
+
+
+class Ahead:
+    """Runs recorded backward passes, with the step where that is one with them.
+
+    Args:
+        rates: The learning rates.
+        weights: The sum of the parameters' versions.
+
+    Attributes:
+        joins: Records are to have backward pass and step in one.
+    """
+
+    def __init__(self, rates: Rates, weights: Callable[[], int]) -> None:
+        self.joins, self._late = True, 0
+        self._rates, self._weights = rates, weights
+        #: The step whose outcome lies in the room beside the weights.
+        self._latest: weakref.ref[Early] | None = None
+
+    def backward(
+        self, one: Pass, plan: PhasedPlan, saved: Sequence[Tensor], inputs: Found
+    ) -> tuple[Sequence[Tensor], bool]:
+        """Run a backward pass.
+
+        Args:
+            one: The pass; it gets what the step needs, or the step.
+            plan: Its record.
+            saved: What the forward pass has left.
+            inputs: The arguments, and the gradients at what the model has returned.
+
+        Returns:
+            The parameters' gradients, none if the record does not know them; and whether all is as
+            it was in the recording.
+        """
+        rates = self._rates.tensors
+        if not plan.phases.joined:
+            found, one.found, decided = plan.backward(saved, inputs, rates)
+            return found, decided
+        blank = all([p.grad is None for p in plan.receiving])
+        try:
+            found, early, decided = plan.early(
+                saved, inputs, rates, self._weights(), self._rates.numbers
+            )
+        except LinAlgError:  # as written, another factorisation is tried
+            return [], False
+        self._latest = weakref.ref(early)
+        one.early = early if blank else None  # p.grad is going to be another one
+        if not blank:
+            self._miss()
+        return found, decided
+
+    def stands(self, one: Pass, plan: PhasedPlan) -> bool:
+        """Whether the step of a pass can be run from the record, or has been and still holds."""
+        early = one.early
+        if early is None:
+            return bool(one.found) and plan.current()
+        grads, state = [p.grad for p in plan.receiving], plan.depends_on()
+        alone = self._latest is not None and self._latest() is early and plan.in_place()
+        if alone and early.stands(grads, self._weights(), self._rates.numbers, state):
+            self._late = 0
+            return True
+        self._miss()
+        return False
+
+    def _miss(self) -> None:
+        self._late += 1
+        if self._late >= LATE:
+            self.joins = False
