@@ -45,6 +45,10 @@ def compare(
     """
     before = [t.clone() for t in plan.changed]
 
+    def left_by(outcome: Outcome) -> list[Tensor]:
+        plan.settle()
+        return after(outcome.state, outcome.made)
+
     def after(states: Sequence[Tensor], made: Any) -> list[Tensor]:
         told = [t for slot, t in zip(plan.slots, states, strict=True) if not slot.turns]
         return [t.clone() for t in (*plan.changed, *told, *_tensors(seen(made)))]
@@ -53,28 +57,21 @@ def compare(
         for t, old in zip(plan.changed, before, strict=True):
             t.copy_(old)
 
+    nearby = None
     try:
         outcome = run(lambda t: t)
-    except BaseException:  # an interrupt may come right behind the run
-        insist(put_back)
-        raise
-    if outcome is None:
-        return written(), None
-    try:
-        plan.settle()
-        replayed = after(outcome.state, outcome.made)
-        put_back()
-        for t in plan.changed:
-            t.copy_(_shaken(t))
-        shaken = [t.clone() for t in plan.changed]
-        another, nearby = run(_shaken), None
-        if another is not None:
-            plan.settle()
-            nearby = after(another.state, another.made)
-    finally:
+        if outcome is not None:
+            replayed = left_by(outcome)
+            put_back()
+            for t in plan.changed:
+                t.copy_(_shaken(t))
+            shaken = [t.clone() for t in plan.changed]
+            another = run(_shaken)
+            nearby = None if another is None else left_by(another)
+    finally:  # an interrupt may come right behind a run
         insist(put_back)
     made = written()
-    if nearby is None:
+    if outcome is None or nearby is None:
         return made, None
     counts = [slot.found for slot, _ in plan.counts]
     if _others(outcome.made) != _others(asked(made)) or outcome.counts != counts:

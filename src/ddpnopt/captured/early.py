@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.program import Call, Value
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.typing import Tensor
 
 #: By what stands for a tensor that a program changes: what stands for the room beside it.
@@ -61,10 +62,32 @@ class Early:
             and all(map(_untouched, grads, self.grads, self.versions))
         )
 
+    def check_state(self, state: Sequence[Any]) -> None:
+        """A backward pass that depends on the state can be run again with that alone.
+
+        Args:
+            state: What there is of the optimizer's state.
+
+        Raises:
+            UnsupportedModelError: It has other values.
+        """
+        for a, (b, version) in zip(state, self.state, strict=True):
+            if b._version != version or not (a is b or _equal(a, b)):
+                raise UnsupportedModelError(
+                    "the optimizer's state was changed between backward and step; with "
+                    "capture(opt, passes=True) in open loop change it before the pass, or after "
+                    "the step"
+                )
+
 
 def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
     """Tensors and their versions."""
     return [(t, t._version) for t in tensors]
+
+
+def _equal(a: Any, b: Tensor) -> bool:
+    """Whether a number or a tensor, where there is one, is the same."""
+    return a is not None and torch.equal(torch.as_tensor(a, dtype=b.dtype, device=b.device), b)
 
 
 def _untouched(grad: Tensor | None, own: Tensor, version: int) -> bool:

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: MIT
+"""Steps of recorded loops that are computed in the backward pass, before they are asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ddpnopt import CapturedLoop, DDPNOpt, UnsupportedModelError, capture
+from ddpnopt.captured.early import beside
+from ddpnopt.captured.program import Value, graph_of
+from ddpnopt.captured.tracing import Tracer
+from ddpnopt.curvature import EKFAC
+from ddpnopt.errors import LinAlgError
+from oracles.recorded import NETS, OPTIONS, STEPS, apart, batches
+
+pytestmark = pytest.mark.filterwarnings("ignore:each sample is weighted once")
+
+
+class Twins:
+    """A net and its twin; the latter's loop is recorded."""
+
+    def __init__(self, name: str = "dense", **options: Any) -> None:
+        self.nets, self.optimizers = [], []
+        for _ in range(2):
+            torch.manual_seed(0)
+            net = NETS[name][0]().double()
+            self.nets.append(net)
+            self.optimizers.append(DDPNOpt(net, **options))
+        self.record = capture(self.optimizers[1], passes=True)
+        self.data = batches(NETS[name][1], 60)
+
+    def train(
+        self,
+        steps: int,
+        between: Callable[[nn.Module, DDPNOpt, int], None] = lambda net, opt, turn: None,
+        to_none: bool = True,
+    ) -> None:
+        for turn in range(steps):
+            x, y = self.data.pop()
+            for net, opt in zip(self.nets, self.optimizers, strict=True):
+                opt.zero_grad(set_to_none=to_none)
+                F.cross_entropy(net(x), y).backward()
+                between(net, opt, turn)
+                opt.step()
+
+    @property
+    def apart(self) -> float:
+        return apart(*self.nets)
+
+    @property
+    def joined(self) -> list[bool]:
+        return [plan.phases.joined for plan in self.record._plans.values()]
+
+
+@pytest.mark.parametrize("name", ["dense", "convolutions", "BatchNorm"])
+@pytest.mark.parametrize("options", ["closed loop", "adamw, open loop"])
+def test_gradients_that_are_zero_instead_of_none(name: str, options: str) -> None:
+    both = Twins(name, **OPTIONS[options])
+    both.train(3 * STEPS, to_none=False)
+    # The backward pass can't know what p.grad is going to be: the records have three parts.
+    assert both.joined == [False] and both.record.reason == ""
+    assert both.record.missed == 3 and both.record.replayed > STEPS
+    assert both.apart < (1e-9 if name == "BatchNorm" else 1e-12)
+
+
+def test_rates_that_change_right_before_the_step() -> None:
+    both = Twins(lr=0.2)
+
+    def warm_up(net: nn.Module, opt: DDPNOpt, turn: int) -> None:
+        opt.param_groups[0]["lr"] = 0.01 * (turn + 1)
+
+    both.train(3 * STEPS, warm_up)
+    assert both.joined == [False] and both.record.reason == ""
+    assert both.record.replayed > STEPS and both.apart < 1e-12
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+@pytest.mark.parametrize("what", ["rate", "written", "replaced", "data", "state"])
+def test_what_changes_once_before_a_step_counts(what: str, feedback: bool | str) -> None:
+    both = Twins(lr=0.01, curvature="rmsprop", feedback=feedback)
+
+    def once(net: nn.Module, opt: DDPNOpt, turn: int) -> None:
+        if turn != 12:
+            return
+        p = opt.param_groups[0]["params"][0]
+        assert p.grad is not None
+        if what == "rate":
+            opt.param_groups[0]["lr"] *= 3
+        elif what == "written":
+            p.grad.mul_(1.7)
+        elif what == "replaced":
+            p.grad = p.grad * 1.7
+        elif what == "data":
+            p.data = p.data.clone()
+        else:
+            for state in opt.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor) and value.is_floating_point():
+                        value.mul_(0.5)
+
+    if what == "state" and feedback == "open_loop":  # what backward has added can't be found again
+        with pytest.raises(UnsupportedModelError, match="state was changed between"):
+            both.train(24, once)
+        return
+    both.train(24, once)
+    assert both.joined == [True] and both.record.reason == ""
+    assert both.record.replayed >= 24 - (13 if what == "data" else 8)
+    assert both.apart < 1e-12
+
+
+def test_another_pass_before_the_step_does_not_take_its_place() -> None:
+    """Both would write to the room beside the weights."""
+    both = Twins(lr=0.2)
+    x, y = both.data[0]
+
+    def look(net: nn.Module, opt: DDPNOpt, turn: int) -> None:
+        if turn > 8 and turn % 4 == 0:  # gradients for a plot, thrown away
+            torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+
+    both.train(30, look)
+    assert both.record.reason == "" and both.record.replayed > 10
+    assert both.apart < 1e-12
+
+
+def ready() -> tuple[nn.Module, DDPNOpt, CapturedLoop, Any]:
+    torch.manual_seed(0)
+    net = NETS["dense"][0]().double()
+    opt = DDPNOpt(net, lr=0.2, curvature="rmsprop")
+    record = capture(opt, passes=True)
+    for x, y in batches(NETS["dense"][1], 10):
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
+    (plan,) = (plan for plan in record._plans.values() if plan.runs)
+    opt.zero_grad()
+    return net, opt, record, plan
+
+
+def alike(state: dict[str, Tensor], net: nn.Module) -> bool:
+    return all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
+
+
+def test_nothing_has_changed_before_the_step() -> None:
+    net, opt, _, plan = ready()
+    x, y = batches(NETS["dense"][1], 1)[0]
+    before, state = copy.deepcopy(net.state_dict()), copy.deepcopy(opt.state_dict())
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    assert alike(before, net)
+    again = copy.deepcopy(opt.state_dict())["state"]
+    torch.testing.assert_close(again, state["state"], rtol=0, atol=0)
+    opt.zero_grad()  # thrown away: no step is taken
+    with pytest.raises(RuntimeError, match="backward"):
+        opt.step()
+    assert alike(before, net)
+
+
+def test_an_interrupted_backward_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, opt, _, plan = ready()
+    x, y = batches(NETS["dense"][1], 1)[0]
+    phase, before = plan.phases.phases[1], copy.deepcopy(net.state_dict())
+    run = phase._run
+
+    def interrupted(*tensors: Tensor) -> Any:
+        run(*tensors)
+        raise KeyboardInterrupt
+
+    loss = F.cross_entropy(net(x), y)
+    monkeypatch.setattr(phase, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    assert alike(before, net)
+    monkeypatch.undo()
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.step()
+    assert not alike(before, net)
+
+
+def test_an_interrupt_in_a_step_that_is_known_comes_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, opt, record, plan = ready()
+    twin = copy.deepcopy(net)
+    x, y = batches(NETS["dense"][1], 1)[0]
+    F.cross_entropy(net(x), y).backward()
+    settle, times = plan.settle, []
+
+    def interrupted() -> None:
+        settle()
+        times.append(1)
+        if len(times) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "settle", interrupted)
+    replayed = record.replayed
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    assert len(times) == 2 and record.replayed == replayed + 1
+    assert apart(net, twin) > 1e-4
+
+
+def test_a_factorisation_that_fails_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Twins("convolutions", lr=0.05, curvature=EKFAC(decay=0.5, update_every=3))
+    both.train(40)
+    (plan, *others) = (plan for plan in both.record._plans.values() if plan.runs)
+    assert both.record.replayed > 5
+
+    def fails(*tensors: Tensor) -> Any:
+        raise LinAlgError("not positive definite")
+
+    for one in (plan, *others):
+        monkeypatch.setattr(one.phases.phases[1], "_run", fails)
+    replayed = both.record.replayed
+    both.train(4)
+    assert both.record.replayed == replayed and both.apart < 1e-11
+
+
+# Operators that write beside tensors ---------------------------------------------------------
+
+Body = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def in_place(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    y = p @ x
+    p.sub_(y @ x.t())
+    return p @ x + y
+
+
+def through_views(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    flat = p.view(-1)
+    row = p.t()[1]
+    before = row.sum()
+    flat[::2].mul_(0.5)
+    return row + before + flat.sum()
+
+
+def both_at_once(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    torch._foreach_mul_([p, q], 0.9)
+    torch._foreach_sub_([p, q], [q, p])
+    return p - q.t()
+
+
+def only_one(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    old = q.clone()
+    q.add_(p).clamp_(-1.0, 1.0)
+    return old - q @ x
+
+
+BODIES: list[Body] = [in_place, through_views, both_at_once, only_one]
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(2, 5), order=st.permutations(range(len(BODIES))), count=st.integers(1, 4))
+def test_operators_beside_tensors_make_what_they_make_in_place(
+    size: int, order: list[int], count: int
+) -> None:
+    generator = torch.Generator().manual_seed(size)
+    p, q, x = (torch.randn(size, size, generator=generator).double() for _ in range(3))
+    start = [t.clone() for t in (p, q, x)]
+    tracer = Tracer()
+    known = [tracer.value(t) for t in (p, q, x)]
+    with torch.no_grad(), tracer:
+        made = [BODIES[i](p, q, x) for i in order[:count]]
+    results = [tracer.value(t) for t in made]
+    written = {v.storage for call in tracer.calls for v in call.written}
+    rooms = {v: Value(10_000 + i, -1 - i, 2) for i, v in enumerate(known) if v.storage in written}
+    makers = {v: call for call in tracer.calls[::-1] for v in call.outputs}
+    calls, asked = beside(tracer.calls, results, rooms, {}, makers)
+    given = [*known, *rooms.values()]
+    room = [torch.full((size, size), torch.nan).double() for _ in rooms]
+    again = [t.clone() for t in start]
+    others = [v for v in tracer.externals if v not in known]
+    graph = graph_of([*given, *others], calls, asked, native=True)
+    found = graph(*again, *room, *(tracer.externals[v] for v in others))
+    torch.testing.assert_close(list(found), made)
+    torch.testing.assert_close(again, start, rtol=0, atol=0)  # not written to
+    for place, v in enumerate(rooms):
+        torch.testing.assert_close(room[place], (p, q, x)[known.index(v)])
