@@ -50,15 +50,13 @@ class Ahead:
             The parameters' gradients, none if the record does not know them; and whether all is as
             it was in the recording.
         """
-        rates = self._rates.tensors
+        numbers, rates = self._rates.update(), self._rates.tensors
         if not plan.phases.joined:
             found, one.found, decided = plan.backward(saved, inputs, rates)
             return found, decided
         blank = all([p.grad is None for p in plan.receiving])
         try:
-            found, early, decided = plan.early(
-                saved, inputs, rates, self._weights(), self._rates.numbers
-            )
+            found, early, decided = plan.early(saved, inputs, rates, self._weights(), numbers)
         except LinAlgError:  # as written, another factorisation is tried
             return [], False
         self._latest = weakref.ref(early)

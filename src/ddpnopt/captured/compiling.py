@@ -13,9 +13,9 @@ from torch import fx
 
 from ddpnopt.typing import Tensor
 
-#: Entries that are worth another thread: between two kernels threads fall asleep, and to wake one
-#: costs as much as some thousand exponentials. The compiler's own bound is 512.
-MIN_CHUNK = 4096
+#: Entries that are worth another thread, as for torch's own operators; the compiler's bound is 512.
+#: Between two kernels threads fall asleep, and to wake one takes longer than a small net's kernel.
+MIN_CHUNK = 32768
 
 
 class Compiled:

@@ -196,7 +196,6 @@ class CapturedLoop(Records, Shortcut):
         sound = sound and plan.current()
         engine = self.optimizer.engine
         if sound and engine.shortcut is self:
-            self._rates.update()
             inputs = plan.given(0, one.tensors) | plan.given(first, given)
             found, decided = self._ahead.backward(one, plan, saved, inputs)
             # What open loop adds to p.grad can't be taken back at the step.

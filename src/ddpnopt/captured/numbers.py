@@ -36,8 +36,8 @@ class Rates:
         """As the groups have them."""
         return [float(group["lr"]) for group in self._optimizer.param_groups]
 
-    def update(self) -> None:
-        """Write what the groups say into the tensors."""
+    def update(self) -> list[float]:
+        """Write what the groups say into the tensors, and return it."""
         now = self.numbers
         if len(now) != len(self.tensors):
             self.tensors = [_room(group["params"]) for group in self._optimizer.param_groups]
@@ -46,6 +46,7 @@ class Rates:
             for rate, value in zip(self.tensors, now, strict=True):
                 rate.fill_(value)
             self._known = now
+        return now
 
     @contextmanager
     def in_groups(self) -> Iterator[None]:
