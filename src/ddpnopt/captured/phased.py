@@ -172,7 +172,7 @@ class PhasedPlan(Plan):
         self._run_phase(BACKWARD, found, rates)
         grads = [found[v] for v in self._grads]
         own, versions = [g.detach() for g in grads], [g._version for g in grads]
-        left = {v: found[v] for v in (*self._after[FORWARD], *self._after[BACKWARD])}
+        left = {v: found[v] for v in self._after[BACKWARD]}
         return grads, Early(left, own, versions, weights, numbers, state), self._as_before(found)
 
     def taken(self, early: Early) -> Outcome | None:
