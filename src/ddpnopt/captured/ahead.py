@@ -71,7 +71,7 @@ class Ahead:
         if early is None:
             return bool(one.found) and plan.current()
         grads, state = [p.grad for p in plan.receiving], plan.depends_on()
-        alone = self._latest is not None and self._latest() is early and plan.in_place()
+        alone = self._latest is not None and self._latest() is early and plan.still_current()
         if alone and early.stands(grads, self._weights(), self._rates.numbers, state):
             self._late = 0
             return True

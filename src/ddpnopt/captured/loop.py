@@ -193,7 +193,7 @@ class CapturedLoop(Records, Shortcut):
         given = [None if g is None else g.detach() for g in G]
         found: Sequence[Tensor] = []
         sound = [g is not None for g in given] == plan.there[first : first + len(G)]
-        sound = sound and plan.current()
+        sound = sound and plan.still_current()
         engine = self.optimizer.engine
         if sound and engine.shortcut is self:
             inputs = plan.given(0, one.tensors) | plan.given(first, given)

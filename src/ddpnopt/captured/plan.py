@@ -84,6 +84,7 @@ class Plan:
             for name, t in holder.items()
             if t is not None and id(t) in read
         ]
+        self._addresses = [at[0] for _, _, _, at in self._places]
         self._constant = [i for i, v in enumerate(results) if v in self.program.externals]
         self._backed = False
         self._graph: tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None = None
@@ -96,16 +97,17 @@ class Plan:
         """
         self.verified, self.due = True, self.runs + min(max(first, self.runs), 10 * first)
 
-    def in_place(self) -> bool:
-        """Whether the model's tensors are where they were in memory."""
-        return all(t.data_ptr() == at[0] for _, _, t, at in self._places)
-
     def current(self) -> bool:
         """Whether everything that is not an argument is where it was."""
+        held = all(h.get(n) is t and _where(t) == at for h, n, t, at in self._places)
+        return held and self.still_current()
+
+    def still_current(self) -> bool:
+        """The same, where it was so at the beginning of the pass: the model is the same."""
         return (
-            all(h.get(n) is t and _where(t) == at for h, n, t, at in self._places)
-            and all(slot.found is t for slot, t in self._fixed)
-            and all(isinstance(slot.found, int) for slot, _ in self.counts)
+            [t.data_ptr() for _, _, t, _ in self._places] == self._addresses
+            and all([slot.found is t for slot, t in self._fixed])
+            and all([isinstance(slot.found, int) for slot, _ in self.counts])
             and [_kind(slot.found) for slot in (*self.slots, *self._read)] == self._kinds
         )
 
