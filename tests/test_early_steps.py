@@ -117,6 +117,35 @@ def test_what_changes_once_before_a_step_counts(what: str, feedback: bool | str)
     assert both.apart < 1e-12
 
 
+def test_weights_that_are_changed_before_an_open_loops_step() -> None:
+    both = Twins(lr=0.2, feedback="open_loop")
+
+    def shrink(net: nn.Module, opt: DDPNOpt, turn: int) -> None:
+        if turn == 12:
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.mul_(0.7)
+
+    both.train(24, shrink)
+    assert both.record.reason == "" and both.record.replayed > 10
+    assert both.apart < 1e-12
+
+
+def test_comparisons_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CapturedLoop, "compare_every", 2)
+    both, compared = Twins(lr=0.1), []
+
+    def note(net: nn.Module, opt: DDPNOpt, turn: int) -> None:
+        if net is both.nets[1]:
+            compared.append((both.record.written, both.record.replayed))
+
+    both.train(55, note)
+    steps = [later for (w, _), (later_w, later) in zip(compared, compared[1:]) if later_w > w]
+    # Five are written before the first comparison; then after as many runs as it has held, 20 at most.
+    assert steps == [0, 0, 0, 0, 0, 0, 2, 4, 8, 16, 32]
+    assert both.apart < 1e-12
+
+
 def test_another_pass_before_the_step_does_not_take_its_place() -> None:
     """Both would write to the room beside the weights."""
     both = Twins(lr=0.2)

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 
-from ddpnopt.captured.early import Early
 from ddpnopt.captured.forward import Pass
 from ddpnopt.captured.numbers import Rates
 from ddpnopt.captured.phased import PhasedPlan
@@ -32,8 +30,6 @@ class Ahead:
     def __init__(self, rates: Rates, weights: Callable[[], int]) -> None:
         self.joins, self._late = True, 0
         self._rates, self._weights = rates, weights
-        #: The step whose outcome lies in the room beside the weights.
-        self._latest: weakref.ref[Early] | None = None
 
     def backward(
         self, one: Pass, plan: PhasedPlan, saved: Sequence[Tensor], inputs: Found
@@ -59,7 +55,6 @@ class Ahead:
             found, early, decided = plan.early(saved, inputs, rates, self._weights(), numbers)
         except LinAlgError:  # as written, another factorisation is tried
             return [], False
-        self._latest = weakref.ref(early)
         one.early = early if blank else None  # p.grad is going to be another one
         if not blank:
             self._miss()
@@ -71,8 +66,9 @@ class Ahead:
         if early is None:
             return bool(one.found) and plan.current()
         grads, state = [p.grad for p in plan.receiving], plan.depends_on()
-        alone = self._latest is not None and self._latest() is early and plan.still_current()
-        if alone and early.stands(grads, self._weights(), self._rates.numbers, state):
+        if plan.still_current() and early.stands(
+            grads, self._weights(), self._rates.numbers, state
+        ):
             self._late = 0
             return True
         self._miss()
