@@ -66,9 +66,8 @@ class Ahead:
         if early is None:
             return bool(one.found) and plan.current()
         grads, state = [p.grad for p in plan.receiving], plan.depends_on()
-        if plan.still_current() and early.stands(
-            grads, self._weights(), self._rates.numbers, state
-        ):
+        weights, rates = self._weights(), self._rates.numbers
+        if plan.still_current() and early.stands(grads, weights, rates, state):
             self._late = 0
             return True
         self._miss()
