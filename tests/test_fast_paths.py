@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ddpnopt import DDPNOpt
+from ddpnopt import DDPNOpt, directions
+from ddpnopt.directions import ROUNDING
 from ddpnopt.gradients import SAMPLED, Fingerprint
 from ddpnopt.layers import FALLBACK, rule_for
 from ddpnopt.layers.base import LayerRule
@@ -151,6 +152,7 @@ def test_directions_from_coordinates(
 ) -> None:
     if "weight_gradients" in options and between:
         pytest.skip("there are no weight gradients to change")
+    monkeypatch.setattr(directions, "SMALL", 0)
     pays: list[bool] = []
 
     def always(V: Tensor, inputs: int) -> bool:
@@ -166,6 +168,46 @@ def test_directions_from_coordinates(
     slow = after(dense_net(), (9,), between, curvature=name, **options)
     for one, other in zip(fast, slow, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (6, 3, 3, 5, 7))),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    scale=st.sampled_from([0.25, 1.0, 8.0]),
+    change=st.sampled_from(["entry", "row", "column", "rank one", "scaled"]),
+    seed=st.integers(0, 10**6),
+)
+def test_what_is_not_the_plain_gradient_is_seen(
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float, change: str, seed: int
+) -> None:
+    b, g, t, o, i = shape
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, dtype=dtype, generator=draw)
+
+    U, V = normal(b, g, t, i), normal(b, g, t, o)
+    found = Coordinates(U, V, U, V, False)
+    plain = torch.einsum("bgto,bgti->goi", V, U) * scale
+    tolerance = ROUNDING[dtype]
+    rounded = plain * (1 + 4 * torch.finfo(dtype).eps * normal(g, o, i))
+    cancels = float(plain.norm() / (V.norm() * U.norm() * scale)) < 1e-2
+    assert cancels or not found.differs(rounded, scale, tolerance)
+    other, size = plain.clone(), 0.01 * plain.norm()
+    row, column = seed % o, seed % i
+    if change == "entry":
+        other[0, row, column] += size
+    elif change == "row":
+        other[0, row] += size * normal(i)
+    elif change == "column":
+        other[0, :, column] += size * normal(o)
+    elif change == "rank one":
+        other += size * normal(g, o, 1) * normal(i)
+    else:
+        other *= 0.98
+    far = float((other - plain).norm()) > 1e-3 * float(plain.norm()) > 0
+    assert not far or found.differs(other, scale, tolerance)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0, 40.0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
@@ -20,6 +21,8 @@ from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 from ddpnopt.weighted import Weighted
 
+#: Multiply-adds of a product that is made sooner than it is asked what it would be.
+SMALL = 2**20
 #: Of |p.grad|: less is the rounding of another order of summation.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-5}
 
@@ -41,14 +44,30 @@ def besides(layer: Layer, known: Mapping[str, Tensor], scale: float) -> Tensor |
         return layer.besides[0]
     found = coordinates_of(layer)
     assert found is not None and isinstance(layer.rule, MatrixRule)
-    rest = None
-    if known:
+    rest, rule, module, bias = None, layer.rule, layer.module, found.bias
+    if known and not _plain(rule, module, found, known, scale):
         plain = found.plain() * scale
-        parts = {**layer.rule.parted(layer.module, plain, found.bias), **known}
-        D = layer.rule.joined(layer.module, parts, found.bias).to(plain.dtype)
+        parts = {**rule.parted(module, plain, bias), **known}
+        D = rule.joined(module, parts, bias).to(plain.dtype)
         rest = unlike(D, plain, ROUNDING.get(D.dtype, 1e-5))
     layer.besides = (rest,)
     return rest
+
+
+def _plain(
+    rule: MatrixRule,
+    module: nn.Module,
+    found: Coordinates,
+    known: Mapping[str, Tensor],
+    scale: float,
+) -> bool:
+    """Whether p.grad is known of a whole, large matrix, and is the plain gradient alone."""
+    if "weight" not in known or (found.bias and "bias" not in known):
+        return False
+    if known["weight"].numel() * found.V.shape[0] * found.V.shape[2] < SMALL:
+        return False
+    D = rule.joined(module, known, found.bias).to(found.V.dtype)
+    return not found.differs(D, scale, ROUNDING.get(D.dtype, 1e-5))
 
 
 def sampled_length(layer: Layer, known: Mapping[str, Tensor], scale: float) -> Tensor | None:

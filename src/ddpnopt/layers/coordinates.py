@@ -16,6 +16,9 @@ from ddpnopt.decisions import holds
 from ddpnopt.positions import Kronecker, transformed
 from ddpnopt.typing import Float, Tensor
 
+#: The golden angle: multiples of it never repeat.
+GOLDEN = 2.399963229728653
+
 
 @dataclass(frozen=True, eq=False)
 class Coordinates:
@@ -54,6 +57,23 @@ class Coordinates:
     def plain(self) -> Float[Tensor, "g o i"]:
         """The batch's plain gradient."""
         return _product(self.V, self.U)
+
+    def differs(self, D: Float[Tensor, "g o i"], scale: float, tolerance: float) -> bool:
+        """Whether a matrix is another one than the plain gradient times a number.
+
+        Both are tried on one vector (Freivalds 1977), for a product of vectors in place of one of
+        matrices. What is not orthogonal to it by design is seen at its own length.
+
+        Args:
+            D: The matrix.
+            scale: The number.
+            tolerance: As a share of D: less is rounding.
+        """
+        places = torch.arange(1, D.shape[-1] + 1, dtype=D.dtype, device=D.device)
+        r = (places * GOLDEN).sin() * 2**0.5
+        rows = torch.einsum("bgto,bgt->go", self.V, self.U @ r.to(self.U.dtype))
+        off, whole = torch._foreach_norm([D @ r - rows * scale, D])
+        return holds(off > tolerance * whole)
 
     def length(self, gain: Kronecker, weight: Float[Tensor, " b"] | None = None) -> Tensor:
         """d^T P d of d = sum_i weight_i g_u,i; the plain gradient where no weight is given."""
