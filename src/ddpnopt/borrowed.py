@@ -119,18 +119,27 @@ class Borrowed:
 
     def apply(self, updates: Sequence[Update]) -> None:
         """u <- u - eta M^-1 d for the parameters of a layer, or for all outside the feedback."""
-        self.save([update.p for update in updates])
-        hypers = [self.hyper[update.p] for update in updates]
-        lr = hypers[0].lr if hypers else 0.0
-        together = all(hyper.gradient_step and same(hyper.lr, lr) for hyper in hypers)
-        if together and len(updates) > 1 and not any(update.d.is_sparse for update in updates):
-            descend_all([u.p for u in updates], [u.d for u in updates], lr)
-            self._new.update({update.p: {} for update in updates})
-            self.look([update.p for update in updates])
+        parameters = [update.p for update in updates]
+        self.save(parameters)
+        lr = self.rate(parameters)
+        if lr is not None and len(updates) > 1 and not any(u.d.is_sparse for u in updates):
+            descend_all(parameters, [update.d for update in updates], lr)
+            self.moved(parameters)
             return
         for update in updates:
             self.step(update)
-        self.look([update.p for update in updates])
+        self.look(parameters)
+
+    def rate(self, parameters: Sequence[Tensor]) -> float | Tensor | None:
+        """eta, where the step of all of them is u <- u - eta d and nothing else."""
+        hypers = [self.hyper[p] for p in parameters]
+        alike = all(hyper.gradient_step and same(hyper.lr, hypers[0].lr) for hyper in hypers)
+        return hypers[0].lr if hypers and alike else None
+
+    def moved(self, parameters: Sequence[Tensor]) -> None:
+        """Parameters that have been saved have made such a step."""
+        self._new.update({p: {} for p in parameters})
+        self.look(parameters)
 
     def step(self, update: Update) -> None:
         """u <- u - eta M^-1 d."""

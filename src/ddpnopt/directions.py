@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ddpnopt.borrowed import Borrowed
+from ddpnopt.curvature.base import descend_all
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
 from ddpnopt.layers.coordinates import Coordinates, unlike
@@ -139,6 +141,38 @@ def reweighted(
     own = layer.weighted(vectors)
     total = ranks.total({n: own[n] + bent[n] if n in bent else own[n] for n in known})
     return {n: g.add(total[n], alpha=scale) for n, g in known.items()}
+
+
+def descended(
+    layer: Layer,
+    borrowed: Borrowed,
+    known: Mapping[str, Tensor],
+    vectors: Blocks,
+    scale: float,
+) -> bool:
+    """u <- u - eta d without d itself, where the step is that and the layer can.
+
+    Args:
+        layer: The layer.
+        borrowed: The optimizer's steps.
+        known: p.grad of all its parameters.
+        vectors: v_i.
+        scale: r.
+
+    Returns:
+        Whether it has been done.
+    """
+    parameters: list[Tensor] = list(layer.params.values())
+    grads, rate = [known[name] for name in layer.params], borrowed.rate(parameters)
+    pairs = zip(parameters, grads, strict=True)
+    plain = all(type(g) is Tensor and not g.is_sparse and g.dtype == p.dtype for p, g in pairs)
+    if not isinstance(rate, float | int) or not plain or not layer.adds(vectors):
+        return False
+    borrowed.save(parameters)
+    descend_all(parameters, grads, rate)
+    layer.add(vectors, -rate * scale)
+    borrowed.moved(parameters)
+    return True
 
 
 def held(

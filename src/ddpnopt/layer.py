@@ -259,6 +259,17 @@ class Layer:
         total = self.weighted(vectors)
         return {name: g.add(total[name], alpha=scale) for name, g in gradients.items()}
 
+    def adds(self, vectors: Blocks) -> bool:
+        """Whether `add` needs no memory of the parameters' size."""
+        kept = isinstance(vectors, Weighted) and len(self.kept) == len(self.blocks)
+        alone = len(self.blocks) == 1 and self.dtype == self.own_dtype
+        return self.rule.adds_in_place and alone and not kept
+
+    def add(self, vectors: Blocks, scale: float) -> None:
+        """u <- u + scale sum_i g_u^T v_i, of one pass."""
+        x, v = self.x(self.blocks[0]), cast_state(vectors[0], self.dtype)
+        self.rule.add(self.module, x, v, self.params, scale)
+
     def predicted(self, stage: Stage, samples: int, change: Mapping[str, Tensor]) -> Tensor:
         """What a change of the parameters does in one execution, g_u . du; (B, r) with a factor.
 

@@ -231,8 +231,7 @@ class Step:
         1^T Gram 1 the first time.
         """
         self._weights[layer.name] = weight
-        known = self._known_length(layer)
-        if known is not None:
+        if (known := self._known_length(layer)) is not None:
             return Coupling(known)
         gradients = {n: self.plain_gradient(n, p) for n, p in layer.params.items()}
         own = {n: g for n, g in gradients.items() if g is not None}
@@ -280,19 +279,21 @@ class Step:
         own = layer.params.items()
         known = {n: p.grad for n, p in own if not self._is_held(n, p) and p.grad is not None}
         joint = self.joints.get(layer.name)
-        joined = self.borrowed.joined(layer) if joint is not None else ()
-        whole = joint is not None and len(joined) == len(layer.params)
+        whole = joint is not None and len(self.borrowed.joined(layer)) == len(layer.params)
         if joint is not None and whole and not self.ranks.several:
             P = self.borrowed.joint_gain(layer, joint, 1.0)
             direction = directions.sampled_direction(layer, P, known, vectors, scale)
             if direction is not None:
-                if len(known) < len(joined):
+                if len(known) < len(layer.params):
                     self._remember_coupling(layer, directions.reweighted_length(layer, vectors))
                 self.borrowed.joint_move(layer, direction, joint)
                 return
         bend = layer.policy.bend(layer, dx) if dx is not None else None
         bent = layer.bent(bend, dx) if bend is not None and dx is not None else {}
         if len(known) == len(layer.params):
+            alone = not (bent or joint or self.ranks.several)
+            if alone and directions.descended(layer, self.borrowed, known, vectors, scale):
+                return
             d = directions.reweighted(layer, known, vectors, scale, bent, self.ranks)
         else:
             d, used = directions.held(layer, known, vectors, scale, bent, self.ranks)
@@ -333,9 +334,8 @@ class Step:
         """rho of this step, as seen from the re-weighted samples, for the next."""
         weight = self._weights.get(layer.name)
         coefficient = layer.policy.coefficient if layer.policy is not None else None
-        if weight is None or coefficient is None:
-            return
-        self._ratios[layer.name] = Coupling(length), weight * coefficient.square()
+        if weight is not None and coefficient is not None:
+            self._ratios[layer.name] = Coupling(length), weight * coefficient.square()
 
     def settle(self) -> None:
         """Keep this step's rho for the next ones; one synchronisation for all layers."""

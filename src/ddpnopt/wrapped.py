@@ -67,6 +67,10 @@ class Wrapped(Borrowed):
         """To feed the second moment, or to shorten the update from outside."""
         return super().needs_plain(p) or self._inner[p].reader.rescales
 
+    def rate(self, parameters: Sequence[Tensor]) -> None:
+        """The optimizer takes its own steps."""
+        return None
+
     def apply(self, updates: Sequence[Update]) -> None:
         """One step of each optimizer for these parameters alone."""
         by_inner: dict[int, list[Update]] = {}

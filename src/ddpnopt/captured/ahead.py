@@ -12,8 +12,9 @@ from ddpnopt.captured.phases import Found
 from ddpnopt.errors import LinAlgError
 from ddpnopt.typing import Tensor
 
-#: Steps in a row that turned out to be other ones before backward pass and step are kept apart.
-LATE = 3
+#: Steps that turned out to be other ones before backward pass and step are kept apart, and how many
+#: of them each one that did not makes up for.
+LATE, FORGIVEN = 3, 1 / 8
 
 
 class Ahead:
@@ -28,7 +29,7 @@ class Ahead:
     """
 
     def __init__(self, rates: Rates, weights: Callable[[], int]) -> None:
-        self.joins, self._late = True, 0
+        self.joins, self._late = True, 0.0
         self._rates, self._weights = rates, weights
 
     def backward(
@@ -68,7 +69,8 @@ class Ahead:
         grads, state = [p.grad for p in plan.receiving], plan.depends_on()
         weights, rates = self._weights(), self._rates.numbers
         if plan.still_current() and early.stands(grads, weights, rates, state):
-            self._late = 0
+            plan.check_unchanged(early)
+            self._late = max(0.0, self._late - FORGIVEN)
             return True
         self._miss()
         return False

@@ -40,8 +40,8 @@ def capture(
     """Training run without the library's Python code: the step alone, or a whole iteration.
 
     Without a loss function the loop stays as it is, and ``optimizer.step()`` is run from a record
-    from then on; with ``passes`` the model's forward and backward passes are, too. Every 100th is
-    compared with the code again, since what the model does between its layers is known from the
+    from then on; with ``passes`` the model's forward and backward passes are, too. Now and then one
+    is compared with the code again, since what the model does between its layers is known from the
     recording alone. With a loss function, a whole iteration becomes a function of the batch.
 
     The first calls run as they are written. One is recorded: every operator of the step, or of the

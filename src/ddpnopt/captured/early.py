@@ -11,9 +11,10 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.program import Call, Value
-from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.typing import Tensor
 
+#: Entries of a tensor that are looked at.
+SAMPLED = 4096
 #: By what stands for a tensor that a program changes: what stands for the room beside it.
 Rooms = Mapping[Value, Value]
 
@@ -28,6 +29,9 @@ class Early:
         found: What the backward pass and the step have made.
         grads: The gradients, in other tensors: the memory stays theirs for as long as this lives.
         versions: Of these, as autograd got them.
+        sample: Of their values: not all writes are counted by versions (``p.grad.data``, fused
+            kernels).
+        before: Of the values of what the step changes, and of the state, likewise.
         weights: The sum of the parameters' versions.
         rates: The groups' learning rates.
         state: The optimizer's tensors, and their versions.
@@ -36,13 +40,15 @@ class Early:
     found: dict[Value, Tensor]
     grads: Sequence[Tensor]
     versions: Sequence[int]
+    sample: Tensor
+    before: Tensor
     weights: int
     rates: Sequence[float]
     state: Sequence[tuple[Tensor, int]]
 
     def stands(
         self,
-        grads: Iterable[Tensor | None],
+        grads: Sequence[Tensor | None],
         weights: int,
         rates: Sequence[float],
         state: Sequence[Any],
@@ -60,24 +66,18 @@ class Early:
             and rates == self.rates
             and all(a is b and a._version == v for a, (b, v) in zip(state, self.state, strict=True))
             and all(map(_untouched, grads, self.grads, self.versions))
+            and torch.equal(sampled([g for g in grads if g is not None]), self.sample)
         )
 
-    def check_state(self, state: Sequence[Any]) -> None:
-        """A backward pass that depends on the state can be run again with that alone.
 
-        Args:
-            state: What there is of the optimizer's state.
-
-        Raises:
-            UnsupportedModelError: It has other values.
-        """
-        for a, (b, version) in zip(state, self.state, strict=True):
-            if b._version != version or not (a is b or _equal(a, b)):
-                raise UnsupportedModelError(
-                    "the optimizer's state was changed between backward and step; with "
-                    "capture(opt, passes=True) in open loop change it before the pass, or after "
-                    "the step"
-                )
+def sampled(tensors: Iterable[Tensor]) -> Tensor:
+    """Values of tensors: all of small ones, every n-th of the others."""
+    parts = []
+    for t in tensors:
+        flat = t.detach().reshape(-1) if t.is_contiguous() else t.detach().flatten()
+        stride = t.numel() // SAMPLED
+        parts.append(flat if stride < 2 else flat[:: stride | 1])  # odd: not one column
+    return torch.cat(parts)
 
 
 def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
@@ -85,14 +85,10 @@ def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
     return [(t, t._version) for t in tensors]
 
 
-def _equal(a: Any, b: Tensor) -> bool:
-    """Whether a number or a tensor, where there is one, is the same."""
-    return a is not None and torch.equal(torch.as_tensor(a, dtype=b.dtype, device=b.device), b)
-
-
 def _untouched(grad: Tensor | None, own: Tensor, version: int) -> bool:
     """Whether p.grad is what the backward pass has made, and nobody has written to it."""
-    return grad is not None and grad.data_ptr() == own.data_ptr() and own._version == version
+    alike = grad is not None and grad.data_ptr() == own.data_ptr() and own._version == version
+    return alike and grad is not None and grad.stride() == own.stride()
 
 
 def beside(

@@ -126,7 +126,7 @@ class CapturedLoop(Records, Shortcut):
             self._warm_up(one.kind)
         elif usual and 0 not in self._rates.numbers:
             one.prepare(self._modules)
-            self._waiting = key, one
+            self._waiting, one.weights = (key, one), self._rerun.weights()
             self._unused += 1
             if self._unused > POSTPONED:
                 self._give_up("gradients are rescaled, or several passes belong to a step")
@@ -231,6 +231,7 @@ class CapturedLoop(Records, Shortcut):
         others, grads = engine.recorder.arrivals.completed, [p.grad for p in engine.parameters()]
         there = [g is not None and g.layout == torch.strided for g in grads]
         like = there == one.plan.there[-len(grads) :] and not (one.odd or others or closure)
+        like = like and calls.settings_of(self.optimizer, self._modules) == self._settings
         if len(held) == len(one.G) == 1 and like:
             self._several = 0
             if self._ahead.stands(one, one.plan):
@@ -238,17 +239,14 @@ class CapturedLoop(Records, Shortcut):
                 if outcome is not None:
                     return outcome
             else:
-                self._late(one.plan)
+                self.missed += 1
+                if not self._ahead.joins:  # the next record has the step apart
+                    self._drop(one.plan)
         else:
             self._count_several()
         self._rerun.all(held)
+        self.say(stacklevel=6)
         return None
-
-    def _late(self, plan: PhasedPlan) -> None:
-        """A step was another one than its backward pass could know."""
-        self.missed += 1
-        if plan.phases.joined and not self._ahead.joins:  # the next one has them apart
-            self._drop(plan)
 
     def _outcome(
         self, one: Pass, plan: PhasedPlan, grads: Sequence[Tensor | None]
@@ -295,6 +293,7 @@ class CapturedLoop(Records, Shortcut):
         else:
             (key, one), self._unused = waiting, 0
             one.check_inputs()
+            self._rerun.check_weights(one)
             plan = self._current(key)
             work = self._rerun.work(one)
             self._rates.update()
@@ -316,7 +315,9 @@ class CapturedLoop(Records, Shortcut):
 
     def _planned(self, recording: Recording) -> Plan:
         parameters = self.optimizer.engine.parameters()
-        return PhasedPlan(recording, self.compiles, self._ahead.joins, parameters)
+        # In open loop p.grad itself depends on the rates and the weights: nothing could run again.
+        join = self._ahead.joins and self.optimizer.options.closed_loop
+        return PhasedPlan(recording, self.compiles, join, parameters)
 
     def _report(self, made: Any) -> tuple[Any, StepReport | None]:
         return {name: made[name] for name in ("outputs", "grads", "sound")}, made["report"]
@@ -335,6 +336,8 @@ class CapturedLoop(Records, Shortcut):
         hooked = calls.hooked(self._modules)
         if hooked is not None:
             tracer.refuse(f"a {type(hooked).__name__} has hooks")
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._net.parameters()):
+            tracer.refuse("a parameter has hooks")
 
     def _obstacle(self, inputs: Sequence[Tensor | None]) -> str:
         if any(t is not None and t.requires_grad for t in inputs):

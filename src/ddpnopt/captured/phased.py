@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddpnopt.captured.early import Early, noted
+from ddpnopt.captured.early import Early, noted, sampled
 from ddpnopt.captured.phases import BACKWARD, FORWARD, STEP, Found, Phases
 from ddpnopt.captured.plan import Plan, without_autocast
 from ddpnopt.captured.program import Value
 from ddpnopt.captured.recording import At, Outcome, Recording
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.keeping import buffers_of
 from ddpnopt.typing import Tensor
 
@@ -173,7 +174,22 @@ class PhasedPlan(Plan):
         grads = [found[v] for v in self._grads]
         own, versions = [g.detach() for g in grads], [g._version for g in grads]
         left = {v: found[v] for v in self._after[BACKWARD]}
-        return grads, Early(left, own, versions, weights, numbers, state), self._as_before(found)
+        sample, before = sampled(own), sampled([*self._moved[0], *self._state()])
+        early = Early(left, own, versions, sample, before, weights, numbers, state)
+        return grads, early, self._as_before(found)
+
+    def check_unchanged(self, early: Early) -> None:
+        """What the step is to change, and the state that it reads, must be as they were.
+
+        Raises:
+            UnsupportedModelError: It has been written to in a way that versions do not count.
+        """
+        if not torch.equal(sampled([*self._moved[0], *self._state()]), early.before):
+            raise UnsupportedModelError(
+                "weights, or the optimizer's state, were written to between the backward pass and "
+                "the step (through .data, or by another optimizer), so the pass can't be compared "
+                "with a second one; use feedback='open_loop', or run the pass again"
+            )
 
     def taken(self, early: Early) -> Outcome | None:
         """What a step has made; None where the host would decide otherwise."""

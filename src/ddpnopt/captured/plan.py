@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.compiling import Compiled
 from ddpnopt.captured.program import Program, Value
-from ddpnopt.captured.recording import At, Outcome, Recording, mapped
+from ddpnopt.captured.recording import At, Outcome, Recording, mapped, reported
 from ddpnopt.errors import LinAlgError
 from ddpnopt.typing import Tensor
 
@@ -85,6 +85,7 @@ class Plan:
             if t is not None and id(t) in read
         ]
         self._addresses = [at[0] for _, _, _, at in self._places]
+        self._told = [at.place for at in reported(self._report)]
         self._constant = [i for i, v in enumerate(results) if v in self.program.externals]
         self._backed = False
         self._graph: tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]] | None = None
@@ -148,9 +149,10 @@ class Plan:
             return None
         for place in self._constant:  # the caller may write to them
             results[place] = results[place].clone()
+        told = {place: results[place] for place in self._told}
         return Outcome(
             made(results),
-            lambda: mapped(self._report, lambda at: results[at.place]),
+            lambda: mapped(self._report, lambda at: told[at.place]),
             results[1 : 1 + len(self.slots)],
             [slot.found + more for slot, more in self.counts],
         )

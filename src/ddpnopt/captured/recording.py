@@ -105,9 +105,9 @@ class At:
     place: int
 
 
-def reported(report: StepReport | None) -> list[Tensor]:
-    """The tensors of a step's record, in order."""
-    found: list[Tensor] = []
+def reported(report: StepReport | None) -> list[Any]:
+    """The tensors of a step's record, or what stands for them, in order."""
+    found: list[Any] = []
     mapped(report, found.append)
     return found
 

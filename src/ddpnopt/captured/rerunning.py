@@ -71,8 +71,6 @@ class Rerun:
         for one in held:
             one.check_inputs()
             self.check_weights(one)
-            if one.early is not None and one.plan is not None and engine.in_backward:
-                one.early.check_state(one.plan.depends_on())
         assert engine.recorder is not None
         arrivals, fingerprint = engine.recorder.arrivals, engine.fingerprint
         # Without p.grad these would be taken for thrown away; and they know how long it was.
@@ -93,22 +91,7 @@ class Rerun:
         """Run a pass again that has left its traces in the model already."""
         with restoring(one.buffers):
             one.put_back()
-            with self._rates_of(one):
-                self._again(one)
-
-    @contextmanager
-    def _rates_of(self, one: Pass) -> Iterator[None]:
-        """The learning rates of a pass: what open loop adds to p.grad depends on them."""
-        groups = self._optimizer.param_groups
-        now = [group["lr"] for group in groups]
-        try:
-            if one.early is not None:
-                for group, rate in zip(groups, one.early.rates, strict=False):
-                    group["lr"] = rate
-            yield
-        finally:
-            for group, rate in zip(groups, now, strict=True):
-                group["lr"] = rate
+            self._again(one)
 
     def instead(self, one: Pass) -> None:
         """Run a pass as it is written while its backward pass runs: p.grad gets its gradients.

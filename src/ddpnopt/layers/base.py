@@ -46,6 +46,8 @@ class LayerRule:
     #: Where autograd is not asked for the weight's gradient, the bias's is found apart: torch finds
     #: both at once, so that asking for one costs as much as asking for both.
     bias_apart: bool = False
+    #: `add` needs no memory of the parameters' size.
+    adds_in_place: bool = False
     #: The rule differentiates the module's own forward, whatever it is.
     general: bool = False
     #: All dimensions but the features' are alike: samples need not lie in the first.
@@ -122,6 +124,19 @@ class LayerRule:
         """gradients + scale `gradient`, by parameter; those not named are left out."""
         total = self.gradient(module, x, V)
         return {name: g.add(total[name], alpha=scale) for name, g in gradients.items()}
+
+    def add(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        parameters: Mapping[str, Tensor],
+        scale: float,
+    ) -> None:
+        """Add scale `gradient` to the parameters."""
+        total = self.gradient(module, x, V)
+        for name, p in parameters.items():
+            p.add_(total[name], alpha=scale)
 
     def mixed(self, module: nn.Module, x: Tensor, dx: Tensor, V: Tensor) -> dict[str, Tensor]:
         """(V . g_ux) dx, summed over the batch, by parameter name.

@@ -20,7 +20,7 @@ from ddpnopt.typing import Tensor
 class LinearRule(MatrixRule):
     """g_x^T v = W^T v, g_u^T v = (v x^T, v), positions are all dimensions between B and d."""
 
-    positionwise = True
+    positionwise = adds_in_place = True
 
     def push(self, module: nn.Module, x: Tensor, dx: Tensor) -> Tensor:
         """W dx."""
@@ -63,6 +63,23 @@ class LinearRule(MatrixRule):
         if "bias" in gradients:
             found["bias"] = gradients["bias"].add(V.sum(0), alpha=scale)
         return found
+
+    def add(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        parameters: Mapping[str, Tensor],
+        scale: float,
+    ) -> None:
+        """The sum fused into the product, in place."""
+        x, V = x.reshape(-1, x.shape[-1]), V.reshape(-1, V.shape[-1])
+        if "weight" in parameters:
+            left, right = self.weight_factors(x, V)
+            W = parameters["weight"]
+            torch.addmm(W, left, right, alpha=scale, out=W)  # `addmm_` is not counted as a product
+        if "bias" in parameters:
+            parameters["bias"].add_(V.sum(0), alpha=scale)
 
     def lengths(
         self,
