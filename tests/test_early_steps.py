@@ -15,8 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ddpnopt import CapturedLoop, DDPNOpt, UnsupportedModelError, capture
-from ddpnopt.captured.early import beside
+from ddpnopt import (
+    CapturedLoop,
+    DDPNOpt,
+    DDPNOptWarning,
+    UnsupportedModelError,
+    capture,
+)
+from ddpnopt.captured.early import beside, sampled
 from ddpnopt.captured.program import Value, graph_of
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.curvature import EKFAC
@@ -69,7 +75,8 @@ def test_gradients_that_are_zero_instead_of_none(name: str, options: str) -> Non
     both.train(3 * STEPS, to_none=False)
     # The backward pass can't know what p.grad is going to be: the records have three parts.
     assert both.joined == [False] and both.record.reason == ""
-    assert both.record.missed == 3 and both.record.replayed > STEPS
+    late = 3 if options == "closed loop" else 0  # open loop's records have three parts anyway
+    assert both.record.missed == late and both.record.replayed > STEPS
     assert both.apart < (1e-9 if name == "BatchNorm" else 1e-12)
 
 
@@ -85,7 +92,9 @@ def test_rates_that_change_right_before_the_step() -> None:
 
 
 @pytest.mark.parametrize("feedback", [True, "open_loop"])
-@pytest.mark.parametrize("what", ["rate", "written", "replaced", "data", "state"])
+@pytest.mark.parametrize(
+    "what", ["rate", "written", "unseen", "replaced", "strided", "data", "state"]
+)
 def test_what_changes_once_before_a_step_counts(what: str, feedback: bool | str) -> None:
     both = Twins(lr=0.01, curvature="rmsprop", feedback=feedback)
 
@@ -98,6 +107,10 @@ def test_what_changes_once_before_a_step_counts(what: str, feedback: bool | str)
             opt.param_groups[0]["lr"] *= 3
         elif what == "written":
             p.grad.mul_(1.7)
+        elif what == "unseen":  # by versions
+            p.grad.data.clamp_(-1e-3, 1e-3)
+        elif what == "strided":
+            p.grad = p.grad[:1].expand(p.shape)
         elif what == "replaced":
             p.grad = p.grad * 1.7
         elif what == "data":
@@ -108,19 +121,14 @@ def test_what_changes_once_before_a_step_counts(what: str, feedback: bool | str)
                     if isinstance(value, Tensor) and value.is_floating_point():
                         value.mul_(0.5)
 
-    if what == "state" and feedback == "open_loop":  # what backward has added can't be found again
-        with pytest.raises(UnsupportedModelError, match="state was changed between"):
-            both.train(24, once)
-        return
     both.train(24, once)
-    assert both.joined == [True] and both.record.reason == ""
+    assert both.joined == [feedback is True] and both.record.reason == ""
     assert both.record.replayed >= 24 - (13 if what == "data" else 8)
     assert both.apart < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:the loss was not recognised")
 def test_weights_that_are_changed_before_an_open_loops_step() -> None:
-    both = Twins(lr=0.2, feedback="open_loop")  # a pass that is run again meets other weights
+    both = Twins(lr=0.2, feedback="open_loop")
 
     def shrink(net: nn.Module, opt: DDPNOpt, turn: int) -> None:
         if turn == 12:
@@ -131,6 +139,43 @@ def test_weights_that_are_changed_before_an_open_loops_step() -> None:
     both.train(24, shrink)
     assert both.record.reason == "" and both.record.replayed > 10
     assert both.apart < 1e-12
+
+
+@pytest.mark.parametrize("what", ["weights", "state"])
+def test_writes_that_no_version_counts_are_refused(what: str) -> None:
+    net, opt, _, plan = ready()
+    x, y = batches(NETS["dense"][1], 1)[0]
+    F.cross_entropy(net(x), y).backward()
+    if what == "weights":
+        next(net.parameters()).data.mul_(0.9)
+    else:
+        next(iter(plan.slots)).tensor.data.mul_(0.9)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(UnsupportedModelError, match="written to between"):
+        opt.step()
+    assert alike(before, net)
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.step()
+    assert not alike(before, net)
+
+
+def test_hooks_on_parameters_are_not_recorded() -> None:
+    both = Twins(lr=0.1)
+    for net in both.nets:
+        next(net.parameters()).register_hook(lambda g: g * 0.5)
+    with pytest.warns(DDPNOptWarning, match="a parameter has hooks"):
+        both.train(20)
+    assert both.record.replayed == 0 and both.apart < 1e-14
+
+
+def test_a_large_nets_gradients_are_looked_at_in_places() -> None:
+    tensors = [torch.randn(300, 200), torch.randn(7)]
+    before = sampled(tensors)
+    assert len(before) < 2000
+    tensors[0].data.clamp_(-0.5, 0.5)
+    assert not torch.equal(sampled(tensors), before)
+    assert len(sampled(tensors, 1)) == len(before) - 7
 
 
 def test_comparisons_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,13 +23,15 @@ class Ahead:
     Args:
         rates: The learning rates.
         weights: The sum of the parameters' versions.
+        joins: Backward pass and step are to be one, to begin with. In open loop p.grad itself
+            depends on rates and weights: with others the pass could not run again.
 
     Attributes:
         joins: Records are to have backward pass and step in one.
     """
 
-    def __init__(self, rates: Rates, weights: Callable[[], int]) -> None:
-        self.joins, self._late = True, 0.0
+    def __init__(self, rates: Rates, weights: Callable[[], int], joins: bool) -> None:
+        self.joins, self._late = joins, 0.0
         self._rates, self._weights = rates, weights
 
     def backward(
@@ -69,9 +71,9 @@ class Ahead:
         grads, state = [p.grad for p in plan.receiving], plan.depends_on()
         weights, rates = self._weights(), self._rates.numbers
         if plan.still_current() and early.stands(grads, weights, rates, state):
-            plan.check_unchanged(early)
-            self._late = max(0.0, self._late - FORGIVEN)
-            return True
+            if early.check_values(plan.values([g for g in grads if g is not None], state)):
+                self._late = max(0.0, self._late - FORGIVEN)
+                return True
         self._miss()
         return False
 

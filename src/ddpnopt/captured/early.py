@@ -11,10 +11,11 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.program import Call, Value
+from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.typing import Tensor
 
-#: Entries of a tensor that are looked at.
-SAMPLED = 4096
+#: Entries that are all looked at; and how many of a large tensor are, where there are more.
+FEW, SAMPLED = 2**15, 512
 #: By what stands for a tensor that a program changes: what stands for the room beside it.
 Rooms = Mapping[Value, Value]
 
@@ -29,9 +30,8 @@ class Early:
         found: What the backward pass and the step have made.
         grads: The gradients, in other tensors: the memory stays theirs for as long as this lives.
         versions: Of these, as autograd got them.
-        sample: Of their values: not all writes are counted by versions (``p.grad.data``, fused
-            kernels).
-        before: Of the values of what the step changes, and of the state, likewise.
+        sample: Of their values, then of those of what the step changes and of the state: not all
+            writes are counted by versions (``p.grad.data``, fused kernels).
         weights: The sum of the parameters' versions.
         rates: The groups' learning rates.
         state: The optimizer's tensors, and their versions.
@@ -41,7 +41,6 @@ class Early:
     grads: Sequence[Tensor]
     versions: Sequence[int]
     sample: Tensor
-    before: Tensor
     weights: int
     rates: Sequence[float]
     state: Sequence[tuple[Tensor, int]]
@@ -66,18 +65,44 @@ class Early:
             and rates == self.rates
             and all(a is b and a._version == v for a, (b, v) in zip(state, self.state, strict=True))
             and all(map(_untouched, grads, self.grads, self.versions))
-            and torch.equal(sampled([g for g in grads if g is not None]), self.sample)
+        )
+
+    def check_values(self, tensors: list[Tensor]) -> bool:
+        """Whether p.grad has the same values.
+
+        Args:
+            tensors: p.grad, what the step changes, and the state.
+
+        Raises:
+            UnsupportedModelError: It has, and the rest has not.
+        """
+        sample = sampled(tensors)
+        if torch.equal(sample, self.sample):
+            return True
+        grads = sampled(tensors, len(self.grads))
+        if not torch.equal(grads, self.sample[: len(grads)]):
+            return False
+        raise UnsupportedModelError(
+            "weights, or the optimizer's state, were written to between the backward pass and the "
+            "step (through .data, or by another optimizer), so the pass can't be compared with a "
+            "second one; use feedback='open_loop', or run the pass again"
         )
 
 
-def sampled(tensors: Iterable[Tensor]) -> Tensor:
-    """Values of tensors: all of small ones, every n-th of the others."""
-    parts = []
-    for t in tensors:
-        flat = t.detach().reshape(-1) if t.is_contiguous() else t.detach().flatten()
-        stride = t.numel() // SAMPLED
-        parts.append(flat if stride < 2 else flat[:: stride | 1])  # odd: not one column
-    return torch.cat(parts)
+def sampled(tensors: list[Tensor], first: int | None = None) -> Tensor:
+    """Values of tensors: all, where they are few; else every n-th of each large one.
+
+    Args:
+        tensors: They.
+        first: How many of them are asked for; all if None.
+    """
+    asked = tensors[:first]
+    if sum([t.numel() for t in tensors]) <= FEW:
+        every: Tensor = torch._C._nn.flatten_dense_tensors(asked)
+        return every
+    flat = [t.detach().flatten() for t in asked]
+    strides = [t.numel() // SAMPLED | 1 for t in flat]  # odd: not one column
+    return torch.cat([t[::stride] for t, stride in zip(flat, strides, strict=True)])
 
 
 def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:

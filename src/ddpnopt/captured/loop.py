@@ -35,14 +35,14 @@ from ddpnopt.typing import Tensor
 class CapturedLoop(Records, Shortcut):
     """The iterations of a plain loop, run from a record for as long as this is not removed.
 
-    The model's forward pass, ``backward`` and ``opt.step()`` are recorded together and run in three
-    parts; what the loop does in between, the loss first of all, is its own.
+    The model's forward pass, ``backward`` and ``opt.step()`` are recorded together and run in parts,
+    between which the loop has its turn, with the loss first of all.
 
     Attributes:
         optimizer: The optimizer.
         replayed: Steps that were run from the record.
         written: Steps that were run as they are written.
-        missed: Those of them whose decisions were not those of the record.
+        missed: Those of them that decided otherwise, or that the backward pass could not know.
         compiles: Records are compiled; no longer so once torch's compiler has failed.
         reason: Why nothing is run from a record any more; empty while it is.
 
@@ -74,7 +74,7 @@ class CapturedLoop(Records, Shortcut):
         self._unused = self._several = self._passes = 0
         #: The last pass from the record, while anything may come of it.
         self._last: weakref.ref[Pass] | None = None
-        self._ahead = Ahead(self._rates, self._rerun.weights)
+        self._ahead = Ahead(self._rates, self._rerun.weights, optimizer.options.closed_loop)
         self._forward = Forward(self, self._net)
         self._net.forward = self._forward
         weakref.finalize(self, self._forward.remove)
@@ -315,9 +315,7 @@ class CapturedLoop(Records, Shortcut):
 
     def _planned(self, recording: Recording) -> Plan:
         parameters = self.optimizer.engine.parameters()
-        # In open loop p.grad itself depends on the rates and the weights: nothing could run again.
-        join = self._ahead.joins and self.optimizer.options.closed_loop
-        return PhasedPlan(recording, self.compiles, join, parameters)
+        return PhasedPlan(recording, self.compiles, self._ahead.joins, parameters)
 
     def _report(self, made: Any) -> tuple[Any, StepReport | None]:
         return {name: made[name] for name in ("outputs", "grads", "sound")}, made["report"]
@@ -333,8 +331,7 @@ class CapturedLoop(Records, Shortcut):
             tracer.refuse("p.grad is changed before the step")
         if any(p.grad is not None and p not in made["grads"] for p in self._net.parameters()):
             tracer.refuse("parameters have gradients that the pass has not made")
-        hooked = calls.hooked(self._modules)
-        if hooked is not None:
+        if (hooked := calls.hooked(self._modules)) is not None:
             tracer.refuse(f"a {type(hooked).__name__} has hooks")
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._net.parameters()):
             tracer.refuse("a parameter has hooks")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A recorded iteration that is run in three parts, between which the user's loop has its turn."""
+"""A recorded iteration that is run in two or three parts, between which the loop has its turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ddpnopt.captured.phases import BACKWARD, FORWARD, STEP, Found, Phases
 from ddpnopt.captured.plan import Plan, without_autocast
 from ddpnopt.captured.program import Value
 from ddpnopt.captured.recording import At, Outcome, Recording
-from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.keeping import buffers_of
 from ddpnopt.typing import Tensor
 
@@ -31,7 +30,7 @@ class PhasedPlan(Plan):
     It has made "outputs" and "grads", and "sound": whether all was decided in the passes as before.
 
     Attributes:
-        phases: The program in three parts.
+        phases: The program in two parts or three.
         receiving: Parameters that its backward pass gives gradients to.
         buffers: Those of the model that its forward pass writes to.
         differentiable: Of the tensors that the model returns, those with a gradient.
@@ -169,27 +168,19 @@ class PhasedPlan(Plan):
             LinAlgError: A factorisation of the step has failed.
         """
         found.update(zip(self._after[FORWARD], saved, strict=True))
-        state = noted(self.depends_on())
+        state = self.depends_on()
+        versioned = noted(state)
         self._run_phase(BACKWARD, found, rates)
         grads = [found[v] for v in self._grads]
         own, versions = [g.detach() for g in grads], [g._version for g in grads]
         left = {v: found[v] for v in self._after[BACKWARD]}
-        sample, before = sampled(own), sampled([*self._moved[0], *self._state()])
-        early = Early(left, own, versions, sample, before, weights, numbers, state)
+        sample = sampled(self.values(own, state))
+        early = Early(left, own, versions, sample, weights, numbers, versioned)
         return grads, early, self._as_before(found)
 
-    def check_unchanged(self, early: Early) -> None:
-        """What the step is to change, and the state that it reads, must be as they were.
-
-        Raises:
-            UnsupportedModelError: It has been written to in a way that versions do not count.
-        """
-        if not torch.equal(sampled([*self._moved[0], *self._state()]), early.before):
-            raise UnsupportedModelError(
-                "weights, or the optimizer's state, were written to between the backward pass and "
-                "the step (through .data, or by another optimizer), so the pass can't be compared "
-                "with a second one; use feedback='open_loop', or run the pass again"
-            )
+    def values(self, grads: Sequence[Tensor], state: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients, what the step changes, and the state."""
+        return [*grads, *self._moved[0], *state]
 
     def taken(self, early: Early) -> Outcome | None:
         """What a step has made; None where the host would decide otherwise."""
