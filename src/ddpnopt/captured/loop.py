@@ -35,8 +35,8 @@ from ddpnopt.typing import Tensor
 class CapturedLoop(Records, Shortcut):
     """The iterations of a plain loop, run from a record for as long as this is not removed.
 
-    The model's forward pass, ``backward`` and ``opt.step()`` are recorded together and run in parts,
-    between which the loop has its turn, with the loss first of all.
+    The model's forward pass, ``backward`` and ``opt.step()`` are recorded together and run in
+    parts, between which the loop has its turn, with the loss first of all.
 
     Attributes:
         optimizer: The optimizer.
