@@ -15,7 +15,7 @@ from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.typing import Tensor
 
 #: Entries that are all looked at; and how many of a large tensor are, where there are more.
-FEW, SAMPLED = 2**15, 512
+FEW, SAMPLED = 2**15, 64
 #: By what stands for a tensor that a program changes: what stands for the room beside it.
 Rooms = Mapping[Value, Value]
 
