@@ -22,7 +22,7 @@ from ddpnopt import (
     UnsupportedModelError,
     capture,
 )
-from ddpnopt.captured.early import beside, sampled
+from ddpnopt.captured.early import beside, sample_of
 from ddpnopt.captured.program import Value, graph_of
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.curvature import EKFAC
@@ -171,11 +171,11 @@ def test_hooks_on_parameters_are_not_recorded() -> None:
 
 def test_a_large_nets_gradients_are_looked_at_in_places() -> None:
     tensors = [torch.randn(300, 200), torch.randn(7)]
-    before = sampled(tensors)
+    before = sample_of(tensors)
     assert len(before) < 2000
     tensors[0].data.clamp_(-0.5, 0.5)
-    assert not torch.equal(sampled(tensors), before)
-    assert len(sampled(tensors, 1)) == len(before) - 7
+    assert not torch.equal(sample_of(tensors), before)
+    assert len(sample_of(tensors, 1)) == len(before) - 7
 
 
 def test_comparisons_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:

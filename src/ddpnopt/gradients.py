@@ -105,9 +105,14 @@ def _norms(parameters: list[Tensor], both: bool) -> tuple[list[float], list[floa
     return two, norms(parts, 1.0).tolist() if both else two
 
 
-def sampled(gradient: Tensor) -> Tensor:
-    """Every n-th entry of a large gradient, as a view."""
-    stride = gradient.numel() // SAMPLED
+def sampled(gradient: Tensor, entries: int = SAMPLED) -> Tensor:
+    """Every n-th entry of a large gradient, as a view.
+
+    Args:
+        gradient: It; it is returned itself where it has not twice as many entries.
+        entries: About how many there are to be.
+    """
+    stride = gradient.numel() // entries
     if stride < 2 or not gradient.is_contiguous() or spread_out(gradient):
         return gradient
     return gradient.view(-1)[:: stride | 1]  # odd: not one column of the matrix

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.program import Call, Value
 from ddpnopt.errors import UnsupportedModelError
+from ddpnopt.gradients import sampled
 from ddpnopt.typing import Tensor
 
 #: Entries that are all looked at; and how many of a large tensor are, where there are more.
@@ -76,10 +77,10 @@ class Early:
         Raises:
             UnsupportedModelError: It has, and the rest has not.
         """
-        sample = sampled(tensors)
+        sample = sample_of(tensors)
         if torch.equal(sample, self.sample):
             return True
-        grads = sampled(tensors, len(self.grads))
+        grads = sample_of(tensors, len(self.grads))
         if not torch.equal(grads, self.sample[: len(grads)]):
             return False
         raise UnsupportedModelError(
@@ -89,7 +90,7 @@ class Early:
         )
 
 
-def sampled(tensors: list[Tensor], first: int | None = None) -> Tensor:
+def sample_of(tensors: list[Tensor], first: int | None = None) -> Tensor:
     """Values of tensors: all, where they are few; else every n-th of each large one.
 
     Args:
@@ -100,9 +101,7 @@ def sampled(tensors: list[Tensor], first: int | None = None) -> Tensor:
     if sum([t.numel() for t in tensors]) <= FEW:
         every: Tensor = torch._C._nn.flatten_dense_tensors(asked)
         return every
-    flat = [t.detach().flatten() for t in asked]
-    strides = [t.numel() // SAMPLED | 1 for t in flat]  # odd: not one column
-    return torch.cat([t[::stride] for t, stride in zip(flat, strides, strict=True)])
+    return torch.cat([sampled(t.detach(), SAMPLED).flatten() for t in asked])
 
 
 def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:

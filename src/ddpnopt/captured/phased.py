@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddpnopt.captured.early import Early, noted, sampled
+from ddpnopt.captured.early import Early, noted, sample_of
 from ddpnopt.captured.phases import BACKWARD, FORWARD, STEP, Found, Phases
 from ddpnopt.captured.plan import Plan, without_autocast
 from ddpnopt.captured.program import Value
@@ -83,7 +83,8 @@ class PhasedPlan(Plan):
         )
         self.phases = phases
         changed = zip(program.changed, self.changed, self._room, strict=True)
-        self._exposed = [(t, room) for v, t, room in changed if v not in phases.moved]
+        exposed = [(t, room) for v, t, room in changed if v not in phases.moved]
+        self._exposed = [t for t, _ in exposed], [room for _, room in exposed]
         self._moved = [self._outside[v] for v in phases.moved], list(phases.moved.values())
         self._after = [phases.kept(FORWARD), phases.kept(BACKWARD)]
         leaves = tree_leaves(self._made["outputs"])
@@ -174,7 +175,7 @@ class PhasedPlan(Plan):
         grads = [found[v] for v in self._grads]
         own, versions = [g.detach() for g in grads], [g._version for g in grads]
         left = {v: found[v] for v in self._after[BACKWARD]}
-        sample = sampled(self.values(own, state))
+        sample = sample_of(self.values(own, state))
         early = Early(left, own, versions, sample, weights, numbers, versioned)
         return grads, early, self._as_before(found)
 
@@ -194,7 +195,7 @@ class PhasedPlan(Plan):
             torch._foreach_copy_(*self._moved)
 
     def _at_risk(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [t for t, _ in self._exposed], [room for _, room in self._exposed]
+        return self._exposed
 
     def depends_on(self) -> list[Any]:
         """What there is of the optimizer's state that a step depends on."""

@@ -140,16 +140,12 @@ class Phases:
         """Make one phase of backward pass and step, if what they change can be beside itself."""
         before, backward, step = self.phases
         calls = [*backward.calls, *step.calls]
-        written = {v.storage for call in calls for v in call.written}
+        written = _written(calls)
         changed = [v for v in room if v.storage in written]
         shared = len({v.storage for v in changed}) < len(changed)
         taken = {room[v].data_ptr() for v in room}
         read = any(self._fixed[v].data_ptr() in taken for v in room)  # memory of another's room
-        if (
-            shared
-            or read
-            or any(v.storage in written for call in before.calls for v in call.written)
-        ):
+        if shared or read or written & _written(before.calls):
             return False
         number = 1 + max((v.index for v in (*self._maker, *self._fixed)), default=0)
         rooms = {v: Value(number + i, -1 - i, v.dim) for i, v in enumerate(changed)}
@@ -194,6 +190,11 @@ class Phases:
         for v in dict.fromkeys((*later, *self.results)):
             if v in self._at and v not in self._fixed:
                 self.phases[self._at[v]].made.append(v)
+
+
+def _written(calls: Sequence[Call]) -> set[int]:
+    """The storages that operators write to."""
+    return {v.storage for call in calls for v in call.written}
 
 
 def _is_view(call: Call) -> bool:

@@ -133,10 +133,8 @@ class LayerRule:
         parameters: Mapping[str, Tensor],
         scale: float,
     ) -> None:
-        """Add scale `gradient` to the parameters."""
-        total = self.gradient(module, x, V)
-        for name, p in parameters.items():
-            p.add_(total[name], alpha=scale)
+        """Add scale `gradient` to the parameters; only rules with `adds_in_place` can."""
+        raise NotImplementedError
 
     def mixed(self, module: nn.Module, x: Tensor, dx: Tensor, V: Tensor) -> dict[str, Tensor]:
         """(V . g_ux) dx, summed over the batch, by parameter name.
