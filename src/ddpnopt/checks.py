@@ -13,7 +13,7 @@ from ddpnopt.borrowed import Borrowed
 from ddpnopt.decisions import all_finite
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import gradient_norms
-from ddpnopt.hyperparameters import own_momentum
+from ddpnopt.hyperparameters import Hyper, own_momentum
 from ddpnopt.layers import MatrixRule
 from ddpnopt.parameters import parameters
 from ddpnopt.ranges import check_number, finite, share
@@ -145,17 +145,28 @@ def check_gradients(
                 f"lr={hyper.lr} of '{names().get(p, 'a parameter')}' is out of the range of "
                 f"{p.dtype}; nothing was changed. Lower lr, or keep the weights in float32"
             )
-        if borrowed.judges_sparse or p.grad is None or not p.grad.is_sparse:
-            continue
-        fed = hyper.curvature.statistics == "gradient"
-        if fed or hyper.weight_decay:
-            what = f"curvature={hyper.curvature.name!r}" if fed else "weight_decay"
-            raise UnsupportedModelError(
-                f"'{names().get(p, 'a parameter')}' has a sparse gradient, which {what} can't use; "
-                "make the layer with sparse=False, or put its parameters into a group of their own "
-                "with curvature='identity' and weight_decay=0"
-            )
+        if p.grad is not None and p.grad.is_sparse:
+            _check_takes_sparse(borrowed, hyper, names().get(p, "a parameter"))
     return sizes
+
+
+def _check_takes_sparse(borrowed: Borrowed, hyper: Hyper, name: str) -> None:
+    """Refuse a sparse gradient where all entries are needed."""
+    if borrowed.judges_sparse:
+        what, otherwise = "trust" if hyper.curvature.relative else "", "leave trust out"
+    else:
+        what = "weight_decay" if hyper.weight_decay else ""
+        if hyper.curvature.statistics == "gradient":
+            what = f"curvature={hyper.curvature.name!r}"
+        otherwise = (
+            "put its parameters into a group of their own with curvature='identity' and "
+            "weight_decay=0"
+        )
+    if what:
+        raise UnsupportedModelError(
+            f"'{name}' has a sparse gradient, which {what} can't use; make the layer with "
+            f"sparse=False, or {otherwise}"
+        )
 
 
 def _finite_held(trajectories: Sequence[Trajectory], stepped: Sequence[Tensor]) -> bool:

@@ -4,25 +4,23 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from ddpnopt.borrowed import Borrowed
 from ddpnopt.brake import BrakeEngine
 from ddpnopt.checks import check_model
 from ddpnopt.company import Company
 from ddpnopt.engine import Engine
 from ddpnopt.errors import DDPNOptWarning, UnsupportedModelError
 from ddpnopt.formats import FORMAT_VERSION, upgraded
-from ddpnopt.host import Host
+from ddpnopt.guest import Guest
 from ddpnopt.narrowed import Inner
 from ddpnopt.options import Options, value_from
-from ddpnopt.ranges import check_choice
+from ddpnopt.ranges import check_choice, check_number, positive
 from ddpnopt.recognition import Terminal
 from ddpnopt.separable import (
     MAXIMIZED,
@@ -35,7 +33,6 @@ from ddpnopt.shell import Shell
 from ddpnopt.terminal import MMC, MSE
 from ddpnopt.typing import Tensor
 from ddpnopt.value import ValueFunction
-from ddpnopt.wrapped import Wrapped
 
 #: How a layer's step is bounded, by name.
 MODES: dict[str, type[Engine]] = {"samples": Engine, "brake": BrakeEngine}
@@ -60,6 +57,8 @@ class Feedback(Shell):
         nonfinite: "raise" or "skip" a step whose numbers are not finite; nothing is changed.
         mode: "samples" re-weights the samples' gradients layer by layer. "brake" limits how
             far each layer follows the optimizer's own step instead (`ddpnopt.brake`).
+        trust: No unit of a weight takes a step longer than log(2) / L of its own length, as with
+            `ddpnopt.curvature.Trust`; a number: than this share of it. Holds for any rate.
         process_group: The ranks that take each step together; None for the default group.
         distributed: False: this process trains by itself, whatever torch.distributed runs.
         communication: Several ranks in closed loop: "layerwise" reduces each layer's d in the
@@ -76,7 +75,7 @@ class Feedback(Shell):
         >>> opt.zero_grad(); criterion(model(x), y).backward(); opt.step()
     """
 
-    _kept = (*Shell._kept, "mode", "_inners")
+    _kept = (*Shell._kept, "mode", "trust", "_inners")
 
     def __init__(
         self,
@@ -90,6 +89,7 @@ class Feedback(Shell):
         nonfinite: str = "raise",
         mode: str = "samples",
         *,
+        trust: bool | float = False,
         process_group: Any = None,
         distributed: bool = True,
         communication: str = "layerwise",
@@ -102,7 +102,7 @@ class Feedback(Shell):
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
         )
         _check_mode(mode, self.options)
-        self.mode = mode
+        self.mode, self.trust = mode, _checked_trust(trust, mode)
         check_unweighted(given)
         if self.options.feedback is not False and maximizing(given):
             warnings.warn(MAXIMIZED, DDPNOptWarning, stacklevel=2)
@@ -297,50 +297,23 @@ def _check_mode(mode: str, options: Options) -> None:
         )
 
 
+def _checked_trust(trust: bool | float, mode: str) -> bool | float:
+    if not isinstance(trust, bool):
+        check_number("", "trust", trust, positive, "must be True, False, or positive and finite")
+    if trust is not False and mode == "brake":
+        raise ValueError("mode='brake' has a bound of its own: leave trust out")
+    return trust
+
+
 def gains_of(inner: Inner) -> list[float | None]:
     """The gains that were seen, in the order of the parameters."""
-    found = [inner.gains.get(p) for p in _parameters(inner)]
+    found = [inner.gains.get(p) for p in inner.parameters()]
     return [None if gain is None else float(gain) for gain in found]
 
 
 def set_gains(inner: Inner, gains: Sequence[float | None]) -> None:
     """Take them back."""
     inner.gains.clear()
-    for p, gain in zip(_parameters(inner), gains, strict=True):
+    for p, gain in zip(inner.parameters(), gains, strict=True):
         if gain is not None:
             inner.gains[p] = p.new_tensor(gain, dtype=torch.float32)
-
-
-def _parameters(inner: Inner) -> list[Tensor]:
-    return [p for group in inner.optimizer.param_groups for p in group["params"]]
-
-
-class Wrapper(Protocol):
-    """What has inner optimizers."""
-
-    @property
-    def inners(self) -> tuple[Inner, ...]:
-        """The optimizers with what is known about them."""
-
-
-class Guest(Host):
-    """A `Feedback` or an open loop, held weakly, seen from its engine."""
-
-    def __init__(self, owner: Wrapper) -> None:
-        self._owner = weakref.ref(owner)
-
-    def _inners(self) -> Sequence[Inner]:
-        owner = self._owner()
-        return owner.inners if owner is not None else ()
-
-    def parameters(self) -> list[Tensor]:
-        """Of all wrapped optimizers."""
-        return [p for inner in self._inners() for p in _parameters(inner)]
-
-    def borrow(self, copies: dict[int, Tensor]) -> Borrowed:
-        """The wrapped optimizers' own updates."""
-        return Wrapped(self._inners(), copies)
-
-    def commit(self, borrowed: Borrowed) -> None:
-        """Counters and gains."""
-        borrowed.commit({})

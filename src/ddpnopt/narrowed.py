@@ -42,6 +42,10 @@ class Inner:
         """Its groups by parameter."""
         return {p: group for group in self.optimizer.param_groups for p in group["params"]}
 
+    def parameters(self) -> list[Tensor]:
+        """Its parameters, in order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def step(self, parameters: Sequence[Tensor]) -> list[tuple[Group, Group]]:
         """Its own step for some of its parameters alone; hooks are not run.
 

@@ -87,6 +87,9 @@ def open_loop(
 class OpenLoop:
     """What `open_loop` returns."""
 
+    #: The optimizer makes its own step.
+    trust: bool | float = False
+
     def __init__(
         self,
         model: nn.Module,

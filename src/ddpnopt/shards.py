@@ -20,8 +20,8 @@ from torch import nn
 from ddpnopt.borrowed import Borrowed
 from ddpnopt.dtensors import part_of, spread_out, whole
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.feedback import Guest, Wrapper
 from ddpnopt.gradients import added
+from ddpnopt.guest import Guest, Wrapper
 from ddpnopt.parameters import STANDS_FOR
 from ddpnopt.typing import Tensor
 from ddpnopt.wrapped import Wrapped

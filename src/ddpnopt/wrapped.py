@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ddpnopt.borrowed import MOMENTA, Borrowed
+from ddpnopt.curvature.trust import Bounded, lengths
 from ddpnopt.decisions import as_number
 from ddpnopt.dtensors import local, summed
+from ddpnopt.hyperparameters import Hyper
 from ddpnopt.narrowed import Counted, Group, Inner, attributes, copied, holds
 from ddpnopt.typing import Tensor
 from ddpnopt.undoing import Undoing
@@ -25,11 +27,15 @@ class Wrapped(Borrowed):
     Args:
         inners: The optimizers.
         copies: Memory for the weights before the step, kept from step to step.
+        trust: Bound each unit's update by the unit, as `ddpnopt.curvature.Trust` does; True, or
+            tau.
     """
 
     judges_sparse = True
 
-    def __init__(self, inners: Sequence[Inner], copies: dict[int, Tensor]) -> None:
+    def __init__(
+        self, inners: Sequence[Inner], copies: dict[int, Tensor], trust: bool | float = False
+    ) -> None:
         self._group: dict[Tensor, Group] = {}
         self._inner: dict[Tensor, Inner] = {}
         hyper = {}
@@ -38,6 +44,8 @@ class Wrapped(Borrowed):
                 self._group[p], self._inner[p] = group, inner
                 gain = inner.gains.get(p)
                 hyper[p] = inner.reader.hyper(group, 0.0 if gain is None else as_number(gain))
+        if trust is not False:
+            hyper = bounded(hyper, None if trust is True else trust)
         states = {p: s for i in inners for p, s in i.optimizer.state.items() if s}
         super().__init__(hyper, states, copies)
         self._undoing = Undoing()
@@ -90,11 +98,35 @@ class Wrapped(Borrowed):
         self.save([update.p for update in updates])
         for update in updates:
             self._before[update.p] = _Saved.of(optimizer.state, update.p)
+        updates = [self._within(inner, update) for update in updates]
         self.prepare(inner, updates)
         with self._stepping_on({u.p: u.d for u in updates}):
             self._counted.add(inner.step([u.p for u in updates]))
         self.settle(inner, updates)
         self.look([u.p for u in updates])
+
+    def _within(self, inner: Inner, update: Update) -> Update:
+        """On a gradient whose step is no longer than the bound, where there is one.
+
+        The second moment sees the whole gradient: the optimizer would undo the bound.
+        """
+        p, hyper = update.p, self.hyper[update.p]
+        if not isinstance(hyper.curvature, Bounded) or inner.reader.rescales:
+            return update  # or its update is shortened afterwards
+        follows = update.follows and update.plain is not None
+        plain = update.plain if follows else None
+        d = self.decayed(p, update.d)
+        moment = self.moment(p, update.d) if update.moment is None else update.moment
+        if plain is not None:
+            g = self.decayed(p, plain)
+            moment = hyper.curvature.follow(hyper.seen(p, self.state(p)), g, d, moment)
+            largest = torch.where(g.abs() > d.abs(), plain, update.d)
+        else:
+            largest = update.d
+        assert moment is not None
+        # Nothing is added where the factor is 1, to the bit.
+        given = update.d + d * (1 / hyper.curvature.factor(moment) - 1)
+        return replace(update, d=given, plain=largest, follows=True)
 
     def prepare(self, inner: Inner, updates: Sequence[Update]) -> None:
         """Before an optimizer's step on re-weighted gradients."""
@@ -178,6 +210,11 @@ class Wrapped(Borrowed):
         self._gains[p] = gain.clamp_(min=0.0)
         if r is not None:
             after.copy_(torch.where(r == 1.0, after, torch.lerp(before, after, r.to(p.dtype))))
+        hyper = self.hyper[p]
+        if isinstance(hyper.curvature, Bounded):
+            longest = hyper.curvature.longest(hyper.seen(before, {}))
+            share = (longest / lengths(after - before)).clamp_(max=1.0).to(p.dtype)
+            after.copy_(torch.where(share == 1.0, after, torch.lerp(before, after, share)))
 
     def shorten(self, p: Tensor, gamma: float) -> None:
         """Multiply what momentum has gathered of a parameter's gradients."""
@@ -224,6 +261,15 @@ class Wrapped(Borrowed):
         self._counted.commit()
         for p, gain in self._gains.items():
             self._inner[p].gains[p] = gain
+
+
+def bounded(hyper: Mapping[Tensor, Hyper], tau: float | None) -> dict[Tensor, Hyper]:
+    """Hyperparameters whose curvature keeps every unit's step below tau of the unit."""
+    layers = sum(p.dim() > 1 and p.requires_grad for p in hyper)
+    return {
+        p: replace(one, curvature=Bounded(one.curvature, tau), layers=layers)
+        for p, one in hyper.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)

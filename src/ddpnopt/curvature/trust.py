@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,49 +20,24 @@ from ddpnopt.typing import Tensor
 
 #: What the bound may be put on: curvatures with one number for every weight.
 DIAGONAL: dict[str, type[Curvature]] = {kind.name: kind for kind in (Identity, RMSprop, AdamW)}
+#: Of a unit that is bounded.
+SHORTEST = 1e-3
 
 
-@dataclass(frozen=True)
-class Trust(Curvature):
-    """Another curvature's, made larger where its step would be long beside the weights.
+class _Relative(Curvature):
+    """M_0 with one factor a unit.
 
-    Every unit u (the first dimension of a weight; a vector is one unit) gets one factor, so that
-    eta |M^-1 g| <= tau |u|. With L layers a gradient changes along a step by less than
-    prod_l (1 + |du_l| / |u_l|), which tau = log(2) / L keeps below 2: the line along which
-    `ddpnopt.value.Moreau` looks is then still the loss's, at any learning rate.
-
-    Args:
-        inner: M_0: "identity", "rmsprop", "adamw", or an object of theirs with its options.
-        tau: Largest length of a step beside the unit's own; None: log(2) / L, L the number of
-            weights with two dimensions or more that are trained.
-        shortest: Units shorter than this count as so long: fresh biases are zero.
-
-    Raises:
-        ValueError: An option is out of range.
+    Attributes:
+        base: M_0.
+        tau: As for `Trust`.
+        shortest: Likewise.
     """
-
-    inner: str | Mapping[str, Any] | Curvature = "identity"
-    tau: float | int | None = None
-    shortest: float | int = 1e-3
 
     name: ClassVar[str] = "trust"
     relative: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        options = _plain(self.inner)
-        check_choice("Trust", "inner", options.get("name"), tuple(DIAGONAL))
-        object.__setattr__(self, "inner", options["name"] if len(options) == 1 else options)
-        if self.tau is not None:
-            check_number("Trust", "tau", self.tau, positive, "must be positive and finite, or None")
-        check_number("Trust", "shortest", self.shortest, positive, "must be positive and finite")
-        self.base  # noqa: B018 - checks the options of M_0
-
-    @cached_property
-    def base(self) -> Curvature:
-        """M_0."""
-        options = _plain(self.inner)
-        return DIAGONAL[options.pop("name")](**options)
+    base: Curvature
+    tau: float | int | None
+    shortest: float | int
 
     @property
     def decoupled(self) -> bool:  # type: ignore[override]
@@ -89,18 +63,23 @@ class Trust(Curvature):
         """M_0's statistics and the factor on M_0, shape (2, *u)."""
         return self._with_factor(state, gradient, self.base.moment(state, gradient, squares))
 
+    def factor(self, moment: Tensor) -> Tensor:
+        """The factor on M_0, of u's shape: 1 or more."""
+        return moment[1]
+
     def inverse(self, state: State, moment: Tensor | None) -> Tensor:
         """M_0^-1 over the factor."""
         assert moment is not None
-        own = self.base.inverse(state, self._own(moment))
-        return moment[1].reciprocal() if own is None else own / moment[1]
+        own, factor = self.base.inverse(state, self._own(moment)), self.factor(moment)
+        return factor.reciprocal() if own is None else own / factor
 
     def update(
         self, p: Tensor, d: Tensor, state: State, moment: Tensor | None, lr: Rate, momentum: float
     ) -> dict[str, Any]:
         """M_0's own, on d over the factor."""
         assert moment is not None
-        return self.base.update(p, d / moment[1], state, self._own(moment), lr, momentum)
+        step = d / self.factor(moment)
+        return self.base.update(p, step, state, self._own(moment), lr, momentum)
 
     def follow(
         self, state: State, gradient: Tensor, d: Tensor, moment: Tensor | None
@@ -109,17 +88,70 @@ class Trust(Curvature):
         own = self.base.follow(state, gradient, d, None if moment is None else self._own(moment))
         return self._with_factor(state, larger(d, gradient), own)
 
+    def longest(self, state: State) -> Tensor:
+        """tau |u| of every unit, shaped to multiply u."""
+        tau = math.log(2) / max(1, int(state["layers"])) if self.tau is None else self.tau
+        return lengths(state["weights"]).clamp_(min=self.shortest) * tau
+
     def _own(self, moment: Tensor) -> Tensor | None:
         return None if self.base.statistics == "none" else moment[0]
 
     def _with_factor(self, state: State, gradient: Tensor, own: Tensor | None) -> Tensor:
         inverse = self.base.inverse(state, own)
         step = gradient if inverse is None else gradient * inverse
-        tau = math.log(2) / max(1, int(state["layers"])) if self.tau is None else self.tau
-        longest = lengths(state["weights"]).clamp_(min=self.shortest) * tau
-        factor = (lengths(step) * as_number(state["rate"]) / longest).clamp_(min=1.0)
-        factor = factor.to(gradient.dtype).expand_as(gradient)
+        factor = lengths(step) * as_number(state["rate"]) / self.longest(state)
+        factor = factor.clamp_(min=1.0).to(gradient.dtype).expand_as(gradient)
         return torch.stack([torch.zeros_like(gradient) if own is None else own, factor])
+
+
+@dataclass(frozen=True)
+class Trust(_Relative):
+    """Another curvature's, made larger where its step would be long beside the weights.
+
+    Every unit u (the first dimension of a weight; a vector is one unit) gets one factor, so that
+    eta |M^-1 g| <= tau |u|. With L layers a gradient changes along a step by less than
+    prod_l (1 + |du_l| / |u_l|), which tau = log(2) / L keeps below 2: the line along which
+    `ddpnopt.value.Moreau` looks is then still the loss's, at any learning rate.
+
+    Args:
+        inner: M_0: "identity", "rmsprop", "adamw", or an object of theirs with its options.
+        tau: Largest length of a step beside the unit's own; None: log(2) / L, L the number of
+            weights with two dimensions or more that are trained.
+        shortest: Units shorter than this count as so long: fresh biases are zero.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    inner: str | Mapping[str, Any] | Curvature = "identity"
+    tau: float | int | None = None
+    shortest: float | int = SHORTEST
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        options = _plain(self.inner)
+        check_choice("Trust", "inner", options.get("name"), tuple(DIAGONAL))
+        object.__setattr__(self, "inner", options["name"] if len(options) == 1 else options)
+        if self.tau is not None:
+            check_number("Trust", "tau", self.tau, positive, "must be positive and finite, or None")
+        check_number("Trust", "shortest", self.shortest, positive, "must be positive and finite")
+        given = {name: value for name, value in options.items() if name != "name"}
+        object.__setattr__(self, "base", DIAGONAL[options["name"]](**given))
+
+
+@dataclass(frozen=True)
+class Bounded(_Relative):
+    """The same around a curvature that is read off somebody else's optimizer.
+
+    Args:
+        base: M_0, diagonal.
+        tau: As for `Trust`.
+        shortest: Likewise.
+    """
+
+    base: Curvature
+    tau: float | int | None = None
+    shortest: float | int = SHORTEST
 
 
 def _plain(inner: Any) -> dict[str, Any]:

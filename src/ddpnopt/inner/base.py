@@ -63,3 +63,9 @@ def feed_average(v: Tensor, decay: float, plain: Tensor, d: Tensor) -> None:
     """Add to v what makes decay v + (1 - decay) d^2 the average of max(plain^2, d^2)."""
     if decay > 0:
         v.add_(excess(plain, d).to(v.dtype), alpha=(1 - decay) / decay)
+
+
+def coupled(group: Group) -> float:
+    """Weight decay that enters the gradient."""
+    decay = float(group.get("weight_decay", 0.0))
+    return 0.0 if group.get("decoupled_weight_decay", False) else decay

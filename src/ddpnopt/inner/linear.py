@@ -6,7 +6,7 @@ from __future__ import annotations
 from ddpnopt.curvature import Identity
 from ddpnopt.decisions import as_number
 from ddpnopt.hyperparameters import Hyper
-from ddpnopt.inner.base import Group, Reader
+from ddpnopt.inner.base import Group, Reader, coupled
 from ddpnopt.typing import Tensor
 
 
@@ -17,7 +17,7 @@ class SGD(Reader):
         """From the group alone."""
         momentum = float(group["momentum"])
         damped = 1 - float(group["dampening"]) if momentum else 1.0
-        return Hyper(as_number(group["lr"]) * damped, momentum, 0.0, Identity())
+        return Hyper(as_number(group["lr"]) * damped, momentum, coupled(group), Identity())
 
 
 class ASGD(Reader):
@@ -25,4 +25,4 @@ class ASGD(Reader):
 
     def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """From the group alone."""
-        return Hyper(as_number(group["lr"]), 0.0, 0.0, Identity())
+        return Hyper(as_number(group["lr"]), 0.0, coupled(group), Identity())

@@ -14,7 +14,7 @@ from ddpnopt.curvature.base import Curvature, seen
 from ddpnopt.curvature.base import State as ReadState
 from ddpnopt.decisions import as_number
 from ddpnopt.hyperparameters import Hyper
-from ddpnopt.inner.base import Group, Reader, State, excess, feed_average
+from ddpnopt.inner.base import Group, Reader, State, coupled, excess, feed_average
 from ddpnopt.typing import Tensor
 
 
@@ -72,7 +72,7 @@ class Adam(Reader):
         assert len(betas) == 2
         amsgrad = bool(group.get("amsgrad", False))
         curvature = self.curvature(betas, float(group["eps"]), amsgrad)
-        return Hyper(as_number(group["lr"]), 0.0, _coupled(group), curvature)
+        return Hyper(as_number(group["lr"]), 0.0, coupled(group), curvature)
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """v is an average."""
@@ -87,7 +87,7 @@ class RMSprop(Reader):
     def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """Centred or not: the mean that centring takes away only makes the step longer."""
         curvature = _RMSprop(float(group["alpha"]), float(group["eps"]), "batch", group["centered"])
-        return Hyper(as_number(group["lr"]), float(group["momentum"]), _coupled(group), curvature)
+        return Hyper(as_number(group["lr"]), float(group["momentum"]), coupled(group), curvature)
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """v is an average."""
@@ -156,7 +156,7 @@ class Adagrad(Reader):
 
     def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """From the group."""
-        return Hyper(as_number(group["lr"]), 0.0, _coupled(group), _Adagrad(float(group["eps"])))
+        return Hyper(as_number(group["lr"]), 0.0, coupled(group), _Adagrad(float(group["eps"])))
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """The sum takes what d^2 lacks."""
@@ -189,7 +189,7 @@ class Adadelta(Reader):
     def hyper(self, group: Group, gain: float | Tensor) -> Hyper:
         """From the group."""
         curvature = _Adadelta(float(group["eps"]), float(group["rho"]))
-        return Hyper(as_number(group["lr"]), 0.0, _coupled(group), curvature)
+        return Hyper(as_number(group["lr"]), 0.0, coupled(group), curvature)
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """v is an average."""
@@ -221,7 +221,7 @@ class Adamax(Reader):
         """From the group."""
         first, second = (float(b) for b in group["betas"])
         curvature = _Adamax(float(group["eps"]), (first, second))
-        return Hyper(as_number(group["lr"]), 0.0, _coupled(group), curvature)
+        return Hyper(as_number(group["lr"]), 0.0, coupled(group), curvature)
 
     def feed(self, group: Group, state: State, plain: Tensor, d: Tensor) -> None:
         """u takes the plain gradient's size where that is the larger one."""
@@ -229,9 +229,3 @@ class Adamax(Reader):
         if decay > 0:
             size = plain.abs().add_(float(group["eps"])).div_(decay)
             u.copy_(torch.where(plain.abs() > d.abs(), torch.maximum(u, size), u))
-
-
-def _coupled(group: Group) -> float:
-    """Weight decay that enters the gradient."""
-    decay = float(group.get("weight_decay", 0.0))
-    return 0.0 if group.get("decoupled_weight_decay", False) else decay
