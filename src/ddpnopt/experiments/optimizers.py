@@ -170,6 +170,11 @@ def _wrapped() -> dict[str, OptimizerChoice]:
         found[f"{key}-brake-open-loop"] = OptimizerChoice(
             build, f"brake, open loop ({label})", brake | open_loop
         )
+        trust: dict[str, OptionValue] = {"trust": True}
+        found[f"{key}-trust"] = OptimizerChoice(build, f"Feedback({label}, trust)", trust)
+        found[f"{key}-trust-open-loop"] = OptimizerChoice(
+            build, f"open loop ({label}, trust)", trust | open_loop
+        )
     return found
 
 

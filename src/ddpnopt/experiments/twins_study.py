@@ -3,8 +3,8 @@
 
 `twins`: RMSprop, AdamW, KFAC and EKFAC on the networks of the defaults study. `mixing`: SGD,
 momentum and AdamW on networks with BatchNorm. `feedback`: `Feedback` around AdamW, momentum and
-Muon; `brake`: the same with `mode="brake"`. Each beside the same optimizer with clipping and
-beside DDPNOpt's open loop. Runs are kept and not repeated.
+Muon; `trust` and `brake`: the same with `trust=True`, and with `mode="brake"`. Each beside the same
+optimizer with clipping and beside DDPNOpt's open loop. Runs are kept and not repeated.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ JOINED = {
     ),
 }
 
+#: Networks of the studies of `Feedback`.
+WRAPPED = {
+    name: Problem(problem.base, problem.heading)
+    for name, problem in defaults_study.PROBLEMS.items()
+    if name != "relu32"
+} | JOINED
+
 STUDIES = {
     "twins": Study(
         {
@@ -94,16 +101,19 @@ STUDIES = {
         ),
     ),
     "feedback": Study(
-        {
-            name: Problem(problem.base, problem.heading)
-            for name, problem in defaults_study.PROBLEMS.items()
-            if name != "relu32"
-        }
-        | JOINED,
+        WRAPPED,
         (
-            Pair("adamw", "feedback-adamw", (*SCALE_FREE_RATES, 0.3), clips=(1.0,)),
-            Pair("momentum", "feedback-momentum", (0.01, 0.03, 0.1, 0.3, 1.0), clips=(1.0,)),
-            Pair("muon", "feedback-muon", (0.003, 0.01, 0.03, 0.1, 0.3), clips=(1.0,)),
+            Pair("adamw", "feedback-adamw", (*SCALE_FREE_RATES, 0.3)),
+            Pair("momentum", "feedback-momentum", (0.01, 0.03, 0.1, 0.3, 1.0)),
+            Pair("muon", "feedback-muon", (0.003, 0.01, 0.03, 0.1, 0.3)),
+        ),
+        page="any_optimizer.md",
+    ),
+    "trust": Study(
+        WRAPPED,
+        (
+            Pair("adamw", "feedback-adamw-trust", (*SCALE_FREE_RATES, 0.3, 1.0)),
+            Pair("momentum", "feedback-momentum-trust", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
         ),
         page="any_optimizer.md",
     ),

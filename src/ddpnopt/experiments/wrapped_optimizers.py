@@ -61,14 +61,14 @@ def feedback(name: str) -> Callable[[nn.Module, float, dict[str, Any]], torch.op
         name: A name in `INNERS`.
 
     Returns:
-        Factory (model, lr, options); `feedback`, `mode`, `value` and `value.<option>` are the
-        wrapper's, all other options the inner optimizer's.
+        Factory (model, lr, options); `feedback`, `mode`, `trust`, `value` and `value.<option>` are
+        the wrapper's, all other options the inner optimizer's.
     """
     return partial(_feedback, INNERS[name][1])
 
 
 #: Options of the wrapper.
-_OWN = ("feedback", "mode", "terminal")
+_OWN = ("feedback", "mode", "terminal", "trust")
 
 
 def _feedback(
