@@ -537,7 +537,7 @@ def test_what_the_compiler_can_not_do_runs_uncompiled(monkeypatch: pytest.Monkey
     def broken(*given: Any, **options: Any) -> Any:
         raise RuntimeError("no compiler here\nmore of it")
 
-    monkeypatch.setattr(torch._inductor, "compile", broken)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
     (net, shape), (twin, _) = model(), model()
     opt, other = DDPNOpt(net, lr=0.5), DDPNOpt(twin, lr=0.5)
     step = capture(other, on(twin), compile=True)

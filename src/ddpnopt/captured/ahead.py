@@ -71,7 +71,7 @@ class Ahead:
         grads, state = [p.grad for p in plan.receiving], plan.depends_on()
         weights, rates = self._weights(), self._rates.numbers
         if plan.still_current() and early.stands(grads, weights, rates, state):
-            if early.check_values(plan.values([g for g in grads if g is not None], state)):
+            if plan.check_values(early, [g for g in grads if g is not None], state):
                 self._late = max(0.0, self._late - FORGIVEN)
                 return True
         self._miss()

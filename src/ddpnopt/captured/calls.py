@@ -138,8 +138,8 @@ def settings_of(optimizer: Shell, modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _value(option: Any) -> Any:
-    """An option as it is now: a mapping may be changed in place."""
-    return tuple(option.items()) if isinstance(option, Mapping) else option
+    """An option as it is now: a dictionary may be changed in place."""
+    return tuple(option.items()) if isinstance(option, dict) else option
 
 
 def parameters_of_others(optimizer: Shell, modules: Iterable[nn.Module]) -> list[Tensor]:

@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils._pytree import tree_map
 
-from ddpnopt.captured.program import Call, Value
+from ddpnopt.captured.program import Call, Value, graph_of
 from ddpnopt.errors import UnsupportedModelError
-from ddpnopt.gradients import sampled
 from ddpnopt.typing import Tensor
 
 #: Entries that are all looked at; and how many of a large tensor are, where there are more.
 FEW, SAMPLED = 2**15, 64
+#: Stands for a sample's memory, which nothing else shares.
+SAMPLE = -(2**62)
 #: By what stands for a tensor that a program changes: what stands for the room beside it.
 Rooms = Mapping[Value, Value]
 
@@ -69,7 +71,7 @@ class Early:
         )
 
     def check_values(self, tensors: list[Tensor]) -> bool:
-        """Whether p.grad has the same values.
+        """Whether p.grad has the same values, where something has not.
 
         Args:
             tensors: p.grad, what the step changes, and the state.
@@ -77,12 +79,11 @@ class Early:
         Raises:
             UnsupportedModelError: It has, and the rest has not.
         """
-        sample = sample_of(tensors)
-        if torch.equal(sample, self.sample):
-            return True
-        grads = sample_of(tensors, len(self.grads))
-        if not torch.equal(grads, self.sample[: len(grads)]):
+        now, number = sample_of(tensors), len(sample_of(tensors, len(self.grads)))
+        if not torch.equal(now[:number], self.sample[:number]):
             return False
+        if torch.allclose(now, self.sample, rtol=0, atol=0, equal_nan=True):
+            return False  # the step as it is written says what is not finite
         raise UnsupportedModelError(
             "weights, or the optimizer's state, were written to between the backward pass and the "
             "step (through .data, or by another optimizer), so the pass can't be compared with a "
@@ -90,18 +91,59 @@ class Early:
         )
 
 
-def sample_of(tensors: list[Tensor], first: int | None = None) -> Tensor:
+def sample_of(tensors: Sequence[Tensor], first: int | None = None) -> Tensor:
     """Values of tensors: all, where they are few; else every n-th of each large one.
 
     Args:
         tensors: They.
         first: How many of them are asked for; all if None.
     """
-    asked = tensors[:first]
-    if sum([t.numel() for t in tensors]) <= FEW:
-        every: Tensor = torch._C._nn.flatten_dense_tensors(asked)
-        return every
-    return torch.cat([sampled(t.detach(), SAMPLED).flatten() for t in asked])
+    pairs = list(zip(tensors, steps_through(tensors), strict=True))[:first]
+    return torch.cat([t.detach().reshape(-1)[::step] for t, step in pairs])
+
+
+def steps_through(tensors: Iterable[Tensor]) -> list[int]:
+    """n of each tensor of a sample: odd, or its values may be one column of a matrix."""
+    sizes = [t.numel() for t in tensors]
+    steps = [1 if size < 2 * SAMPLED else size // SAMPLED | 1 for size in sizes]
+    return [1] * len(sizes) if sum(sizes) <= FEW else steps
+
+
+def sampling(values: Sequence[Value], tensors: Sequence[Tensor]) -> tuple[list[Call], Value]:
+    """The same as operators of a program.
+
+    Args:
+        values: What stands for the tensors.
+        tensors: They, in some run: their sizes are those of every run.
+
+    Returns:
+        The operators, and what stands for the sample.
+    """
+    aten = torch.ops.aten
+    calls, parts = list[Call](), list[Value]()
+    for v, t, step in zip(values, tensors, steps_through(tensors), strict=True):
+        flat, part = Value(-1, v.storage, 1), Value(-1, v.storage, 1)
+        calls.append(Call(aten.reshape.default, (v, [-1]), {}, flat))
+        if step > 1:
+            calls.append(Call(aten.slice.Tensor, (flat, 0, 0, t.numel(), step), {}, part))
+        parts.append(flat if step == 1 else part)
+    sample = Value(-1, SAMPLE, 1)
+    return [*calls, Call(aten.cat.default, (parts,), {}, sample)], sample
+
+
+def comparison(tensors: Sequence[Tensor], native: bool) -> fx.GraphModule:
+    """A function of tensors and a sample of them from before: whether they are still the same.
+
+    Args:
+        tensors: As for `sampling`.
+        native: As for `graph_of`.
+    """
+    given = [Value(number, -1 - number, t.dim()) for number, t in enumerate(tensors)]
+    before, alike, same = (Value(len(given), SAMPLE, 1) for _ in range(3))
+    calls, now = sampling(given, tensors)
+    calls.append(Call(torch.ops.aten.eq.Tensor, (now, before), {}, alike))
+    calls.append(Call(torch.ops.aten.all.default, (alike,), {}, same))
+    return graph_of([*given, before], calls, [same], native)
 
 
 def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:

@@ -253,8 +253,9 @@ class CapturedLoop(Records, Shortcut):
     ) -> Report | None:
         """The step from the record; None where it would decide otherwise."""
         one.check_inputs()
-        self._rerun.check_weights(one)
         early, one.early = one.early, None
+        if early is None or early.weights != one.weights:
+            self._rerun.check_weights(one)
         if early is not None:
             outcome = plan.taken(early)
         else:

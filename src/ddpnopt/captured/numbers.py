@@ -109,15 +109,18 @@ def _places(optimizer: Shell) -> Iterator[tuple[Slot, torch.device]]:
     known = curvatures(optimizer.param_groups)
     for p, state in optimizer.state.items():
         counts, basis = (known[p].counts, known[p].basis) if p in known else ((), ())
+        holder = partial(_of, optimizer, p)
         for name in list(state):
-            yield Slot(partial(_of, optimizer, p), name, name in counts, name in basis), p.device
+            yield Slot(holder, name, name in counts, name in basis), p.device
     engine = optimizer.engine
     device = engine.parameters()[0].device
+    holder = partial(_running, optimizer)
     for name in list(engine.running):
-        yield Slot(partial(_running, optimizer), name), device
+        yield Slot(holder, name), device
     for inner in getattr(optimizer, "inners", ()):
+        holder = partial(getattr, inner, "gains")
         for p in list(inner.gains):
-            yield Slot(partial(getattr, inner, "gains"), p), p.device
+            yield Slot(holder, p), p.device
 
 
 def _of(optimizer: Shell, p: Tensor) -> dict[Any, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddpnopt.captured.early import Early, noted, sample_of
+from ddpnopt.captured.compiling import Compiled
+from ddpnopt.captured.early import Early, comparison, noted
 from ddpnopt.captured.phases import BACKWARD, FORWARD, STEP, Found, Phases
 from ddpnopt.captured.plan import Plan, without_autocast
 from ddpnopt.captured.program import Value
@@ -46,29 +47,9 @@ class PhasedPlan(Plan):
         super().__init__(recording, compiled)
 
     def _built(self, recording: Recording | None = None) -> Callable[..., list[Tensor]]:
-        program = self.program
         if recording is not None:
-            tracer, grads = recording.tracer, recording.made["grads"]
-            self._recorded, self._ends = tracer.calls, tracer.ends
-            self.receiving = list(grads)
-            self._grads = [tracer.value(g) for g in grads.values()]
-            self._sound = tracer.value(recording.made["sound"])
-            self._outside = {v: t.detach() for v, t in program.externals.items()}
-            self._inputs = dict(zip(self._used, program.arguments, strict=False))
-            self.there = [t is not None for t in recording.inputs]
-            tensors = [t for t in tree_leaves(recording.made["outputs"]) if isinstance(t, Tensor)]
-            self.differentiable = [t.requires_grad for t in tensors]
-            first = len(recording.inputs) - len(self._parameters)
-            places = {p: first + i for i, p in enumerate(self._parameters)}
-            pairs = zip(self.receiving, self._grads, strict=True)
-            #: Where the step finds p.grad, by what the backward pass has made.
-            self._found_at = {
-                v: at
-                for p, v in pairs
-                if p in places and (at := self._inputs.get(places[p])) is not None
-            }
-            owned = {id(b): b for _, _, b in buffers_of(recording.modules)}
-            self._owned = {v: owned[id(t)] for v, t in program.externals.items() if id(t) in owned}
+            self._note(recording)
+        program = self.program
         phases = Phases(
             program,
             self._outside,
@@ -77,11 +58,18 @@ class PhasedPlan(Plan):
             self._ends,
             self._found_at,
             self._grads,
+            self._state,
+            self._sizes,
             self.random,
             self._join,
             self.compiled,
         )
         self.phases = phases
+        self._compare: Callable[..., Sequence[Tensor]] | None = None
+        if phases.joined:
+            graph = comparison(phases.sampled, native=not self.compiled)
+            asked = len(phases.sampled) + 1
+            self._compare = Compiled(graph, asked) if self.compiled else graph.forward
         changed = zip(program.changed, self.changed, self._room, strict=True)
         exposed = [(t, room) for v, t, room in changed if v not in phases.moved]
         self._exposed = [t for t, _ in exposed], [room for _, room in exposed]
@@ -95,6 +83,36 @@ class PhasedPlan(Plan):
         written = {v.storage for call in phases.phases[FORWARD].calls for v in call.written}
         self.buffers = [b for v, b in self._owned.items() if v.storage in written]
         return phases
+
+    def _note(self, recording: Recording) -> None:
+        """What of a recording the parts are made of."""
+        program = self.program
+        tracer, grads = recording.tracer, recording.made["grads"]
+        self._recorded, self._ends = tracer.calls, tracer.ends
+        self.receiving = list(grads)
+        self._grads = [tracer.value(g) for g in grads.values()]
+        after = len(self._used) + len(recording.rates)
+        self._state = program.arguments[after:] + [tracer.value(t) for _, t in self._fixed]
+        known = [*zip(self._grads, grads.values(), strict=True)]
+        known += zip(self._state, self.depends_on(), strict=True)
+        self._sizes = {v: torch.empty_like(t, device="meta") for v, t in known}
+        self._sound = tracer.value(recording.made["sound"])
+        self._outside = {v: t.detach() for v, t in program.externals.items()}
+        self._inputs = dict(zip(self._used, program.arguments, strict=False))
+        self.there = [t is not None for t in recording.inputs]
+        tensors = [t for t in tree_leaves(recording.made["outputs"]) if isinstance(t, Tensor)]
+        self.differentiable = [t.requires_grad for t in tensors]
+        first = len(recording.inputs) - len(self._parameters)
+        places = {p: first + i for i, p in enumerate(self._parameters)}
+        pairs = zip(self.receiving, self._grads, strict=True)
+        #: Where the step finds p.grad, by what the backward pass has made.
+        self._found_at = {
+            v: at
+            for p, v in pairs
+            if p in places and (at := self._inputs.get(places[p])) is not None
+        }
+        owned = {id(b): b for _, _, b in buffers_of(recording.modules)}
+        self._owned = {v: owned[id(t)] for v, t in program.externals.items() if id(t) in owned}
 
     @property
     def refusal(self) -> str:
@@ -175,13 +193,26 @@ class PhasedPlan(Plan):
         grads = [found[v] for v in self._grads]
         own, versions = [g.detach() for g in grads], [g._version for g in grads]
         left = {v: found[v] for v in self._after[BACKWARD]}
-        sample = sample_of(self.values(own, state))
+        assert self.phases.sample is not None
+        sample = found[self.phases.sample]
         early = Early(left, own, versions, sample, weights, numbers, versioned)
         return grads, early, self._as_before(found)
 
-    def values(self, grads: Sequence[Tensor], state: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients, what the step changes, and the state."""
-        return [*grads, *self._moved[0], *state]
+    def check_values(self, early: Early, grads: Sequence[Tensor], state: Sequence[Tensor]) -> bool:
+        """Whether what a step was computed from has the same values.
+
+        Args:
+            early: The step.
+            grads: The gradients as they are now.
+            state: The optimizer's state.
+
+        Raises:
+            UnsupportedModelError: The gradients have, and the rest has not.
+        """
+        assert self._compare is not None
+        tensors = [*grads, *self._moved[0], *state]
+        (same,) = self._compare(*tensors, early.sample)
+        return bool(same) or early.check_values(tensors)
 
     def taken(self, early: Early) -> Outcome | None:
         """What a step has made; None where the host would decide otherwise."""
@@ -199,10 +230,7 @@ class PhasedPlan(Plan):
 
     def depends_on(self) -> list[Any]:
         """What there is of the optimizer's state that a step depends on."""
-        return [slot.found for slot in (*self.slots, *self._read)] + [t for _, t in self._fixed]
-
-    def _state(self) -> list[Tensor]:
-        return [slot.tensor for slot in (*self.slots, *self._read)]
+        return self.state.found + [t for _, t in self._fixed]
 
     def _as_before(self, found: Found) -> bool:
         return self._sound not in found or bool(found[self._sound])
@@ -235,6 +263,6 @@ class PhasedPlan(Plan):
     def _run_phase(self, place: int, found: Found, rates: Sequence[Tensor]) -> None:
         """Run a phase, with the rates and the state as they are now."""
         values: Sequence[Value] = self.program.arguments[len(self._inputs) :]
-        found.update(zip(values, (*rates, *self._state()), strict=True))
+        found.update(zip(values, (*rates, *self.state.found), strict=True))
         with torch.no_grad(), without_autocast(self.changed):
             self.phases.phases[place](found)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ddpnopt.captured.compiling import Compiled
-from ddpnopt.captured.early import beside
+from ddpnopt.captured.early import beside, sampling
 from ddpnopt.captured.program import Call, Program, Value, drawn, graph_of
 from ddpnopt.typing import Tensor
 
@@ -63,6 +63,8 @@ class Phases:
         ends: How many of them had run when the forward pass had ended, and the backward pass.
         found_at: Arguments of the step that are what backward has returned, by that.
         grads: What backward returns: nothing later needs it.
+        state: The optimizer's state.
+        sizes: Of both: tensors of that shape.
         random: Numbers are drawn. What the forward pass has drawn the step draws again.
         join: Backward pass and step are to be one phase, if they can.
         compiled: Compile the functions.
@@ -72,6 +74,8 @@ class Phases:
         joined: It is.
         moved: Then what it changes, and what it writes to instead.
         results: What stands for the program's results.
+        sample: If joined: of the gradients, of what the step changes, and of the state.
+        sampled: Tensors of their shapes.
         refusal: Why the program can't be cut; or ''.
     """
 
@@ -84,6 +88,8 @@ class Phases:
         ends: Sequence[int],
         found_at: Mapping[Value, Value],
         grads: Sequence[Value],
+        state: Sequence[Value],
+        sizes: Mapping[Value, Tensor],
         random: bool,
         join: bool,
         compiled: bool,
@@ -102,6 +108,13 @@ class Phases:
             self.phases[at[call]].calls.append(call)
         self.moved: dict[Value, Tensor] = {}
         self.joined = join and not random and self._join(room)
+        self.sample: Value | None = None
+        self.sampled: list[Tensor] = []
+        if self.joined:
+            values = [*grads, *self.moved, *state]
+            self.sampled = [self._fixed[v] if v in self._fixed else sizes[v] for v in values]
+            calls, self.sample = sampling(values, self.sampled)
+            self.phases[BACKWARD].calls += calls
         #: The phase in which it was made.
         self._at = {v: at[call] for v, call in self._maker.items()}
         if self.joined:
@@ -187,7 +200,8 @@ class Phases:
     def _hand_over(self) -> None:
         """What each phase makes for later ones, or for whoever asks."""
         later = {v for phase in self.phases for v in phase.given}
-        for v in dict.fromkeys((*later, *self.results)):
+        asked = self.results if self.sample is None else [*self.results, self.sample]
+        for v in dict.fromkeys((*later, *asked)):
             if v in self._at and v not in self._fixed:
                 self.phases[self._at[v]].made.append(v)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import is_
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.compiling import Compiled
 from ddpnopt.captured.program import Program, Value
-from ddpnopt.captured.recording import At, Outcome, Recording, mapped, reported
+from ddpnopt.captured.recording import At, Outcome, Places, Recording, mapped, reported
 from ddpnopt.errors import LinAlgError
 from ddpnopt.typing import Tensor
 
@@ -48,7 +49,11 @@ class Plan:
         self._read = [s for s, old in stays if tracer.value(old).storage not in written]
         olds = [old for slot, old in recording.state if slot.tensor is not old]
         olds += [slot.tensor for slot in self._read]
+        self.state, self._made_state = Places([*self.slots, *self._read]), Places(self.slots)
+        self._written_to = Places(slot for slot, _ in self._fixed)
         self._kinds = [_kind(old) for old in olds]
+        #: The state as last seen, and where in memory; and whether a run's own was looked at.
+        self._seen, self._seen_at, self._steady = list[Any](), list[int](), False
         self.counts = [(slot, slot.found - before) for slot, before in recording.counts]
         wanted = [recording.sound, *(slot.tensor for slot in self.slots)]
 
@@ -107,10 +112,24 @@ class Plan:
         """The same, where it was so at the beginning of the pass: the model is the same."""
         return (
             [t.data_ptr() for _, _, t, _ in self._places] == self._addresses
-            and all([slot.found is t for slot, t in self._fixed])
+            and all(map(is_, self._written_to.found, [t for _, t in self._fixed]))
             and all([isinstance(slot.found, int) for slot, _ in self.counts])
-            and [_kind(slot.found) for slot in (*self.slots, *self._read)] == self._kinds
+            and self._known_state()
         )
+
+    def _known_state(self) -> bool:
+        """Whether the state has the recording's shapes and dtypes.
+
+        What a run leaves always has the same: once looked at, it is known by where it is.
+        """
+        found = self.state.found
+        own = len(found) == len(self._seen) and all(map(is_, found, self._seen))
+        if own and self._steady and [t.data_ptr() for t in found] == self._seen_at:
+            return True
+        alike = [_kind(value) for value in found] == self._kinds
+        self._steady, self._seen = own and alike, found if alike else []
+        self._seen_at = [t.data_ptr() for t in self._seen]
+        return alike
 
     def __call__(self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]) -> Outcome | None:
         """Run the iteration.
@@ -159,13 +178,15 @@ class Plan:
 
     def _arguments(self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]) -> list[Tensor]:
         given = [t for place in self._used if (t := inputs[place]) is not None]
-        return [*given, *rates, *(slot.tensor for slot in (*self.slots, *self._read))]
+        return [*given, *rates, *self.state.found]
 
     def commit(self, outcome: Outcome) -> None:
         """Keep what a run has made of the state; may be begun again."""
         self.settle()
-        for slot, tensor in zip(self.slots, outcome.state, strict=True):
-            slot.put(tensor)
+        self._made_state.put(outcome.state)
+        number = len(outcome.state)
+        self._seen[:number] = outcome.state
+        self._seen_at[:number] = [t.data_ptr() for t in outcome.state]
         for (slot, _), number in zip(self.counts, outcome.counts, strict=True):
             slot.put(number)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -46,6 +46,33 @@ class Slot:
     def put(self, value: Any) -> None:
         """Replace it."""
         self.holder()[self.key] = value
+
+
+class Places:
+    """Several slots, each dictionary looked up once for all of its own.
+
+    Args:
+        slots: Those of one dictionary one after another.
+    """
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._keys: list[tuple[Callable[[], dict[Any, Any]], list[Any]]] = []
+        for slot in slots:
+            if not self._keys or self._keys[-1][0] is not slot.holder:
+                self._keys.append((slot.holder, []))
+            self._keys[-1][1].append(slot.key)
+
+    @property
+    def found(self) -> list[Any]:
+        """What is there now; None for nothing."""
+        held = [(holder(), keys) for holder, keys in self._keys]
+        return [known.get(key) for known, keys in held for key in keys]
+
+    def put(self, values: Iterable[Any]) -> None:
+        """Replace it."""
+        rest = iter(values)
+        for holder, keys in self._keys:
+            holder().update(zip(keys, rest, strict=False))
 
 
 @dataclass(frozen=True, eq=False)
