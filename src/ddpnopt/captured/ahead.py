@@ -68,9 +68,9 @@ class Ahead:
         early = one.early
         if early is None:
             return bool(one.found) and plan.current()
-        grads, state = [p.grad for p in plan.receiving], plan.depends_on()
-        weights, rates = self._weights(), self._rates.numbers
-        if plan.still_current() and early.stands(grads, weights, rates, state):
+        grads, current = [p.grad for p in plan.receiving], plan.still_current()
+        weights, rates, state = self._weights(), self._rates.numbers, plan.depends_on()
+        if current and early.stands(grads, weights, rates, state):
             if plan.check_values(early, [g for g in grads if g is not None], state):
                 self._late = max(0.0, self._late - FORGIVEN)
                 return True

@@ -92,9 +92,12 @@ class PhasedPlan(Plan):
         self.receiving = list(grads)
         self._grads = [tracer.value(g) for g in grads.values()]
         after = len(self._used) + len(recording.rates)
-        self._state = program.arguments[after:] + [tracer.value(t) for _, t in self._fixed]
-        known = [*zip(self._grads, grads.values(), strict=True)]
-        known += zip(self._state, self.depends_on(), strict=True)
+        state = program.arguments[after:] + [tracer.value(t) for _, t in self._fixed]
+        there = self.state.found + [t for _, t in self._fixed]
+        #: Counters and the like are known by version alone.
+        self._looked_at = [place for place, t in enumerate(there) if t.numel() > 1]
+        self._state = [state[place] for place in self._looked_at]
+        known = [*zip(self._grads, grads.values(), strict=True), *zip(state, there, strict=True)]
         self._sizes = {v: torch.empty_like(t, device="meta") for v, t in known}
         self._sound = tracer.value(recording.made["sound"])
         self._outside = {v: t.detach() for v, t in program.externals.items()}
@@ -210,7 +213,7 @@ class PhasedPlan(Plan):
             UnsupportedModelError: The gradients have, and the rest has not.
         """
         assert self._compare is not None
-        tensors = [*grads, *self._moved[0], *state]
+        tensors = [*grads, *self._moved[0], *(state[place] for place in self._looked_at)]
         (same,) = self._compare(*tensors, early.sample)
         return bool(same) or early.check_values(tensors)
 
@@ -229,8 +232,8 @@ class PhasedPlan(Plan):
         return self._exposed
 
     def depends_on(self) -> list[Any]:
-        """What there is of the optimizer's state that a step depends on."""
-        return self.state.found + [t for _, t in self._fixed]
+        """What there was of the optimizer's state that a step depends on, when last looked at."""
+        return [*self._seen, *(t for _, t in self._fixed)]
 
     def _as_before(self, found: Found) -> bool:
         return self._sound not in found or bool(found[self._sound])
@@ -261,8 +264,8 @@ class PhasedPlan(Plan):
         """None is made: all three parts in one launch would never be used."""
 
     def _run_phase(self, place: int, found: Found, rates: Sequence[Tensor]) -> None:
-        """Run a phase, with the rates and the state as they are now."""
+        """Run a phase, with the rates, and the state as it was when last looked at."""
         values: Sequence[Value] = self.program.arguments[len(self._inputs) :]
-        found.update(zip(values, (*rates, *self.state.found), strict=True))
+        found.update(zip(values, (*rates, *self._seen), strict=True))
         with torch.no_grad(), without_autocast(self.changed):
             self.phases.phases[place](found)
