@@ -221,7 +221,7 @@ class PhasedPlan(Plan):
         """What a step has made; None where the host would decide otherwise."""
         early.found.update(zip(self._grads, (p.grad for p in self.receiving), strict=True))
         with torch.no_grad():
-            return self._made_of(self.phases.outcome(early.found), lambda results: None)
+            return self._made_of(self.phases.outcome(early.found), _nothing)
 
     def settle(self) -> None:
         """What was written to the room beside the weights, say, becomes the weights."""
@@ -258,7 +258,7 @@ class PhasedPlan(Plan):
             self._run_phase(STEP, found, rates)
             return self.phases.outcome(found)
 
-        return self._outcome(run)
+        return self._outcome(run, _nothing)
 
     def capture_graph(self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]) -> None:
         """None is made: all three parts in one launch would never be used."""
@@ -269,3 +269,7 @@ class PhasedPlan(Plan):
         found.update(zip(values, (*rates, *self._seen), strict=True))
         with torch.no_grad(), without_autocast(self.changed):
             self.phases.phases[place](found)
+
+
+def _nothing(results: Sequence[Tensor]) -> None:
+    """The loop has had its loss and gradients before the step."""

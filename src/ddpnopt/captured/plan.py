@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from ddpnopt.captured.compiling import Compiled
@@ -80,16 +81,7 @@ class Plan:
         self._room = [_room(t, recording.scratch) for t in changed]
         self._function = self._built(recording)
         self._externals = [t.detach() for t in self.program.externals.values()]
-        read = {id(t) for t in self.program.externals.values()}
-        owners = [one for m in recording.modules for one in (m._parameters, m._buffers)]
-        #: The model's tensors: where they are held, and where in memory they are.
-        self._places = [
-            (holder, name, t, _where(t))
-            for holder in owners
-            for name, t in holder.items()
-            if t is not None and id(t) in read
-        ]
-        self._addresses = [at[0] for _, _, _, at in self._places]
+        self._own = _Own(recording.modules, self.program.externals.values())
         self._told = [at.place for at in reported(self._report)]
         self._constant = [i for i, v in enumerate(results) if v in self.program.externals]
         self._backed = False
@@ -105,13 +97,12 @@ class Plan:
 
     def current(self) -> bool:
         """Whether everything that is not an argument is where it was."""
-        held = all(h.get(n) is t and _where(t) == at for h, n, t, at in self._places)
-        return held and self.still_current()
+        return self._own.held() and self.still_current()
 
     def still_current(self) -> bool:
         """The same, where it was so at the beginning of the pass: the model is the same."""
         return (
-            [t.data_ptr() for _, _, t, _ in self._places] == self._addresses
+            self._own.in_place()
             and all(map(is_, self._written_to.found, [t for _, t in self._fixed]))
             and all([isinstance(slot.found, int) for slot, _ in self.counts])
             and self._known_state()
@@ -139,17 +130,24 @@ class Plan:
         """
         arguments = self._arguments(inputs, rates)
         return self._outcome(
-            lambda: self._launch(arguments) if self._graph else self._run(arguments)
+            lambda: self._launch(arguments) if self._graph else self._run(arguments), self._filled
         )
 
-    def _outcome(self, run: Callable[[], list[Tensor]]) -> Outcome | None:
-        """What a run makes of the state, if the host would decide likewise."""
+    def _outcome(
+        self, run: Callable[[], list[Tensor]], made: Callable[[Sequence[Tensor]], Any]
+    ) -> Outcome | None:
+        """What a run makes of the state, if the host would decide likewise.
+
+        Args:
+            run: Runs the program, and returns its results.
+            made: Makes of them what the caller wants.
+        """
         self._backed = False
         try:
             with torch.no_grad(), without_autocast(self.changed):
                 self._back_up()
                 results = run()
-            outcome = self._made_of(results, self._filled)
+            outcome = self._made_of(results, made)
             if outcome is None:
                 self.restore()
             return outcome
@@ -256,6 +254,38 @@ class Plan:
         return [t.clone() for t in results]
 
 
+class _Own:
+    """The model's tensors that a program works on.
+
+    Args:
+        modules: The model's.
+        externals: All tensors that the program works on.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], externals: Iterable[Tensor]) -> None:
+        read = {id(t) for t in externals}
+        owners = [one for m in modules for one in (m._parameters, m._buffers)]
+        found = [
+            (owner, name, t)
+            for owner in owners
+            for name, t in owner.items()
+            if t is not None and id(t) in read
+        ]
+        self._names = [(owner, name) for owner, name, _ in found]
+        self._tensors = [t for _, _, t in found]
+        self._shapes = [(t.shape, t.stride()) for t in self._tensors]
+        self._addresses = [t.data_ptr() for t in self._tensors]
+
+    def held(self) -> bool:
+        """Whether the model still has them, as they were."""
+        same = all(map(is_, [owner.get(name) for owner, name in self._names], self._tensors))
+        return same and [(t.shape, t.stride()) for t in self._tensors] == self._shapes
+
+    def in_place(self) -> bool:
+        """Whether their memory is where it was."""
+        return [t.data_ptr() for t in self._tensors] == self._addresses
+
+
 def _used(recording: Recording, results: Sequence[Value]) -> list[int]:
     """Places of the inputs that operators read, or that are asked for; each tensor's once."""
     tracer = recording.tracer
@@ -278,11 +308,6 @@ def _kind(value: Any) -> Any:
     """What a program depends on of its arguments."""
     tensor = isinstance(value, torch.Tensor)
     return (value.shape, value.dtype, value.device) if tensor else type(value)
-
-
-def _where(t: Tensor) -> Any:
-    """Where in memory a tensor's entries are."""
-    return t.data_ptr(), t.shape, t.stride()
 
 
 def _room(t: Tensor, scratch: dict[int, Tensor]) -> Tensor:
