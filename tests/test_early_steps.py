@@ -22,7 +22,7 @@ from ddpnopt import (
     UnsupportedModelError,
     capture,
 )
-from ddpnopt.captured.early import beside, sample_of
+from ddpnopt.captured.early import Early, beside, sample_of, sampling
 from ddpnopt.captured.program import Value, graph_of
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.curvature import EKFAC
@@ -176,6 +176,109 @@ def test_a_large_nets_gradients_are_looked_at_in_places() -> None:
     tensors[0].data.clamp_(-0.5, 0.5)
     assert not torch.equal(sample_of(tensors), before)
     assert len(sample_of(tensors, 1)) == len(before) - 7
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.lists(st.integers(1, 40), min_size=0, max_size=3), min_size=1, max_size=6),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_a_program_takes_the_same_sample(shapes: list[list[int]], large: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    if large:
+        shapes = [*shapes, [300, 200]]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors[0] = tensors[0].double()
+    if tensors[-1].dim() == 2:
+        tensors[-1] = tensors[-1].t()
+    values = [Value(number, number, t.dim()) for number, t in enumerate(tensors)]
+    calls, sample = sampling(values, tensors)
+    for native in (True, False):
+        (found,) = graph_of(values, calls, [sample], native=native)(*tensors)
+        assert torch.equal(found, sample_of(tensors)) and found.dtype == torch.float64
+
+
+def test_a_program_leaves_its_sample_with_the_step() -> None:
+    net, opt, _, _ = ready()
+    x, y = batches(NETS["dense"][1], 1)[0]
+    taken: list[Tensor] = []
+    before = [p.detach().clone() for p in net.parameters()]
+    state = [v.clone() for s in opt.state.values() for v in s.values() if v.numel() > 1]
+    check = Early.check_values
+
+    def note(early: Early, tensors: list[Tensor]) -> bool:
+        taken.append(early.sample.clone())
+        return check(early, tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Early, "check_values", note)
+        F.cross_entropy(net(x), y).backward()
+        grads = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        opt.step()
+    found = sorted(taken[0].tolist())
+    assert found == sorted(torch.cat([t.flatten() for t in (*grads, *before, *state)]).tolist())
+
+
+@pytest.mark.parametrize("what", ["strides", "dtype", "memory", "gone"])
+def test_state_that_becomes_another_is_looked_at_anew(what: str) -> None:
+    both = Twins(lr=0.05, curvature="rmsprop")
+
+    def change(net: nn.Module, opt: DDPNOpt, turn: int) -> None:
+        if turn not in (12, 13):
+            return
+        for state in opt.state.values():
+            for name, value in list(state.items()):
+                if what == "gone":
+                    del state[name]
+                elif what == "memory":
+                    value.data = value.data.clone()
+                elif what == "dtype":
+                    state[name] = value.float()
+                else:
+                    state[name] = value[:1].clone().expand(value.shape)
+
+    both.train(24, change)
+    assert both.record.replayed > 4
+    assert both.apart < (1e-5 if what == "dtype" else 1e-12)
+
+
+def test_state_of_another_shape_is_not_given_to_a_record() -> None:
+    """Its kernels would read past the end."""
+    net, opt, record, plan = ready()
+    x, y = batches(NETS["dense"][1], 1)[0]
+    assert plan.current()
+    value = next(v for s in opt.state.values() for v in s.values() if v.dim() == 2)
+    whole = value.data
+    value.data = whole[:-1]
+    assert not plan.current()
+    before, runs = copy.deepcopy(net.state_dict()), record.replayed
+    F.cross_entropy(net(x), y).backward()
+    with pytest.raises(RuntimeError):  # as without a record
+        opt.step()
+    assert alike(before, net) and record.replayed == runs
+    value.data = whole
+
+
+def test_weights_that_are_turned_around_are_not_given_to_a_record() -> None:
+    ends = []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        opt = DDPNOpt(net, lr=0.1)
+        record = capture(opt, passes=True) if recorded else None
+        for turn in range(20):
+            if turn == 12:
+                first = net[0].weight
+                assert isinstance(first, Tensor)
+                first.data = first.data.t()  # of the same shape, in the same memory
+            opt.zero_grad()
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(turn)).double()
+            F.cross_entropy(net(x), torch.arange(8) % 3).backward()
+            opt.step()
+        assert record is None or record.replayed > 6
+        ends.append(net)
+    assert apart(*ends) < 1e-12
 
 
 def test_comparisons_become_rarer(monkeypatch: pytest.MonkeyPatch) -> None:

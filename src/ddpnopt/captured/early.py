@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
 from torch.utils._pytree import tree_map
 
-from ddpnopt.captured.program import Call, Value, graph_of
+from ddpnopt.captured.program import Call, Value
 from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.typing import Tensor
 
@@ -71,7 +70,7 @@ class Early:
         )
 
     def check_values(self, tensors: list[Tensor]) -> bool:
-        """Whether p.grad has the same values, where something has not.
+        """Whether p.grad has the same values.
 
         Args:
             tensors: p.grad, what the step changes, and the state.
@@ -79,7 +78,10 @@ class Early:
         Raises:
             UnsupportedModelError: It has, and the rest has not.
         """
-        now, number = sample_of(tensors), len(sample_of(tensors, len(self.grads)))
+        now = sample_of(tensors)
+        if torch.equal(now, self.sample):
+            return True
+        number = len(sample_of(tensors, len(self.grads)))
         if not torch.equal(now[:number], self.sample[:number]):
             return False
         if torch.allclose(now, self.sample, rtol=0, atol=0, equal_nan=True):
@@ -91,14 +93,18 @@ class Early:
         )
 
 
-def sample_of(tensors: Sequence[Tensor], first: int | None = None) -> Tensor:
+def sample_of(tensors: list[Tensor], first: int | None = None) -> Tensor:
     """Values of tensors: all, where they are few; else every n-th of each large one.
 
     Args:
         tensors: They.
         first: How many of them are asked for; all if None.
     """
-    pairs = list(zip(tensors, steps_through(tensors), strict=True))[:first]
+    steps, asked = steps_through(tensors), tensors[:first]
+    if all([step == 1 for step in steps]):
+        every: Tensor = torch._C._nn.flatten_dense_tensors(asked)
+        return every
+    pairs = zip(asked, steps[:first], strict=True)
     return torch.cat([t.detach().reshape(-1)[::step] for t, step in pairs])
 
 
@@ -129,21 +135,6 @@ def sampling(values: Sequence[Value], tensors: Sequence[Tensor]) -> tuple[list[C
         parts.append(flat if step == 1 else part)
     sample = Value(-1, SAMPLE, 1)
     return [*calls, Call(aten.cat.default, (parts,), {}, sample)], sample
-
-
-def comparison(tensors: Sequence[Tensor], native: bool) -> fx.GraphModule:
-    """A function of tensors and a sample of them from before: whether they are still the same.
-
-    Args:
-        tensors: As for `sampling`.
-        native: As for `graph_of`.
-    """
-    given = [Value(number, -1 - number, t.dim()) for number, t in enumerate(tensors)]
-    before, alike, same = (Value(len(given), SAMPLE, 1) for _ in range(3))
-    calls, now = sampling(given, tensors)
-    calls.append(Call(torch.ops.aten.eq.Tensor, (now, before), {}, alike))
-    calls.append(Call(torch.ops.aten.all.default, (alike,), {}, same))
-    return graph_of([*given, before], calls, [same], native)
 
 
 def noted(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddpnopt.captured.compiling import Compiled
-from ddpnopt.captured.early import Early, comparison, noted
+from ddpnopt.captured.early import Early, noted
 from ddpnopt.captured.phases import BACKWARD, FORWARD, STEP, Found, Phases
 from ddpnopt.captured.plan import Plan, without_autocast
 from ddpnopt.captured.program import Value
@@ -65,11 +64,6 @@ class PhasedPlan(Plan):
             self.compiled,
         )
         self.phases = phases
-        self._compare: Callable[..., Sequence[Tensor]] | None = None
-        if phases.joined:
-            graph = comparison(phases.sampled, native=not self.compiled)
-            asked = len(phases.sampled) + 1
-            self._compare = Compiled(graph, asked) if self.compiled else graph.forward
         changed = zip(program.changed, self.changed, self._room, strict=True)
         exposed = [(t, room) for v, t, room in changed if v not in phases.moved]
         self._exposed = [t for t, _ in exposed], [room for _, room in exposed]
@@ -212,10 +206,8 @@ class PhasedPlan(Plan):
         Raises:
             UnsupportedModelError: The gradients have, and the rest has not.
         """
-        assert self._compare is not None
-        tensors = [*grads, *self._moved[0], *(state[place] for place in self._looked_at)]
-        (same,) = self._compare(*tensors, early.sample)
-        return bool(same) or early.check_values(tensors)
+        looked_at = [state[place] for place in self._looked_at]
+        return early.check_values([*grads, *self._moved[0], *looked_at])
 
     def taken(self, early: Early) -> Outcome | None:
         """What a step has made; None where the host would decide otherwise."""

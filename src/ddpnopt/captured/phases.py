@@ -75,7 +75,6 @@ class Phases:
         moved: Then what it changes, and what it writes to instead.
         results: What stands for the program's results.
         sample: If joined: of the gradients, of what the step changes, and of the state.
-        sampled: Tensors of their shapes.
         refusal: Why the program can't be cut; or ''.
     """
 
@@ -109,11 +108,10 @@ class Phases:
         self.moved: dict[Value, Tensor] = {}
         self.joined = join and not random and self._join(room)
         self.sample: Value | None = None
-        self.sampled: list[Tensor] = []
         if self.joined:
             values = [*grads, *self.moved, *state]
-            self.sampled = [self._fixed[v] if v in self._fixed else sizes[v] for v in values]
-            calls, self.sample = sampling(values, self.sampled)
+            alike = [self._fixed[v] if v in self._fixed else sizes[v] for v in values]
+            calls, self.sample = sampling(values, alike)
             self.phases[BACKWARD].calls += calls
         #: The phase in which it was made.
         self._at = {v: at[call] for v, call in self._maker.items()}

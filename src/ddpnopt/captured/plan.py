@@ -53,8 +53,9 @@ class Plan:
         self.state, self._made_state = Places([*self.slots, *self._read]), Places(self.slots)
         self._written_to = Places(slot for slot, _ in self._fixed)
         self._kinds = [_kind(old) for old in olds]
-        #: The state as last seen, and where in memory; and whether a run's own was looked at.
-        self._seen, self._seen_at, self._steady = list[Any](), list[int](), False
+        self._shapes = [old.shape for old in olds]
+        #: The state as last seen, and whether that was what a run had left.
+        self._seen, self._steady = list[Any](), False
         self.counts = [(slot, slot.found - before) for slot, before in recording.counts]
         wanted = [recording.sound, *(slot.tensor for slot in self.slots)]
 
@@ -111,15 +112,14 @@ class Plan:
     def _known_state(self) -> bool:
         """Whether the state has the recording's shapes and dtypes.
 
-        What a run leaves always has the same: once looked at, it is known by where it is.
+        What a run leaves always has the same: once that was looked at, its shape is enough.
         """
         found = self.state.found
         own = len(found) == len(self._seen) and all(map(is_, found, self._seen))
-        if own and self._steady and [t.data_ptr() for t in found] == self._seen_at:
-            return True
+        if own and self._steady:
+            return [t.shape for t in found] == self._shapes
         alike = [_kind(value) for value in found] == self._kinds
         self._steady, self._seen = own and alike, found if alike else []
-        self._seen_at = [t.data_ptr() for t in self._seen]
         return alike
 
     def __call__(self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]) -> Outcome | None:
@@ -182,9 +182,7 @@ class Plan:
         """Keep what a run has made of the state; may be begun again."""
         self.settle()
         self._made_state.put(outcome.state)
-        number = len(outcome.state)
-        self._seen[:number] = outcome.state
-        self._seen_at[:number] = [t.data_ptr() for t in outcome.state]
+        self._seen[: len(outcome.state)] = outcome.state
         for (slot, _), number in zip(self.counts, outcome.counts, strict=True):
             slot.put(number)
 
