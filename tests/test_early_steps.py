@@ -19,13 +19,15 @@ from ddpnopt import (
     CapturedLoop,
     DDPNOpt,
     DDPNOptWarning,
+    Feedback,
     UnsupportedModelError,
     capture,
 )
+from ddpnopt.captured.compiling import _watched
 from ddpnopt.captured.early import Early, beside, sample_of, sampling
 from ddpnopt.captured.program import Value, graph_of
 from ddpnopt.captured.tracing import Tracer
-from ddpnopt.curvature import EKFAC
+from ddpnopt.curvature import EKFAC, AdamW, Trust
 from ddpnopt.errors import LinAlgError
 from oracles.recorded import NETS, OPTIONS, STEPS, apart, batches
 
@@ -258,6 +260,79 @@ def test_state_of_another_shape_is_not_given_to_a_record() -> None:
         opt.step()
     assert alike(before, net) and record.replayed == runs
     value.data = whole
+
+
+def test_state_of_another_dtype_is_not_given_to_a_record() -> None:
+    _, opt, _, plan = ready()
+    assert plan.current()
+    value = next(v for s in opt.state.values() for v in s.values() if v.dim() == 2)
+    value.data = value.data.float()
+    assert not plan.current()
+
+
+@pytest.mark.parametrize("passes", [True, False])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_state_that_is_written_in_place_and_moves_is_recorded_anew(kind: str, passes: bool) -> None:
+    """As a state does that was on another device for a while."""
+    ends, states = [], []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        net = NETS["dense"][0]().double()
+        options: dict[str, Any] = {"momentum": 0.9} if kind == "sgd" else {}
+        make = torch.optim.SGD if kind == "sgd" else torch.optim.AdamW
+        inner = make(net.parameters(), lr=0.05, fused=True, **options)
+        opt = Feedback(net, inner)
+        record = capture(opt, passes=passes) if recorded else None
+        for turn, (x, y) in enumerate(batches(NETS["dense"][1], 36)):
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            opt.step()
+            if turn == 15:
+                for state in inner.state.values():
+                    for value in state.values():
+                        value.data = value.data.clone()
+        assert record is None or record.replayed > 20
+        ends.append(net)
+        states += [[v for s in inner.state.values() for v in s.values()]]
+    assert apart(*ends) < 1e-12
+    for ours, theirs in zip(*states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_options_within_options_make_records_void() -> None:
+    both = Twins(lr=0.05, curvature=Trust(AdamW(betas=(0.9, 0.99))))
+
+    def change(net: nn.Module, opt: DDPNOpt, turn: int) -> None:
+        if turn == 12:
+            opt.param_groups[0]["curvature"]["inner"]["betas"] = (0.5, 0.6)
+
+    both.train(24, change)
+    assert both.record.reason == "" and both.record.replayed > 8
+    assert both.apart < 1e-10
+
+
+@pytest.mark.parametrize("between", ["nothing", "a copy", "two programs", "nobody"])
+def test_kernels_are_called_themselves_only_if_nothing_is_between(between: str) -> None:
+    class Inner:
+        def current_callable(self, given: list[Tensor]) -> list[Tensor]:
+            made = [given[0] + given[1]]
+            given.clear()
+            return made
+
+    inner, inputs = Inner(), [torch.ones(2), torch.ones(2)]
+    kernels = inner.current_callable
+
+    def made(*given: Tensor) -> list[Tensor]:
+        if between == "nobody":
+            return [given[0] + given[1]]
+        results = inner.current_callable(list(given))
+        return [t.clone() for t in results] if between == "a copy" else results
+
+    programs: list[Any] = [inner, Inner()] if between == "two programs" else [inner]
+    results, direct = _watched(made, programs, inputs)
+    assert torch.equal(results[0], torch.full((2,), 2.0))
+    assert (direct is not None) == (between == "nothing")
+    assert inner.current_callable == kernels
 
 
 def test_weights_that_are_turned_around_are_not_given_to_a_record() -> None:

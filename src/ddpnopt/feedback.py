@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ class Feedback(Shell):
         nonfinite: "raise" or "skip" a step whose numbers are not finite; nothing is changed.
         mode: "samples" re-weights the samples' gradients layer by layer. "brake" limits how
             far each layer follows the optimizer's own step instead (`ddpnopt.brake`).
-        trust: No unit of a weight takes a step longer than log(2) / L of its own length, as with
-            `ddpnopt.curvature.Trust`; a number: than this share of it. Holds for any rate.
+        trust: No unit's gradient makes a step longer than log(2) / L of the unit, as with
+            `ddpnopt.curvature.Trust`, at any rate; a number: than this share of it.
         process_group: The ranks that take each step together; None for the default group.
         distributed: False: this process trains by itself, whatever torch.distributed runs.
         communication: Several ranks in closed loop: "layerwise" reduces each layer's d in the
@@ -75,7 +76,7 @@ class Feedback(Shell):
         >>> opt.zero_grad(); criterion(model(x), y).backward(); opt.step()
     """
 
-    _kept = (*Shell._kept, "mode", "trust", "_inners")
+    _kept = (*Shell._kept, "mode", "_trust", "_inners")
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class Feedback(Shell):
             value_from(value), terminal, feedback, weight_gradients, gram, nonfinite
         )
         _check_mode(mode, self.options)
-        self.mode, self.trust = mode, _checked_trust(trust, mode)
+        self.mode, self._trust = mode, _checked_trust(trust, mode)
         check_unweighted(given)
         if self.options.feedback is not False and maximizing(given):
             warnings.warn(MAXIMIZED, DDPNOptWarning, stacklevel=2)
@@ -139,6 +140,11 @@ class Feedback(Shell):
         """Their post-hooks."""
         for one in self.optimizers:
             after_step(one, closure)
+
+    @property
+    def trust(self) -> bool | float:
+        """The bound on each unit's step, as given."""
+        return self._trust
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
@@ -299,7 +305,10 @@ def _check_mode(mode: str, options: Options) -> None:
 
 def _checked_trust(trust: bool | float, mode: str) -> bool | float:
     if not isinstance(trust, bool):
-        check_number("", "trust", trust, positive, "must be True, False, or positive and finite")
+        must = "must be True, False, or a positive, finite number"
+        given: Any = trust  # a truth value of NumPy's is none of these
+        check_number("", "trust", given if isinstance(given, Real) else None, positive, must)
+        trust = float(trust)
     if trust is not False and mode == "brake":
         raise ValueError("mode='brake' has a bound of its own: leave trust out")
     return trust

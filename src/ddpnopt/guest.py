@@ -15,13 +15,11 @@ from ddpnopt.wrapped import Wrapped
 
 
 class Wrapper(Protocol):
-    """What has inner optimizers.
+    """What has inner optimizers."""
 
-    Attributes:
-        trust: As for `Feedback`.
-    """
-
-    trust: bool | float
+    @property
+    def trust(self) -> bool | float:
+        """As for `Feedback`."""
 
     @property
     def inners(self) -> tuple[Inner, ...]:

@@ -44,13 +44,14 @@ def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
 
 
 def _object(options: Mapping[str, Any]) -> Curvature:
-    found: Curvature = _curvature(_hashable(options))
+    found: Curvature = _curvature(hashable(options))
     return found
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
+    """Plain values with everything in them that can be changed in place turned into tuples."""
     if isinstance(value, Mapping):
-        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
+        return tuple(sorted((k, hashable(v)) for k, v in value.items()))
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -124,8 +124,9 @@ class Wrapped(Borrowed):
         else:
             largest = update.d
         assert moment is not None
-        # Nothing is added where the factor is 1, to the bit.
-        given = update.d + d * (1 / hyper.curvature.factor(moment) - 1)
+        factor = hyper.curvature.factor(moment)
+        # Coupled weight decay is added by the optimizer itself.
+        given = torch.where(factor == 1, update.d, d / factor + (update.d - d))
         return replace(update, d=given, plain=largest, follows=True)
 
     def prepare(self, inner: Inner, updates: Sequence[Update]) -> None:

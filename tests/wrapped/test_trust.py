@@ -7,6 +7,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn, optim
@@ -220,7 +221,36 @@ def test_a_failed_step_loses_nothing() -> None:
             opt.step()
 
 
-@pytest.mark.parametrize("trust", [0, -1.0, math.nan, math.inf, "yes", None])
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lr", [10.0, 1e4])
+def test_the_bound_holds_in_every_precision(dtype: torch.dtype, lr: float, depth: Any) -> None:
+    """The factor times the precision is no error of the step."""
+    model = dense().to(dtype)
+    opt = Feedback(model, optim.SGD(model.parameters(), lr=lr), feedback=depth, trust=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = batch(model, 0)
+    F.cross_entropy(model(x).float(), y).backward()
+    opt.step()
+    for p, old in zip(model.parameters(), before, strict=True):
+        moved = lengths((p.detach() - old).double())
+        share = moved / (math.log(2) / 3 * lengths(old.double()).clamp(min=1e-3))
+        coarse = 4 * torch.finfo(dtype).eps / (math.log(2) / 3)  # of the weights themselves
+        assert float(share.max()) < 1 + coarse
+        assert float(share.max()) > 0.3
+
+
+def test_the_bound_is_fixed() -> None:
+    model = dense()
+    opt: Any = Feedback(model, optim.SGD(model.parameters(), lr=0.1), trust=0.5)
+    assert opt.trust == 0.5
+    with pytest.raises(AttributeError):
+        opt.trust = 0.1
+
+
+@pytest.mark.parametrize(
+    "trust", [0, -1.0, math.nan, math.inf, "yes", None, np.True_, torch.tensor(True)]
+)
 def test_bad_bounds_are_named(trust: Any) -> None:
     model = dense()
     with pytest.raises(ValueError, match="trust"):

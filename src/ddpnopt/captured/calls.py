@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddpnopt.captured.tracing import Tracer
 from ddpnopt.curvature import Curvature
+from ddpnopt.hyperparameters import hashable
 from ddpnopt.inert import Hook
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
@@ -139,7 +140,7 @@ def settings_of(optimizer: Shell, modules: Iterable[nn.Module]) -> list[Any]:
 
 def _value(option: Any) -> Any:
     """An option as it is now: a dictionary may be changed in place."""
-    return tuple(option.items()) if isinstance(option, dict) else option
+    return hashable(option) if isinstance(option, dict) else option
 
 
 def parameters_of_others(optimizer: Shell, modules: Iterable[nn.Module]) -> list[Tensor]:

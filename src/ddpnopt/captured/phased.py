@@ -88,8 +88,8 @@ class PhasedPlan(Plan):
         after = len(self._used) + len(recording.rates)
         state = program.arguments[after:] + [tracer.value(t) for _, t in self._fixed]
         there = self.state.found + [t for _, t in self._fixed]
-        #: Counters and the like are known by version alone.
-        self._looked_at = [place for place, t in enumerate(there) if t.numel() > 1]
+        #: Counters, which have no dimensions, are known by version alone.
+        self._looked_at = [place for place, t in enumerate(there) if t.dim() > 0]
         self._state = [state[place] for place in self._looked_at]
         known = [*zip(self._grads, grads.values(), strict=True), *zip(state, there, strict=True)]
         self._sizes = {v: torch.empty_like(t, device="meta") for v, t in known}

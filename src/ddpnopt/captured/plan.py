@@ -52,10 +52,9 @@ class Plan:
         olds += [slot.tensor for slot in self._read]
         self.state, self._made_state = Places([*self.slots, *self._read]), Places(self.slots)
         self._written_to = Places(slot for slot, _ in self._fixed)
-        self._kinds = [_kind(old) for old in olds]
-        self._shapes = [old.shape for old in olds]
-        #: The state as last seen, and whether that was what a run had left.
-        self._seen, self._steady = list[Any](), False
+        self._kinds = list(map(_kind, olds))
+        self._whereabouts = [(t.data_ptr(), _kind(t)) for _, t in self._fixed]
+        self._seen = list[Any]()  # the state, when last looked at
         self.counts = [(slot, slot.found - before) for slot, before in recording.counts]
         wanted = [recording.sound, *(slot.tensor for slot in self.slots)]
 
@@ -104,23 +103,21 @@ class Plan:
         """The same, where it was so at the beginning of the pass: the model is the same."""
         return (
             self._own.in_place()
-            and all(map(is_, self._written_to.found, [t for _, t in self._fixed]))
+            and self._written_in_place()
             and all([isinstance(slot.found, int) for slot, _ in self.counts])
             and self._known_state()
         )
 
-    def _known_state(self) -> bool:
-        """Whether the state has the recording's shapes and dtypes.
+    def _written_in_place(self) -> bool:
+        """Whether the state that the program writes to is the recording's, and where it was."""
+        found, known = self._written_to.found, [t for _, t in self._fixed]
+        same = all(map(is_, found, known))
+        return same and [(t.data_ptr(), _kind(t)) for t in known] == self._whereabouts
 
-        What a run leaves always has the same: once that was looked at, its shape is enough.
-        """
-        found = self.state.found
-        own = len(found) == len(self._seen) and all(map(is_, found, self._seen))
-        if own and self._steady:
-            return [t.shape for t in found] == self._shapes
-        alike = [_kind(value) for value in found] == self._kinds
-        self._steady, self._seen = own and alike, found if alike else []
-        return alike
+    def _known_state(self) -> bool:
+        """Look at the other state: whether it has the recording's shapes and dtypes."""
+        self._seen = self.state.found
+        return list(map(_kind, self._seen)) == self._kinds
 
     def __call__(self, inputs: Sequence[Tensor | None], rates: Sequence[Tensor]) -> Outcome | None:
         """Run the iteration.
@@ -182,7 +179,6 @@ class Plan:
         """Keep what a run has made of the state; may be begun again."""
         self.settle()
         self._made_state.put(outcome.state)
-        self._seen[: len(outcome.state)] = outcome.state
         for (slot, _), number in zip(self.counts, outcome.counts, strict=True):
             slot.put(number)
 

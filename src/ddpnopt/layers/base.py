@@ -215,7 +215,7 @@ class LayerRule:
         found = self.sample_gradients(module, x, V, samples)
         total = V.new_zeros(samples, V.shape[0])
         for name, du in change.items():
-            total = total + torch.einsum("rbu,u->br", found[name].flatten(2), du.flatten())
+            total = total + torch.einsum("rbu,u->br", _rows(found[name]), du.flatten())
         return total
 
     def gram(
@@ -245,7 +245,7 @@ class LayerRule:
             if name in gain:
                 P = gain[name]
                 assert isinstance(P, float | int | Tensor)
-                G = G.flatten(2)
+                G = _rows(G)
                 weighted = G * (P.flatten() if diagonal(P) else P)
                 total = total + torch.einsum("rbi,sbi->brs", weighted, G)
         return total
@@ -304,3 +304,8 @@ def unit_columns(like: Tensor, samples: int) -> Tensor:
     elements = like.numel() // samples
     unit = torch.eye(elements, dtype=like.dtype, device=like.device)
     return unit[:, None].expand(-1, samples, -1).reshape(elements, *like.shape)
+
+
+def _rows(G: Tensor) -> Tensor:
+    """Samples' gradients with one dimension for all of a parameter, which may have none itself."""
+    return G.reshape(*G.shape[:2], -1)
