@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from ddpnopt import (
     CapturedLoop,
@@ -587,20 +589,41 @@ def test_a_loss_function_and_passes_are_refused() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler")
-@pytest.mark.parametrize("options", ["closed loop", "adamw, open loop"])
-def test_compiled(options: str) -> None:
+def test_compiled() -> None:
     build, shape = NETS["convolutions"]
     nets = []
     for recorded in (False, True):
         torch.manual_seed(0)
         net = build()
-        opt = DDPNOpt(net, **OPTIONS[options])
+        opt = DDPNOpt(net, lr=0.5)
         record = capture(opt, passes=True, compile=True) if recorded else None
         for x, y in batches(shape, STEPS):
             plain(opt, net, x.float(), y)
         nets.append(net)
     assert isinstance(record, CapturedLoop) and record.compiles and record.replayed > 5
     assert apart(*nets) < 1e-4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler")
+@pytest.mark.parametrize("options", ["momentum, decay", "adamw, open loop"])
+def test_what_is_compiled_is_kept_for_the_next_training(options: str) -> None:
+    found = []
+    for seed in range(2):  # like two processes: nothing is kept here but on disk
+        before = Counter(counters["inductor"])
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+        opt = DDPNOpt(net, **OPTIONS[options])
+        twin = copy.deepcopy(net)
+        other = DDPNOpt(twin, **OPTIONS[options])
+        record = capture(opt, passes=True, compile=True)
+        for x, y in batches((5,), STEPS):
+            plain(opt, net, x.float(), y)
+            plain(other, twin, x.float(), y)
+        assert record.compiles and record.replayed > 5 and apart(net, twin) < 1e-5
+        found.append(counters["inductor"] - before)
+        torch._dynamo.reset()
+    assert found[1]["fxgraph_cache_miss"] == 0 and found[1]["fxgraph_cache_hit"] > 1
+    assert all(one["fxgraph_cache_bypass"] == 0 for one in found)
 
 
 def moved(net: nn.Module, opt: Any) -> None:

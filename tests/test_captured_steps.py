@@ -10,6 +10,7 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -127,8 +128,11 @@ def test_around_torch_optimizers(inner: str, feedback: bool | str) -> None:
     assert apart(net, twin) < 1e-13
 
 
-@pytest.mark.parametrize("feedback", [True, "open_loop"])
-@pytest.mark.parametrize("name", sorted(graph_nets.NETS))
+#: Every network in one of the loops; both, where the passes are recorded, too.
+NO_CHAINS = list(zip(sorted(graph_nets.NETS), cycle([True, "open_loop"]), strict=False))
+
+
+@pytest.mark.parametrize(("name", "feedback"), NO_CHAINS)
 def test_networks_that_are_no_chain(name: str, feedback: bool | str) -> None:
     (net, inputs), (twin, _) = graph_nets.net(name), graph_nets.net(name)
     opt, other = (DDPNOpt(one, lr=0.1, feedback=feedback) for one in (net, twin))
@@ -644,12 +648,14 @@ def test_a_torch_optimizer_is_refused() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
-@pytest.mark.parametrize("options", ["closed loop", "adamw, open loop"])
-def test_compiled(options: str) -> None:
-    net, twin, opt, other = pair("convolutions", **OPTIONS[options])
+@pytest.mark.parametrize(
+    ("name", "options"), [("dense", "closed loop"), ("convolutions", "adamw, open loop")]
+)
+def test_compiled(name: str, options: str) -> None:
+    net, twin, opt, other = pair(name, **OPTIONS[options])
     record = capture(other, compile=True)
     assert isinstance(record, CapturedUpdate)
-    for x, y in batches(NETS["convolutions"][1], 2 * STEPS):
+    for x, y in batches(NETS[name][1], 2 * STEPS):
         plain(opt, net, x, y)
         plain(other, twin, x, y)
     assert (record.reason, record.missed, record.compiles) == ("", 0, True)

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
 from operator import is_
 from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ddpnopt.typing import Tensor
 
@@ -80,12 +85,31 @@ def _compiled(
     level = log.level
     try:
         log.setLevel(logging.ERROR)  # it tells of operators that have no C function: nobody's loss
-        made = compile_fx(graph, list(inputs), inner_compile=noted, config_patches=options)
+        with _on_disk(compile_fx) as known:
+            made = compile_fx(
+                graph, list(inputs), inner_compile=noted, config_patches=options, **known
+            )
     finally:
         log.setLevel(level)
     assert callable(made)
     run: Callable[..., Any] = made
     return run, inner
+
+
+@contextmanager
+def _on_disk(compile_fx: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Let the compiler look a program up among those that it has kept from earlier processes.
+
+    It does for programs whose shapes it may reason about; these have none that are not numbers.
+
+    Yields:
+        Further arguments for the compiler: none where it does not know how to be told.
+    """
+    if "ignore_shape_env" not in signature(compile_fx).parameters:  # torch < 2.8
+        yield {}
+        return
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+        yield {"ignore_shape_env": True}
 
 
 def _watched(

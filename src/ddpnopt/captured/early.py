@@ -186,8 +186,8 @@ class _Moved:
 
     def add(self, call: Call) -> None:
         """The next one."""
-        for storage in {v.storage for v in call.written} - self._written:
-            if storage in self._rooms:
+        for storage in dict.fromkeys(v.storage for v in call.written):
+            if storage in self._rooms and storage not in self._written:
                 self._written.add(storage)
                 v, room = self._rooms[storage]
                 self._now[v] = room

@@ -197,7 +197,7 @@ class Phases:
 
     def _hand_over(self) -> None:
         """What each phase makes for later ones, or for whoever asks."""
-        later = {v for phase in self.phases for v in phase.given}
+        later = [v for phase in self.phases for v in phase.given]
         asked = self.results if self.sample is None else [*self.results, self.sample]
         for v in dict.fromkeys((*later, *asked)):
             if v in self._at and v not in self._fixed:
