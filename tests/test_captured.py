@@ -25,6 +25,7 @@ from ddpnopt.captured.fused import FORMULAS
 from ddpnopt.captured.plan import Plan
 from ddpnopt.captured.records import MISSES
 from ddpnopt.curvature import EKFAC, KFAC
+from oracles.effort import FULL, crossed
 from oracles.recorded import (
     INNER,
     KRONECKER,
@@ -43,8 +44,7 @@ from oracles.recorded import (
 pytestmark = pytest.mark.filterwarnings("ignore:each sample is weighted once")
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "options"), crossed(NETS, OPTIONS))
 def test_a_record_is_the_code(name: str, options: str) -> None:
     (net, shape), (twin, _) = model(name), model(name)
     opt, other = DDPNOpt(net, **OPTIONS[options]), DDPNOpt(twin, **OPTIONS[options])
@@ -326,8 +326,9 @@ def test_masks_are_refused() -> None:
 #: steps, and the kinds of steps that this makes.
 SCHEDULES = [(3, 1, 2), (3, 3, 2), (4, 2, 3)]
 KRONECKER_CASES = [
-    (kind, *SCHEDULES[turn % 3], name, options)
+    (kind, *schedule, name, options)
     for turn, (kind, name, options) in enumerate(product([KFAC, EKFAC], NETS, KRONECKER))
+    for schedule in (SCHEDULES if FULL else [SCHEDULES[turn % 3]])
 ]
 
 
@@ -453,7 +454,7 @@ def test_what_is_no_optimizer_of_ours_is_refused() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", ["convolutions", "BatchNorm"])
+@pytest.mark.parametrize("name", NETS if FULL else ["convolutions", "BatchNorm"])
 def test_compiled_records_are_the_code(name: str) -> None:
     (net, shape), (twin, _) = model(name), model(name)
     opt, other = (DDPNOpt(one, lr=1e-2, curvature="adamw") for one in (net, twin))
@@ -482,7 +483,7 @@ def test_compiled_kronecker_records_are_the_code(curvature: type[KFAC] | type[EK
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("inner", ["momentum", "Adam, amsgrad"])
+@pytest.mark.parametrize("inner", INNER if FULL else ["momentum", "Adam, amsgrad"])
 def test_compiled_records_of_fused_optimizers_are_the_code(inner: str) -> None:
     (net, shape), (twin, _) = model(), model()
     opt, other = (Feedback(one, INNER[inner](list(one.parameters()))) for one in (net, twin))

@@ -31,6 +31,7 @@ from ddpnopt import (
 )
 from ddpnopt.curvature import EKFAC, KFAC
 from oracles import graph_nets
+from oracles.effort import crossed
 from oracles.recorded import (
     CLASSES,
     INNER,
@@ -82,8 +83,7 @@ def twins(name: str = "dense", **options: Any) -> Twins:
     return Twins(NETS[name][0], lambda net: DDPNOpt(net, **options))
 
 
-@pytest.mark.parametrize("options", FED)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "options"), crossed(NETS, FED))
 def test_a_recorded_loop_is_the_loop(name: str, options: str) -> None:
     both = twins(name, **OPTIONS[options])
     both.train(batches(NETS[name][1], 2 * STEPS), decay=0.9)  # a scheduler: no new record
@@ -103,8 +103,9 @@ def test_a_recorded_loop_is_the_loop(name: str, options: str) -> None:
         torch.testing.assert_close(one.S, other.S, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [name for name in KRONECKER if name != "off"])
-@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize(
+    ("options", "kind"), crossed([name for name in KRONECKER if name != "off"], [EKFAC, KFAC])
+)
 def test_kronecker_curvatures(kind: type[KFAC] | type[EKFAC], options: str) -> None:
     curvature = kind(decay=0.5, update_every=3)
     both = twins("convolutions", lr=0.05, curvature=curvature, **KRONECKER[options])

@@ -10,7 +10,6 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Callable
-from itertools import cycle
 from typing import Any
 
 import pytest
@@ -33,6 +32,7 @@ from ddpnopt import (
 from ddpnopt.curvature import EKFAC, KFAC
 from ddpnopt.report import StepReport
 from oracles import graph_nets
+from oracles.effort import crossed
 from oracles.recorded import (
     CLASSES,
     INNER,
@@ -81,8 +81,9 @@ def same_reports(a: StepReport | None, b: StepReport | None) -> None:
             )
 
 
-@pytest.mark.parametrize("options", [name for name in OPTIONS if name != "dense"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "options"), crossed(NETS, [name for name in OPTIONS if name != "dense"])
+)
 def test_a_recorded_step_is_the_code(name: str, options: str) -> None:
     net, twin, opt, other = pair(name, **OPTIONS[options])
     record = capture(other)
@@ -100,8 +101,7 @@ def test_a_recorded_step_is_the_code(name: str, options: str) -> None:
     assert apart(net, twin) < 1e-9 if name == "BatchNorm" else apart(net, twin) < 1e-13
 
 
-@pytest.mark.parametrize("options", KRONECKER)
-@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize(("options", "kind"), crossed(KRONECKER, [KFAC, EKFAC]))
 def test_kronecker_curvatures(kind: type[KFAC] | type[EKFAC], options: str) -> None:
     curvature = kind(decay=0.5, update_every=3)
     net, twin, opt, other = pair("convolutions", lr=0.05, curvature=curvature, **KRONECKER[options])
@@ -128,11 +128,10 @@ def test_around_torch_optimizers(inner: str, feedback: bool | str) -> None:
     assert apart(net, twin) < 1e-13
 
 
-#: Every network in one of the loops; both, where the passes are recorded, too.
-NO_CHAINS = list(zip(sorted(graph_nets.NETS), cycle([True, "open_loop"]), strict=False))
-
-
-@pytest.mark.parametrize(("name", "feedback"), NO_CHAINS)
+# Where the passes are recorded, too, it is every network in both loops.
+@pytest.mark.parametrize(
+    ("name", "feedback"), crossed(sorted(graph_nets.NETS), [True, "open_loop"])
+)
 def test_networks_that_are_no_chain(name: str, feedback: bool | str) -> None:
     (net, inputs), (twin, _) = graph_nets.net(name), graph_nets.net(name)
     opt, other = (DDPNOpt(one, lr=0.1, feedback=feedback) for one in (net, twin))

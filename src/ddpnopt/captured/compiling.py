@@ -105,7 +105,7 @@ def _on_disk(compile_fx: Callable[..., Any]) -> Iterator[dict[str, Any]]:
     Yields:
         Further arguments for the compiler: none where it does not know how to be told.
     """
-    if "ignore_shape_env" not in signature(compile_fx).parameters:  # torch < 2.8
+    if "ignore_shape_env" not in signature(compile_fx).parameters:  # an older torch
         yield {}
         return
     with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
