@@ -250,6 +250,54 @@ def test_another_loss_is_not_confirmed(change: str) -> None:
     assert hard_label_cost("it", z.detach(), G, 1 / 8) is None
 
 
+def rounded(
+    dtype: torch.dtype, loss: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Scores in half precision, and their gradient by a loss of them in single, as autocast has."""
+    z = (torch.randn(8, 5) * scale).to(dtype).requires_grad_()
+    (G,) = torch.autograd.grad(loss(z.float(), torch.randint(5, (8,))), z)
+    assert G.dtype == dtype
+    return z.detach(), G
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 10.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hard_labels_in_half_precision(dtype: torch.dtype, scale: float) -> None:
+    z, G = rounded(dtype, nn.functional.cross_entropy, scale)
+    used = G.abs().amax(1) > 0
+    exact = softmax_cost("it", z, G, torch.where(used, 1 / 8, 0.0)[:, None], -1, 8)
+    found = hard_label_cost("it", z, G, 1 / 8)
+    assert found is not None
+    for name in ("w", "kappa", "excess"):
+        one, other = getattr(found, name)[used], getattr(exact, name)[used]
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.factor(None), exact.factor(None))
+    assert hard_label_cost("it", z, torch.zeros_like(G), 1 / 8) is None  # says nothing
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    p = torch.softmax(z, -1).gather(-1, y[:, None])
+    return -((1 - p).square() * p.log()).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: 1.05 * nn.functional.cross_entropy(z, y),
+        lambda z, y: nn.functional.cross_entropy(z, y, label_smoothing=0.05),
+        lambda z, y: nn.functional.cross_entropy(z, y, weight=torch.linspace(0.9, 1.1, 5)),
+        lambda z, y: nn.functional.cross_entropy(1.1 * z, y),
+        focal,
+    ],
+)
+def test_another_loss_is_not_confirmed_by_half_precision(
+    dtype: torch.dtype, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    z, G = rounded(dtype, loss)
+    assert hard_label_cost("it", z, G, 1 / 8) is None
+
+
 class LateNoise(nn.Module):
     """Draws from a global generator, but not in its first passes."""
 

@@ -29,6 +29,9 @@ class Conditions(Protocol):
     def phase_ends(self) -> None:
         """The forward pass has ended, or the backward pass."""
 
+    def refuse(self, why: str) -> None:
+        """This step depends on numbers in a way that no condition says."""
+
     def conclude(self) -> Tensor:
         """Whether all decisions are as they were."""
 
@@ -51,6 +54,12 @@ def phase_ends() -> None:
     """What comes next runs when the user's loop has had its turn."""
     if _conditions is not None:
         _conditions.phase_ends()
+
+
+def refuse(why: str) -> None:
+    """What comes next reads numbers in every step: no program could go on without the host."""
+    if _conditions is not None:
+        _conditions.refuse(why)
 
 
 def sound() -> Tensor:

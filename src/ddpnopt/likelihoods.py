@@ -10,14 +10,14 @@ import torch
 
 from ddpnopt.decisions import anything, exceed, holds, traced
 from ddpnopt.objectives import logistic_objective, softmax_objective
-from ddpnopt.rows import chunks, working
+from ddpnopt.rows import HALF, chunks, working
 from ddpnopt.terminal import Cost, diagonal_columns
 from ddpnopt.typing import Tensor
 
 #: Floor of |g| in kappa and the excess: their squares must stay inside float32.
 SMALLEST = 1e-15
-#: A gradient must have this precision, and some entry this share of w, to confirm a loss quickly.
-HARD_EPS, INFORMATIVE = 1e-6, 1e-3
+#: Some entry of the gradient must be this share of w to confirm a loss quickly.
+INFORMATIVE = 1e-3
 #: How well w has to be seen where all rows are more confident than that.
 PROPORTION = 1e-3
 
@@ -134,9 +134,6 @@ def hard_label_cost(
     Returns:
         The cost; None if some row is not of this form, or too confident to tell.
     """
-    eps = torch.finfo(G.dtype).eps
-    if eps > HARD_EPS:
-        return None
     samples = len(z) if samples is None else samples
     rows, gradient = z, G
     if z.dim() > 2:
@@ -144,7 +141,12 @@ def hard_label_cost(
     p = torch.softmax(rows, -1, dtype=working(z))
     gradient = gradient.to(p.dtype)
     size = gradient.abs().amax(-1, keepdim=True)
-    if not _hard(torch.sub(p, gradient, alpha=1 / w), p, size, w, 64 * eps):
+    if G.dtype in HALF:
+        hard = _hard_by_half(p, gradient, size, w, G.dtype)
+    else:
+        slack = 64 * torch.finfo(G.dtype).eps
+        hard = _hard(torch.sub(p, gradient, alpha=1 / w), p, size, w, slack)
+    if not hard:
         return None
     g = gradient / size.clamp(min=torch.finfo(p.dtype).tiny)
     gbar = (p * g).sum(-1, keepdim=True)
@@ -199,6 +201,22 @@ def _besides(target: Tensor, p: Tensor, size: Tensor, w: float) -> Tensor:
     """Entries off the label that are not w p, of rows that have a gradient."""
     tiny = torch.finfo(p.dtype).smallest_normal
     return (target < 0.5) & (size > 0) & (target.abs() > PROPORTION * p + 64 * tiny / w)
+
+
+def _hard_by_half(p: Tensor, g: Tensor, size: Tensor, w: float, dtype: torch.dtype) -> bool:
+    """Whether every row is w (p - e_y) where G was rounded to half precision, and one can tell.
+
+    The targets p - G / w would be too coarse: smoothed labels would pass for labels. So each entry
+    has to be right in proportion to itself, which is what half precision keeps.
+    """
+    half, tiny = torch.finfo(dtype), torch.finfo(p.dtype).eps
+    lowest, y = g.min(-1, keepdim=True)
+    y = torch.where(lowest < 0, y, p.argmax(-1, keepdim=True))  # of a confident row: the likeliest
+    off = p.scatter(-1, y, 0.0)
+    right = off.scatter(-1, y, -off.sum(-1, keepdim=True)) * w
+    slack = 2 * half.eps * right.abs() + (4 * tiny * w + 2 * half.smallest_normal * half.eps)
+    wrong = ((g - right).abs() > slack) & (size > 0)
+    return holds(~wrong.any() & (size.amax() > INFORMATIVE * w))
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ddpnopt.decisions import refuse
 from ddpnopt.errors import TerminalError
 from ddpnopt.fits import Fit, fit_logistic, fit_softmax
 from ddpnopt.likelihoods import (
@@ -33,6 +34,13 @@ SOFTMAX, LOGISTIC = "cross_entropy", "bce_with_logits"
 #: Names of terminal costs that users may give.
 TERMINALS = ("auto", SOFTMAX, "nll", "mse", "mmc", LOGISTIC)
 SQUARED: dict[str, SquaredError] = {"mse": MSE(), "mmc": MMC()}
+#: Why a pass can't be recorded.
+FITTED = (
+    "the loss is fitted to the numbers of each batch (what is known without: a cross-entropy of "
+    "labels whose weights are all alike, and terminal='mse', 'mmc' or a callable)"
+)
+#: A fitted w this close to a simple number is that number, where half precision leaves it as sure.
+SIMPLE = 1e-4
 Terminal = str | Callable[[Tensor], Tensor]
 
 
@@ -97,6 +105,7 @@ class Recogniser:
         known = self._known(SOFTMAX, z, G, axis, samples) if softmax else None
         if known is not None:
             return known
+        refuse(FITTED)
         fit = fit_softmax(z, G, axis, samples) if softmax else None
         if fit is None or not fit.fits:
             fit, softmax = fit_logistic(z, G), False
@@ -117,6 +126,7 @@ class Recogniser:
         known = self._known(name, z, G, axis, samples)
         if known is not None:
             return known
+        refuse(FITTED)
         fit = fit_softmax(z, G, axis, samples)
         if fit.fits:
             return self._fitted_softmax(name, fit, z, G, axis, samples)
@@ -128,9 +138,10 @@ class Recogniser:
     ) -> Cost:
         """Of a fit; one w for all rows is kept, for the passes to come."""
         if fit.uniform and fit.hard and z.numel() <= chunk_size(z):
-            rows, w = int((fit.w > 0).sum()), float(fit.w.max())
-            exact = _simple(w, len(fit.w))
-            w = _simple(w, rows) if exact == w else exact
+            used, close = fit.w[fit.w > 0], max(SIMPLE, torch.finfo(G.dtype).eps)
+            rows, w = len(used), float(used.median()) if len(used) else 0.0
+            simple = [_simple(w, number, close) for number in (len(fit.w), rows)]
+            w = min(simple, key=lambda one: (one == w, abs(one - w)))
             known = hard_label_cost(name, z, G, w, axis, samples) if w > 0 else None
             if known is not None:
                 self.common, self.rows = w, rows
@@ -205,13 +216,13 @@ class Recogniser:
             self.weights.update({int(label): w for label, w in pairs if w > 0})
 
 
-def _simple(w: float, rows: int) -> float:
+def _simple(w: float, rows: int, close: float) -> float:
     """A fitted w without its rounding, where it is k / N or 1 / (k N): then all batches agree."""
     share = w * rows
     if not 0 < share < math.inf:
         return w
     whole = round(share) if share >= 1 else 1 / round(1 / share)
-    return whole / rows if abs(share - whole) <= 1e-4 * whole else w
+    return whole / rows if abs(share - whole) <= close * whole else w
 
 
 def _soft_targets(name: str, z: Tensor, G: Tensor, axis: int) -> tuple[Tensor, Lines]:
@@ -236,6 +247,7 @@ def _soft_targets(name: str, z: Tensor, G: Tensor, axis: int) -> tuple[Tensor, L
 
 def _named_logistic(z: Tensor, G: Tensor) -> Tensor:
     """w of a binary cross-entropy that the user names: fitted, or the mean for soft targets."""
+    refuse(FITTED)
     fit = fit_logistic(z, G)
     if fit.uniform:
         known = fit.w[fit.w > 0]

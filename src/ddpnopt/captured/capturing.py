@@ -62,7 +62,7 @@ def capture(
         passes: Without a loss function: run the model's passes from the record, too. As under a
             CUDA graph the model's Python code then runs in the recording alone.
         compile: Compile the record; takes a C++ compiler on the CPU, and from ten seconds to a
-            minute and a half: a few, where torch has kept on disk what an earlier training compiled.
+            minute and a half: a few where torch has kept on disk what it compiled before.
 
     Returns:
         With a loss function, a function of a batch that takes a training step, and returns what
