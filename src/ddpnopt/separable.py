@@ -147,6 +147,12 @@ def check_separable(optimizer: torch.optim.Optimizer) -> None:
             f"{error}); {way_out}"
         ) from error
     if not same(whole, parts):
+        if not same(whole, _trials(optimizer)[0]):
+            raise UnsupportedModelError(
+                f"{kind} makes different steps of the same weights, gradients and random numbers, "
+                "so what it would do in one layer is not known (fused=True with momentum in half "
+                "precision reads memory on CPUs that nobody has written: take foreach=True)"
+            )
         raise UnsupportedModelError(
             f"{kind} takes its parameters together: its step for one of them depends on the "
             f"others, on how often it is called, or on random numbers, so it can't step layer by "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -169,6 +170,25 @@ def test_own_optimizers_that_take_their_parameters_together(kind: Any) -> None:
         Feedback(model, kind(model.parameters(), lr=0.1))
     assert torch.equal(torch.get_rng_state(), before)
     Feedback(model, kind(model.parameters(), lr=0.1), feedback="open_loop")
+
+
+class Unsure(optim.SGD):
+    """Reads a number from outside, as a kernel may that reads memory nobody has written."""
+
+    calls = count(1)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in (p for g in self.param_groups for p in g["params"]):
+            if p.grad is not None:
+                p.grad.add_(1e-3 * next(self.calls))
+        super().step()
+
+
+def test_an_optimizer_that_is_no_function_of_its_numbers_is_told_apart() -> None:
+    model = dense()
+    with pytest.raises(UnsupportedModelError, match="Unsure makes different steps of the same"):
+        Feedback(model, Unsure(model.parameters(), lr=0.1))
 
 
 class PerGroup(optim.SGD):
