@@ -57,6 +57,8 @@ JOINED = {
 }
 
 #: Networks of the studies of `Feedback`.
+#: Rates of Muon, whose best is low.
+MUON_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 WRAPPED = {
     name: Problem(problem.base, problem.heading)
     for name, problem in defaults_study.PROBLEMS.items()
@@ -105,7 +107,7 @@ STUDIES = {
         (
             Pair("adamw", "feedback-adamw", (*SCALE_FREE_RATES, 0.3)),
             Pair("momentum", "feedback-momentum", (0.01, 0.03, 0.1, 0.3, 1.0)),
-            Pair("muon", "feedback-muon", (0.003, 0.01, 0.03, 0.1, 0.3)),
+            Pair("muon", "feedback-muon", MUON_RATES),
         ),
         page="any_optimizer.md",
     ),
@@ -114,6 +116,7 @@ STUDIES = {
         (
             Pair("adamw", "feedback-adamw-trust", (*SCALE_FREE_RATES, 0.3, 1.0)),
             Pair("momentum", "feedback-momentum-trust", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+            Pair("muon", "feedback-muon-trust", MUON_RATES),
         ),
         page="any_optimizer.md",
     ),
