@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def script(name: str, *arguments: str) -> str:
 
 
 # Time ---------------------------------------------------------------------------------------
+
+
+def test_nets_run_in_bfloat16(tmp_path: Path) -> None:
+    kinds = []
+    job = measure.Job(replace(TINY, autocast=True), VARIANTS["DDPNOpt closed loop"])
+    job.model[-1].register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
+    job.step()
+    assert set(kinds) == {torch.bfloat16}
+    out = tmp_path / "bench.json"
+    done = bench("--net", "1", "--quick", "--autocast", "--part", "time", "--json", str(out))
+    assert done.exit_code == 0, done.output
+    assert "by autocast" in done.output and "targets met" not in done.output
+    assert "--autocast" in document.read(out).command
 
 
 def test_times_are_ratios_to_sgd(tmp_path: Path) -> None:

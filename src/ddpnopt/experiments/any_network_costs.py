@@ -68,7 +68,7 @@ def _net(problem: Problem, base: RunConfig) -> Net:
         data.input_shape,
         base.batch,
         objective.loss,
-        (data.x_train[: base.batch], data.y_train[: base.batch]),
+        batches=(data.x_train[: base.batch], data.y_train[: base.batch]),
     )
 
 

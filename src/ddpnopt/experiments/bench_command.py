@@ -54,6 +54,9 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N
 BatchOption = Annotated[
     int | None, typer.Option("--batch", "-b", min=1, help="Samples a step; each net's own.")
 ]
+AutocastOption = Annotated[
+    bool, typer.Option("--autocast", help="Nets 1 to 5 in bfloat16, by torch.autocast.")
+]
 QuickOption = Annotated[
     bool, typer.Option("--quick", help="A minute or two: to try it out, not a result.")
 ]
@@ -92,6 +95,7 @@ def bench_command(
     threads: ThreadsOption = 2,
     device: DeviceOption = "cpu",
     batch: BatchOption = None,
+    autocast: AutocastOption = False,
     quick: QuickOption = False,
     out: OutOption = Path("results/bench"),
     json: JsonOption = None,
@@ -119,6 +123,7 @@ def bench_command(
                 threads=threads,
                 device=_device(device),
                 batch=batch,
+                autocast=autocast,
                 quick=quick,
                 out=out,
                 json=json or out / "bench.json",

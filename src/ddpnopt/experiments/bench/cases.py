@@ -35,6 +35,7 @@ class Net:
         input_shape: Shape of one sample.
         batch: Samples in a step.
         loss: (outputs, targets) -> mean loss.
+        autocast: Run forward pass and loss in bfloat16 by `torch.autocast`.
     """
 
     title: str
@@ -42,6 +43,14 @@ class Net:
     input_shape: tuple[int, ...]
     batch: int
     loss: Callable[[Any, Tensor], Tensor] = nn.functional.cross_entropy
+    autocast: bool = False
+
+    def objective(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of a batch."""
+        if not self.autocast:
+            return self.loss(model(x), y)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.loss(model(x), y)
 
     def data(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """One batch: inputs (batch, *input_shape), standard normal, and labels (batch,)."""

@@ -113,6 +113,7 @@ class Document(BaseModel):
         threads: Torch's threads.
         rounds: Timed rounds.
         quick: Made with `--quick`: no result.
+        autocast: Nets were run in bfloat16 by `torch.autocast`: no target is for that.
         nets: Figures of each net.
         growth: Exponents.
         growth_figure: File of the log-log figure.
@@ -128,6 +129,7 @@ class Document(BaseModel):
     threads: int
     rounds: int
     quick: bool = False
+    autocast: bool = False
     nets: list[NetFigures] = []
     growth: list[Exponent] = []
     growth_figure: str = ""
@@ -179,7 +181,7 @@ def joined(documents: Sequence[Document]) -> Document:
     """
     whole = documents[0].model_copy(deep=True)
     for more in documents[1:]:
-        for field in ("torch", "device", "machine", "threads"):
+        for field in ("torch", "device", "machine", "threads", "autocast"):
             own, other = getattr(whole, field), getattr(more, field)
             if own != other:
                 raise DocumentError(f"{own} and {other}: runs of different {field} stay apart")
@@ -294,5 +296,7 @@ def applies(target: Target, document: Document, found: NetFigures, standard: int
     """
     batch = standard if target.batch is None else target.batch
     # Operations do not depend on the device; all other targets are for their own kind.
+    if document.autocast:
+        return False
     device = target.quantity == "flops" or document.device.startswith(target.device)
     return device and found.net in target.limit and (document.quick or found.batch == batch)

@@ -60,7 +60,7 @@ class Job:
         self.x, self.y = net.data(device) if data is None else data
         self.clip, self.device, self.loss = variant.clip, device, 0.0
         self.compiled = variant.compiled
-        self.criterion = net.loss
+        self.net = net
         self._initial: list[Tensor] = []
         self._iteration: ddpnopt.CapturedStep | None = None
         self._update: Recorded | None = None
@@ -73,7 +73,7 @@ class Job:
                 self._update = ddpnopt.capture(optimizer, compile=compiled, passes=True)
             else:
                 self._iteration = ddpnopt.capture(
-                    optimizer, lambda x, y: net.loss(self.model(x), y), compile=compiled
+                    optimizer, lambda x, y: net.objective(self.model, x, y), compile=compiled
                 )
 
     def step(self) -> Tensor:
@@ -87,7 +87,7 @@ class Job:
             self._check(self._iteration)
             return loss
         self.optimizer.zero_grad()
-        loss = self.criterion(self.model(self.x), self.y)
+        loss = self.net.objective(self.model, self.x, self.y)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)

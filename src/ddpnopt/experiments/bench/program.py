@@ -36,6 +36,7 @@ class Plan:
         threads: Torch's threads.
         device: Torch device.
         batch: Samples in a step; None: each net's own.
+        autocast: Nets are run in bfloat16 by `torch.autocast`.
         quick: Small sizes and short chunks; without patterns only what has a target.
         out: Folder of the growth's files.
         json: The document's file.
@@ -48,6 +49,7 @@ class Plan:
     threads: int
     device: str
     batch: int | None
+    autocast: bool
     quick: bool
     out: Path
     json: Path
@@ -56,7 +58,7 @@ class Plan:
         """A net, with the batch asked for."""
         net = NETS[number]
         own = min(net.batch, QUICK_BATCH) if self.quick else net.batch
-        return replace(net, batch=self.batch or own)
+        return replace(net, batch=self.batch or own, autocast=self.autocast)
 
     def variants(self, number: int) -> dict[str, Variant]:
         """The optimizers of a net."""
@@ -74,6 +76,7 @@ class Plan:
         parts += [f"--rounds {self.rounds}", f"--threads {self.threads}"]
         parts += [f"--device {self.device}"] if self.device != "cpu" else []
         parts += [f"--batch {self.batch}"] if self.batch is not None else []
+        parts += ["--autocast"] if self.autocast else []
         return " ".join(parts + (["--quick"] if self.quick else []))
 
 
@@ -97,6 +100,7 @@ def run(plan: Plan, console: Console) -> Document:
         threads=plan.threads,
         rounds=plan.rounds,
         quick=plan.quick,
+        autocast=plan.autocast,
         command=plan.command(),
     )
     threads, chunk = torch.get_num_threads(), measure.CHUNK_SECONDS

@@ -206,7 +206,7 @@ def heading(document: Document) -> str:
     line = (
         f"{document.machine}, {document.device}, {document.threads} threads, torch "
         f"{document.torch}, {document.rounds} rounds"
-    )
+    ) + (", bfloat16 by autocast" if document.autocast else "")
     return f"{line}. {QUICK}" if document.quick else line
 
 
