@@ -28,6 +28,7 @@ from ddpnopt import (
     NonFiniteError,
     UnsupportedModelError,
     capture,
+    rows,
 )
 from ddpnopt.curvature import EKFAC, KFAC
 from oracles import graph_nets
@@ -253,6 +254,15 @@ def test_two_losses_on_one_pass() -> None:
                 F.cross_entropy(z, y).backward()
             opt.step()
     assert both.record.reason == "" and both.record.replayed > 5
+    assert both.apart < 1e-12
+
+
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_large_outputs(feedback: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rows.CHUNK, "cpu", 20)  # as of a language model's logits
+    both = twins(lr=0.3, feedback=feedback)
+    both.train(batches(NETS["dense"][1], 2 * STEPS))
+    assert (both.record.reason, both.record.missed) == ("", 0) and both.record.replayed > STEPS
     assert both.apart < 1e-12
 
 

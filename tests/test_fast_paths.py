@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ddpnopt import DDPNOpt, directions
+from ddpnopt import DDPNOpt, directions, rows
 from ddpnopt.directions import ROUNDING
 from ddpnopt.gradients import SAMPLED, Fingerprint
 from ddpnopt.layers import FALLBACK, rule_for
@@ -273,6 +273,29 @@ def test_hard_labels_in_half_precision(dtype: torch.dtype, scale: float) -> None
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.factor(None), exact.factor(None))
     assert hard_label_cost("it", z, torch.zeros_like(G), 1 / 8) is None  # says nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_hard_labels_in_chunks(
+    dtype: torch.dtype, axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = torch.randn(6, 5, 5).to(dtype).requires_grad_()
+    y = torch.randint(5, (6, 5))
+    y[0] = y[3, 1:] = -100  # a chunk of them says nothing
+    wide = z if dtype == torch.float64 else z.float()
+    (G,) = torch.autograd.grad(nn.functional.cross_entropy(wide.movedim(axis, 1), y), z)
+    z, w = z.detach(), 1 / int((y >= 0).sum())
+    whole = hard_label_cost("it", z, G, w, axis, 6)
+    monkeypatch.setitem(rows.CHUNK, "cpu", 25)
+    found = hard_label_cost("it", z, G, w, axis, 6)
+    assert whole is not None and found is not None
+    for name in ("w", "kappa", "excess"):
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name))
+    torch.testing.assert_close(found.factor(None), whole.factor(None))
+    G[4].mul_(1.2)
+    assert hard_label_cost("it", z, G, w, axis, 6) is None
+    assert hard_label_cost("it", z, torch.zeros_like(G), w, axis, 6) is None
 
 
 def focal(z: Tensor, y: Tensor) -> Tensor:

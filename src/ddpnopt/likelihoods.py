@@ -10,7 +10,7 @@ import torch
 
 from ddpnopt.decisions import anything, exceed, holds, traced
 from ddpnopt.objectives import logistic_objective, softmax_objective
-from ddpnopt.rows import HALF, chunks, working
+from ddpnopt.rows import HALF, chunk_size, chunks, working
 from ddpnopt.terminal import Cost, diagonal_columns
 from ddpnopt.typing import Tensor
 
@@ -135,38 +135,52 @@ def hard_label_cost(
         The cost; None if some row is not of this form, or too confident to tell.
     """
     samples = len(z) if samples is None else samples
-    rows, gradient = z, G
-    if z.dim() > 2:
-        rows, gradient = (one.movedim(axis, -1).reshape(-1, z.shape[axis]) for one in (z, G))
-    p = torch.softmax(rows, -1, dtype=working(z))
-    gradient = gradient.to(p.dtype)
-    size = gradient.abs().amax(-1, keepdim=True)
-    if G.dtype in HALF:
-        hard = _hard_by_half(p, gradient, size, w, G.dtype)
-    else:
-        slack = 64 * torch.finfo(G.dtype).eps
-        hard = _hard(torch.sub(p, gradient, alpha=1 / w), p, size, w, slack)
-    if not hard:
+    whole, found, telling = z.numel() <= chunk_size(z), list[Lines](), list[Tensor]()
+    for rows, given in [_as_rows(z, G, axis)] if whole else (two for _, two in chunks(axis, z, G)):
+        p = torch.softmax(rows, -1, dtype=working(z))
+        gradient = given.to(p.dtype)
+        size = gradient.abs().amax(-1, keepdim=True)
+        if whole and not (traced() or G.dtype in HALF):
+            if not _hard(p, gradient, size, w):
+                return None
+        else:  # one decision, whatever the rows' confidence
+            judge = _judge_half if G.dtype in HALF else _judge
+            right, tells = judge(p, gradient, size, w, G.dtype)
+            if not holds(right):
+                return None
+            telling.append(tells)
+        found.append(_lines_of(p, gradient, size))
+    if telling and not holds(torch.stack(telling).any()):
         return None
-    g = gradient / size.clamp(min=torch.finfo(p.dtype).tiny)
-    gbar = (p * g).sum(-1, keepdim=True)
-    reach = g.amax(-1, keepdim=True).sub_(gbar)[:, 0]
-    square = g.square().sum(-1).clamp_(min=1)  # one entry has size 1
-    variance = (g - gbar).square_().mul_(p).sum(-1)
-    size = size[:, 0]
-    if len(rows) > samples:
-        lines = Lines(size, square, variance, reach)
+    lines = found[0] if whole else Lines(*map(torch.cat, zip(*found, strict=True)))
+    size = lines.size
+    if len(size) > samples or not whole:
         return softmax_cost(name, z, G, _used(size, w), axis, samples, lines)
-    area = square.mul_((size / w).clamp_(min=SMALLEST))
-    kappa, excess = variance / area.square(), (reach / area).clamp_(min=0)
+    area = lines.square.mul_((size / w).clamp_(min=SMALLEST))
     return Cost(
         name,
         torch.full_like(size, w),
-        kappa,
-        excess,
+        lines.variance / area.square(),
+        (lines.reach / area).clamp_(min=0),
         lambda rank: _softmax_columns(z, G, _used(size, w).reshape(samples, -1), axis, rank),
         lambda new: softmax_objective(z, G, _used(size, w), axis)(new),
     )
+
+
+def _as_rows(z: Tensor, G: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    if z.dim() == 2 and axis in (1, -1):
+        return z, G
+    rows, gradient = (one.movedim(axis, -1).reshape(-1, z.shape[axis]) for one in (z, G))
+    return rows, gradient
+
+
+def _lines_of(p: Tensor, G: Tensor, size: Tensor) -> Lines:
+    """`row_lines`, for a known size (n, 1) of each row."""
+    g = G / size.clamp(min=torch.finfo(p.dtype).tiny)
+    gbar = (p * g).sum(-1, keepdim=True)
+    reach = g.amax(-1, keepdim=True).sub_(gbar)[:, 0]
+    square = g.square().sum(-1).clamp_(min=1)  # one entry has size 1
+    return Lines(size[:, 0], square, (g - gbar).square_().mul_(p).sum(-1), reach)
 
 
 def _used(size: Tensor, w: float) -> Tensor:
@@ -174,18 +188,10 @@ def _used(size: Tensor, w: float) -> Tensor:
     return (size > 0).to(size.dtype).mul_(w)
 
 
-def _hard(target: Tensor, p: Tensor, size: Tensor, w: float, slack: float) -> bool:
-    """Whether every row of the targets p - G / w is a label, and some row's gradient can tell.
-
-    Where all rows are too confident for that, their entries off the label have to be w p, each in
-    proportion to itself.
-    """
-    wrong = (target.amax(-1) - 1).abs_().add_(target.abs().sum(-1).sub_(1).abs_())
-    largest = size.amax()
-    if traced():  # one decision, whatever the rows' confidence
-        right = (wrong * (size[:, 0] > 0)).amax() <= slack
-        shown = ~_besides(target, p, size, w).any() & (largest > 0)
-        return holds(right & ((largest > INFORMATIVE * w) | shown))
+def _hard(p: Tensor, G: Tensor, size: Tensor, w: float) -> bool:
+    """`_judge`, with the less work the sooner that is enough."""
+    target, slack = torch.sub(p, G, alpha=1 / w), _slack(G.dtype)
+    wrong, largest = _wrong(target), size.amax()
     off, telling = exceed((wrong.amax(), slack), (largest, INFORMATIVE * w))
     # A row without a gradient is not wrong.
     if off and exceed(((wrong * (size[:, 0] > 0)).amax(), slack))[0]:
@@ -197,13 +203,38 @@ def _hard(target: Tensor, p: Tensor, size: Tensor, w: float, slack: float) -> bo
     return not anything(_besides(target, p, size, w))
 
 
+def _judge(
+    p: Tensor, G: Tensor, size: Tensor, w: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Whether every row of the targets p - G / w is a label, and some row's gradient can tell.
+
+    Where all rows are too confident for that, their entries off the label have to be w p, each in
+    proportion to itself.
+    """
+    target, largest = torch.sub(p, G, alpha=1 / w), size.amax()
+    right = (_wrong(target) * (size[:, 0] > 0)).amax() <= _slack(dtype)
+    shown = ~_besides(target, p, size, w).any() & (largest > 0)
+    return right, (largest > INFORMATIVE * w) | shown
+
+
+def _slack(dtype: torch.dtype) -> float:
+    return 64 * torch.finfo(dtype).eps
+
+
+def _wrong(target: Tensor) -> Tensor:
+    """How far rows are from being a label."""
+    return (target.amax(-1) - 1).abs_().add_(target.abs().sum(-1).sub_(1).abs_())
+
+
 def _besides(target: Tensor, p: Tensor, size: Tensor, w: float) -> Tensor:
     """Entries off the label that are not w p, of rows that have a gradient."""
     tiny = torch.finfo(p.dtype).smallest_normal
     return (target < 0.5) & (size > 0) & (target.abs() > PROPORTION * p + 64 * tiny / w)
 
 
-def _hard_by_half(p: Tensor, g: Tensor, size: Tensor, w: float, dtype: torch.dtype) -> bool:
+def _judge_half(
+    p: Tensor, g: Tensor, size: Tensor, w: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Whether every row is w (p - e_y) where G was rounded to half precision, and one can tell.
 
     The targets p - G / w would be too coarse: smoothed labels would pass for labels. So each entry
@@ -216,7 +247,7 @@ def _hard_by_half(p: Tensor, g: Tensor, size: Tensor, w: float, dtype: torch.dty
     right = off.scatter(-1, y, -off.sum(-1, keepdim=True)) * w
     slack = 2 * half.eps * right.abs() + (4 * tiny * w + 2 * half.smallest_normal * half.eps)
     wrong = ((g - right).abs() > slack) & (size > 0)
-    return holds(~wrong.any() & (size.amax() > INFORMATIVE * w))
+    return ~wrong.any(), size.amax() > INFORMATIVE * w
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:

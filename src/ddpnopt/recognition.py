@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ddpnopt.decisions import refuse
+from ddpnopt.decisions import refuse, traced
 from ddpnopt.errors import TerminalError
 from ddpnopt.fits import Fit, fit_logistic, fit_softmax
 from ddpnopt.likelihoods import (
@@ -137,11 +137,14 @@ class Recogniser:
         self, name: str, fit: Fit, z: Tensor, G: Tensor, axis: int, samples: int
     ) -> Cost:
         """Of a fit; one w for all rows is kept, for the passes to come."""
-        if fit.uniform and fit.hard and z.numel() <= chunk_size(z):
+        if fit.uniform and fit.hard:
             used, close = fit.w[fit.w > 0], max(SIMPLE, torch.finfo(G.dtype).eps)
             rows, w = len(used), float(used.median()) if len(used) else 0.0
             simple = [_simple(w, number, close) for number in (len(fit.w), rows)]
             w = min(simple, key=lambda one: (one == w, abs(one - w)))
+            if z.numel() > chunk_size(z):  # a fit costs less than to confirm it
+                self.common, self.rows, self._whole = w, rows, len(fit.w)
+                return softmax_cost(name, z, G, fit.w, axis, samples, fit.lines)
             known = hard_label_cost(name, z, G, w, axis, samples) if w > 0 else None
             if known is not None:
                 self.common, self.rows = w, rows
@@ -150,8 +153,7 @@ class Recogniser:
 
     def _known(self, name: str, z: Tensor, G: Tensor, axis: int, samples: int) -> Cost | None:
         """The cost if the loss is what it was, as a mean over however many rows have a label."""
-        if not self.common or z.numel() > chunk_size(z):
-            self.common = 0.0
+        if not self.common or (z.numel() > chunk_size(z) and not traced()):
             return None
         known, whole = None, G.numel() // G.shape[axis]
         if self.rows and whole != self._whole:  # a batch of another size, all of it with labels
