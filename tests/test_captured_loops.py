@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
 
 from ddpnopt import (
     CapturedLoop,
@@ -30,6 +32,7 @@ from ddpnopt import (
     capture,
     rows,
 )
+from ddpnopt.captured.compiling import Compiled
 from ddpnopt.curvature import EKFAC, KFAC
 from oracles import graph_nets
 from oracles.effort import crossed
@@ -616,6 +619,9 @@ def test_compiled() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs a C++ compiler")
+@pytest.mark.skipif(
+    "ignore_shape_env" not in signature(compile_fx).parameters, reason="this torch keeps nothing"
+)
 @pytest.mark.parametrize("options", ["momentum, decay", "adamw, open loop"])
 def test_what_is_compiled_is_kept_for_the_next_training(options: str) -> None:
     found = []
@@ -632,6 +638,10 @@ def test_what_is_compiled_is_kept_for_the_next_training(options: str) -> None:
             plain(other, twin, x.float(), y)
         assert record.compiles and record.replayed > 5 and apart(net, twin) < 1e-5
         found.append(counters["inductor"] - before)
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 0
+        (plan,) = record._plans.values()
+        kernels = [phase._run._run for phase in plan.phases.phases]  # type: ignore[attr-defined]
+        assert all(run.__module__ != Compiled.__module__ for run in kernels)  # torch's own kernels
         torch._dynamo.reset()
     assert found[1]["fxgraph_cache_miss"] == 0 and found[1]["fxgraph_cache_hit"] > 1
     assert all(one["fxgraph_cache_bypass"] == 0 for one in found)

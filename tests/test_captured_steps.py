@@ -82,7 +82,7 @@ def same_reports(a: StepReport | None, b: StepReport | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), crossed(NETS, [name for name in OPTIONS if name != "dense"])
+    ("name", "options"), crossed(NETS, [name for name in OPTIONS if name != "dense"], start=1)
 )
 def test_a_recorded_step_is_the_code(name: str, options: str) -> None:
     net, twin, opt, other = pair(name, **OPTIONS[options])

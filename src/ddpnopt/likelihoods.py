@@ -18,6 +18,8 @@ from ddpnopt.typing import Tensor
 SMALLEST = 1e-15
 #: Some entry of the gradient must be this share of w to confirm a loss quickly.
 INFORMATIVE = 1e-3
+#: And so many steps of half precision.
+STEPS = 256
 #: How well w has to be seen where all rows are more confident than that.
 PROPORTION = 1e-3
 
@@ -245,9 +247,10 @@ def _judge_half(
     y = torch.where(lowest < 0, y, p.argmax(-1, keepdim=True))  # of a confident row: the likeliest
     off = p.scatter(-1, y, 0.0)
     right = off.scatter(-1, y, -off.sum(-1, keepdim=True)) * w
-    slack = 2 * half.eps * right.abs() + (4 * tiny * w + 2 * half.smallest_normal * half.eps)
+    step = half.smallest_normal * half.eps
+    slack = 2 * half.eps * right.abs() + (4 * tiny * w + 2 * step)
     wrong = ((g - right).abs() > slack) & (size > 0)
-    return ~wrong.any(), size.amax() > INFORMATIVE * w
+    return ~wrong.any(), size.amax() > max(INFORMATIVE * w, STEPS * step)
 
 
 def softmax_factor(p: Tensor, G: Tensor, rank: int | None) -> Tensor:

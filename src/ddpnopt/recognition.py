@@ -37,7 +37,8 @@ SQUARED: dict[str, SquaredError] = {"mse": MSE(), "mmc": MMC()}
 #: Why a pass can't be recorded.
 FITTED = (
     "the loss is fitted to the numbers of each batch (what is known without: a cross-entropy of "
-    "labels whose weights are all alike, and terminal='mse', 'mmc' or a callable)"
+    "labels whose weights are all alike, unless torch computes it in half precision, and "
+    "terminal='mse', 'mmc' or a callable)"
 )
 #: A fitted w this close to a simple number is that number, where half precision leaves it as sure.
 SIMPLE = 1e-4

@@ -19,6 +19,7 @@ from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.inner import own_step
 from ddpnopt.narrowed import Counted, Inner, attributes, same
 from ddpnopt.randomness import Randomness
+from ddpnopt.rows import HALF
 from ddpnopt.shell import Shell
 from ddpnopt.typing import Tensor
 
@@ -139,6 +140,11 @@ def check_separable(optimizer: torch.optim.Optimizer) -> None:
     """
     kind = type(optimizer).__name__
     way_out = "use feedback='open_loop', or ddpnopt.open_loop"
+    if any(map(_half_written, optimizer.param_groups if kind == "SGD" else ())):
+        raise UnsupportedModelError(
+            f"{kind}(momentum=.., fused=True) in half precision reads memory on CPUs that nobody "
+            "has written: its steps are not known; take foreach=True"
+        )
     try:
         whole, parts = _trials(optimizer)
     except Exception as error:
@@ -150,14 +156,19 @@ def check_separable(optimizer: torch.optim.Optimizer) -> None:
         if not same(whole, _trials(optimizer)[0]):
             raise UnsupportedModelError(
                 f"{kind} makes different steps of the same weights, gradients and random numbers, "
-                "so what it would do in one layer is not known (fused=True with momentum in half "
-                "precision reads memory on CPUs that nobody has written: take foreach=True)"
+                f"so what it would do in one layer is not known; {way_out}"
             )
         raise UnsupportedModelError(
             f"{kind} takes its parameters together: its step for one of them depends on the "
             f"others, on how often it is called, or on random numbers, so it can't step layer by "
             f"layer; {way_out}"
         )
+
+
+def _half_written(group: dict[str, Any]) -> bool:
+    """A group of torch's fused SGD whose momentum has such entries (found with torch 2.13)."""
+    momentum = group.get("fused") and group.get("momentum", 0) != 0
+    return bool(momentum) and any(p.dtype in HALF and p.is_cpu for p in group["params"])
 
 
 def _trials(optimizer: torch.optim.Optimizer) -> tuple[list[Any], ...]:

@@ -191,6 +191,16 @@ def test_an_optimizer_that_is_no_function_of_its_numbers_is_told_apart() -> None
         Feedback(model, Unsure(model.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_sgd_in_half_precision(dtype: torch.dtype) -> None:
+    model = dense().to(dtype)
+    with pytest.raises(UnsupportedModelError, match="SGD.*half precision.*foreach=True"):
+        Feedback(model, optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True))
+    for options in ({"fused": True}, {"momentum": 0.9, "foreach": True}):
+        net = dense().to(dtype)
+        Feedback(net, optim.SGD(net.parameters(), lr=0.1, **options))  # type: ignore[arg-type]
+
+
 class PerGroup(optim.SGD):
     """Counts in its group, as schedule-free optimizers do: the same for every layer."""
 

@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from ddpnopt.typing import Tensor
 
@@ -101,6 +98,8 @@ def _on_disk(compile_fx: Callable[..., Any]) -> Iterator[dict[str, Any]]:
     """Let the compiler look a program up among those that it has kept from earlier processes.
 
     It does for programs whose shapes it may reason about; these have none that are not numbers.
+    What lies above the kernels is made anew: kept, it would be taken for other programs, too, whose
+    arguments share memory in another way.
 
     Yields:
         Further arguments for the compiler: none where it does not know how to be told.
@@ -108,7 +107,13 @@ def _on_disk(compile_fx: Callable[..., Any]) -> Iterator[dict[str, Any]]:
     if "ignore_shape_env" not in signature(compile_fx).parameters:  # an older torch
         yield {}
         return
-    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+    from torch._functorch import config  # all of them take a while
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    with tracing(context), config.patch(enable_autograd_cache=False):
         yield {"ignore_shape_env": True}
 
 

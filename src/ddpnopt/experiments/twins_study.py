@@ -56,9 +56,9 @@ JOINED = {
     ),
 }
 
-#: Networks of the studies of `Feedback`.
 #: Rates of Muon, whose best is low.
 MUON_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+#: Networks of the studies of `Feedback`.
 WRAPPED = {
     name: Problem(problem.base, problem.heading)
     for name, problem in defaults_study.PROBLEMS.items()
