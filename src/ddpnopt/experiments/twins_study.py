@@ -56,8 +56,6 @@ JOINED = {
     ),
 }
 
-#: Rates of Muon, whose best is low.
-MUON_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 #: Networks of the studies of `Feedback`.
 WRAPPED = {
     name: Problem(problem.base, problem.heading)
@@ -107,7 +105,7 @@ STUDIES = {
         (
             Pair("adamw", "feedback-adamw", (*SCALE_FREE_RATES, 0.3)),
             Pair("momentum", "feedback-momentum", (0.01, 0.03, 0.1, 0.3, 1.0)),
-            Pair("muon", "feedback-muon", MUON_RATES),
+            Pair("muon", "feedback-muon", (0.003, 0.01, 0.03, 0.1, 0.3)),
         ),
         page="any_optimizer.md",
     ),
@@ -116,7 +114,6 @@ STUDIES = {
         (
             Pair("adamw", "feedback-adamw-trust", (*SCALE_FREE_RATES, 0.3, 1.0)),
             Pair("momentum", "feedback-momentum-trust", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
-            Pair("muon", "feedback-muon-trust", MUON_RATES),
         ),
         page="any_optimizer.md",
     ),
