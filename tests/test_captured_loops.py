@@ -557,7 +557,7 @@ def test_a_recorded_optimizer_that_is_dropped_leaves_the_model_alone() -> None:
 
 def test_losses_whose_recognition_reads_numbers_run_as_they_are_written() -> None:
     both = twins(lr=0.2)
-    with pytest.warns(DDPNOptWarning, match=r"fitted to the numbers.*capture\(opt\) without passes"):
+    with pytest.warns(DDPNOptWarning, match=r"fitted to the.*capture\(opt\) without passes"):
         for x, y in batches(NETS["dense"][1], STEPS):
             for net, opt in both.pairs:
                 opt.zero_grad()
