@@ -33,6 +33,7 @@ from ddpnopt import (
     rows,
 )
 from ddpnopt.captured.compiling import Compiled
+from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.curvature import EKFAC, KFAC
 from oracles import graph_nets
 from oracles.effort import crossed
@@ -640,8 +641,10 @@ def test_what_is_compiled_is_kept_for_the_next_training(options: str) -> None:
         found.append(counters["inductor"] + counters["aot_autograd"] - before)
         assert found[-1]["autograd_cache_hit"] == 0
         (plan,) = record._plans.values()
-        kernels = [phase._run._run for phase in plan.phases.phases]  # type: ignore[attr-defined]
-        assert all(run.__module__ != Compiled.__module__ for run in kernels)  # torch's own kernels
+        assert isinstance(plan, PhasedPlan)
+        for program in (phase._run for phase in plan.phases.phases):
+            assert isinstance(program, Compiled) and program._run is not None
+            assert program._run.__module__ != Compiled.__module__  # torch's own kernels
         torch._dynamo.reset()
     assert found[1]["fxgraph_cache_miss"] == 0 and found[1]["fxgraph_cache_hit"] > 1
     assert all(one["fxgraph_cache_bypass"] == 0 for one in found)

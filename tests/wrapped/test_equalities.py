@@ -196,9 +196,10 @@ def test_fused_sgd_in_half_precision(dtype: torch.dtype) -> None:
     model = dense().to(dtype)
     with pytest.raises(UnsupportedModelError, match="SGD.*half precision.*foreach=True"):
         Feedback(model, optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True))
-    for options in ({"fused": True}, {"momentum": 0.9, "foreach": True}):
+    others: list[dict[str, Any]] = [{"fused": True}, {"momentum": 0.9, "foreach": True}]
+    for options in others:
         net = dense().to(dtype)
-        Feedback(net, optim.SGD(net.parameters(), lr=0.1, **options))  # type: ignore[arg-type]
+        Feedback(net, optim.SGD(net.parameters(), lr=0.1, **options))
 
 
 class PerGroup(optim.SGD):

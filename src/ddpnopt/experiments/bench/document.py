@@ -294,9 +294,9 @@ def applies(target: Target, document: Document, found: NetFigures, standard: int
         found: The net's figures.
         standard: The net's own batch.
     """
-    batch = standard if target.batch is None else target.batch
-    # Operations do not depend on the device; all other targets are for their own kind.
     if document.autocast:
         return False
+    batch = standard if target.batch is None else target.batch
+    # Operations do not depend on the device; all other targets are for their own kind.
     device = target.quantity == "flops" or document.device.startswith(target.device)
     return device and found.net in target.limit and (document.quick or found.batch == batch)
