@@ -73,7 +73,7 @@ def check_group(group: Mapping[str, Any], owned: Container[Tensor]) -> None:
     check_number("", "momentum", momentum, lambda n: share(float(n)), "must lie in [0, 1)")
     if group["momentum"] and own_momentum(group["curvature"]):
         raise ValueError(
-            f"momentum={group['momentum']} with curvature={group['curvature']['name']!r}, which "
+            f"momentum={group['momentum']} with curvature={curvature_options(group['curvature'])['name']!r}, which "
             "has its own (betas[0]): use momentum=0"
         )
 

@@ -68,8 +68,9 @@ def _plain(
         return False
     if known["weight"].numel() * found.V.shape[0] * found.V.shape[2] < SMALL:
         return False
-    D = rule.joined(module, known, found.bias).to(found.V.dtype)
-    return not found.differs(D, scale, ROUNDING.get(D.dtype, 1e-5))
+    W = rule.to_matrix(module, known["weight"]).to(found.V.dtype)
+    b = known["bias"].reshape(W.shape[:2]).to(W.dtype) if found.bias else None
+    return not found.differs(W, b, scale, ROUNDING.get(W.dtype, 1e-5))
 
 
 def sampled_length(layer: Layer, known: Mapping[str, Tensor], scale: float) -> Tensor | None:

@@ -43,7 +43,9 @@ def _curvature(options: tuple[tuple[str, Any], ...]) -> Curvature:
     return CURVATURES[known.pop("name")](**known)
 
 
-def _object(options: Mapping[str, Any]) -> Curvature:
+def _object(options: str | Mapping[str, Any] | Curvature) -> Curvature:
+    if not isinstance(options, Mapping):  # set by hand in a group
+        options = curvature_options(options)
     found: Curvature = _curvature(hashable(options))
     return found
 

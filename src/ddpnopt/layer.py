@@ -18,7 +18,7 @@ from ddpnopt.layers.coordinates import Coordinates
 from ddpnopt.linearise import cast_state, flat, per_sample
 from ddpnopt.matrices import Matrices
 from ddpnopt.parameters import parameters
-from ddpnopt.positions import Gain, Kronecker, diagonal, weight_gram
+from ddpnopt.positions import Gain, Kronecker, diagonal
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks, Coupling, Policy
@@ -109,7 +109,7 @@ class Layer:
             if Coordinates.pays(V, self.rule.width(self.module)):
                 U = self.rule.inputs(self.module, x, samples)
                 found = self.coordinates[stage] = Coordinates.of(U, V, P)
-                part = weight_gram(found.inputs, found.outputs[None], P.scale)[:, 0, 0]
+                part = found.lengths(P)
                 rest = {name: one for name, one in self.gain.items() if name != "weight"}
                 if not rest:
                     return part

@@ -8,6 +8,8 @@ A vector v in h-space pulls back to the weight gradient ``sum_t v[t, o] U[t, i]`
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -29,67 +31,152 @@ def transformed(U: Tensor, T: Tensor) -> Tensor:
 
 
 def both(
-    D: Float[Tensor, "... g o i"], T_A: Float[Tensor, "g j i"], T_G: Float[Tensor, "g p o"]
+    D: Float[Tensor, "... g o i"], A: Float[Tensor, "g j i"], G: Float[Tensor, "g p o"]
 ) -> Float[Tensor, "... g p j"]:
-    """T_G D T_A^T of many matrices, in one product for each side."""
-    return transformed(transformed(D, T_A).mT, T_G).mT
+    """G D A^T of many matrices, in one product for each side."""
+    return transformed(transformed(D, A).mT, G).mT
 
 
 @dataclass(frozen=True, eq=False)
-class Kronecker:
-    """A gain P = T^T diag(scale) T with T = T_G (x) T_A on a layer's matrix.
-
-    KFAC: T_A = L_A^-1 with A = L_A L_A^T, likewise T_G, and a number as scale. EKFAC: the rows of
-    T_A and T_G are the factors' eigenvectors, and scale is a diagonal.
+class Kronecker(ABC):
+    """A gain P on a layer's matrix, made of a matrix for its inputs and one for its outputs.
 
     Attributes:
-        T_A: (g, i, i) transform of the inputs.
-        T_G: (g, o, o) transform of the outputs.
+        A: (g, i, i), for the inputs.
+        G: (g, o, o), for the outputs.
         scale: A number (while a step is traced a tensor without dimensions), or (g, o, i).
         bias: The last input is the constant 1, whose weights are the layer's bias.
     """
 
-    T_A: Tensor
-    T_G: Tensor
+    A: Tensor
+    G: Tensor
     scale: float | Tensor
     bias: bool
 
-    @property
-    def scalar(self) -> bool:
-        """Whether the scale is one number for all coordinates."""
-        return not diagonal(self.scale)
+    @abstractmethod
+    def __call__(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
+        """P D."""
+
+    @abstractmethod
+    def square(self, D: Float[Tensor, "g o i"]) -> Tensor:
+        """D^T P D, a scalar."""
+
+    @abstractmethod
+    def halves(
+        self, D: Float[Tensor, "... g o i"]
+    ) -> tuple[Float[Tensor, "... g o i"], Float[Tensor, "... g o i"]]:
+        """Many samples' weight gradients as L, R with D_r^T P D_s = L_r^T R_s, in their dtype."""
+
+    @abstractmethod
+    def gram(
+        self,
+        U: Float[Tensor, "b g t i"],
+        V: Float[Tensor, "r b g t o"],
+        inputs: Float[Tensor, "b g t i"],
+        outputs: Float[Tensor, "r b g t o"],
+    ) -> Float[Tensor, "b r r"]:
+        """`weight_gram` of inputs with the constant, and of what `transform` makes of both."""
+
+    @abstractmethod
+    def transforms_samples(self, columns: int, positions: int, outputs: int, inputs: int) -> bool:
+        """Whether per-sample gradients are cheaper to transform than all that they are made of."""
+
+    def joins(self, U: Tensor) -> Tensor:
+        """The inputs, the constant 1 among them if it joins."""
+        return torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1) if self.bias else U
 
     def transform(
         self, U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"]
     ) -> tuple[Float[Tensor, "b g t j"], Float[Tensor, "r b g t o"]]:
-        """Inputs and outputs in coordinates in which P is the number or the diagonal `scale`."""
-        if self.bias:
-            U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
-        return transformed(U, self.T_A), transformed(V, self.T_G)
-
-    def samples(self, D: Float[Tensor, "... g o i"]) -> Float[Tensor, "... g o i"]:
-        """Many samples' weight gradients in those coordinates, in their own dtype."""
-        return both(D, self.T_A, self.T_G)
-
-    def coordinates(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
-        """A weight gradient in those coordinates."""
-        D = D.to(torch.promote_types(D.dtype, self.T_G.dtype))
-        T_A, T_G = self.T_A.to(D.dtype), self.T_G.to(D.dtype)
-        return torch.bmm(torch.bmm(T_G, D), T_A.mT)
-
-    def __call__(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
-        """P D."""
-        scaled = self.coordinates(D) * self.scale
-        T_A, T_G = self.T_A.to(scaled.dtype), self.T_G.to(scaled.dtype)
-        return torch.bmm(torch.bmm(T_G.mT, scaled), T_A)
-
-    def square(self, D: Float[Tensor, "g o i"]) -> Tensor:
-        """D^T P D, a scalar."""
-        return (self.coordinates(D).square() * self.scale).sum()
+        """A u of inputs that have the constant, G v of outputs."""
+        return transformed(U, self.A), transformed(V, self.G)
 
     def times(self, factor: float | Tensor) -> Kronecker:
         """The gain times a number."""
         return self if same(factor, 1.0) else replace(self, scale=self.scale * factor)
+
+    def _both(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
+        """G D A^T in the more precise dtype."""
+        D = D.to(torch.promote_types(D.dtype, self.G.dtype))
+        return torch.bmm(torch.bmm(self.G.to(D.dtype), D), self.A.to(D.dtype).mT)
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Kronecker):
+    """P = scale G (x) A of symmetric matrices, scale a number: KFAC, with the factors' inverses."""
+
+    def __call__(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
+        """Two products."""
+        return self._both(D) * self.scale
+
+    def square(self, D: Float[Tensor, "g o i"]) -> Tensor:
+        """D . P D."""
+        return (self._both(D) * D).sum() * self.scale
+
+    def halves(
+        self, D: Float[Tensor, "... g o i"]
+    ) -> tuple[Float[Tensor, "... g o i"], Float[Tensor, "... g o i"]]:
+        """P D, and D itself."""
+        return both(D, self.A, self.G) * self.scale, D
+
+    def gram(
+        self,
+        U: Float[Tensor, "b g t i"],
+        V: Float[Tensor, "r b g t o"],
+        inputs: Float[Tensor, "b g t i"],
+        outputs: Float[Tensor, "r b g t o"],
+    ) -> Float[Tensor, "b r r"]:
+        """Pairs of positions, (U A U^T) . (V G V^T), or the samples' gradients."""
+        columns, positions = V.shape[0], U.shape[2]
+        form = columns * positions * V.shape[-1] * U.shape[-1]
+        if pairs_of(columns, positions, V.shape[-1], U.shape[-1]) <= 2 * form:
+            K = inputs @ U.mT
+            return torch.einsum("rbgto,sbgto->brs", K @ V, outputs) * self.scale
+        return _samples_gram(U, V, self.scale, (inputs, outputs))
+
+    def transforms_samples(self, columns: int, positions: int, outputs: int, inputs: int) -> bool:
+        """G D A of each; or A u and G v, and then pairs of positions, or both kinds of matrices."""
+        form = columns * positions * outputs * inputs
+        pairs = pairs_of(columns, positions, outputs, inputs)
+        return transforms_samples(columns, positions, outputs, inputs, min(2 * form, pairs))
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Kronecker):
+    """P = T^T diag(scale) T, T = G (x) A, scale (g, o, i): EKFAC, in the factors' eigenbases."""
+
+    scale: Tensor
+
+    def __call__(self, D: Float[Tensor, "g o i"]) -> Float[Tensor, "g o i"]:
+        """There and back."""
+        scaled = self._both(D) * self.scale
+        return torch.bmm(torch.bmm(self.G.to(scaled.dtype).mT, scaled), self.A.to(scaled.dtype))
+
+    def square(self, D: Float[Tensor, "g o i"]) -> Tensor:
+        """Of the coordinates."""
+        return (self._both(D).square() * self.scale).sum()
+
+    def halves(
+        self, D: Float[Tensor, "... g o i"]
+    ) -> tuple[Float[Tensor, "... g o i"], Float[Tensor, "... g o i"]]:
+        """The coordinates, scaled and as they are."""
+        found = both(D, self.A, self.G)
+        return found * self.scale, found
+
+    def gram(
+        self,
+        U: Float[Tensor, "b g t i"],
+        V: Float[Tensor, "r b g t o"],
+        inputs: Float[Tensor, "b g t i"],
+        outputs: Float[Tensor, "r b g t o"],
+    ) -> Float[Tensor, "b r r"]:
+        """That of a diagonal gain, in the coordinates."""
+        return weight_gram(inputs, outputs, self.scale)
+
+    def transforms_samples(self, columns: int, positions: int, outputs: int, inputs: int) -> bool:
+        """T_G D T_A^T of each; or T_A u and T_G v, and the gradients of those."""
+        form = columns * positions * outputs * inputs
+        return transforms_samples(columns, positions, outputs, inputs, form)
 
 
 #: Elements of per-sample gradients that are formed together.
@@ -132,59 +219,74 @@ def weight_gram(
         V: Columns in h-space.
         gain: P, a number, a tensor of shape (g, o, i), or a Kronecker product.
     """
+    columns, positions, outputs, inputs = V.shape[0], U.shape[2], V.shape[-1], U.shape[-1]
     if isinstance(gain, Kronecker):
-        if transforms_samples(V.shape[0], U.shape[2], V.shape[-1], U.shape[-1], gain.scalar):
-            U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1) if gain.bias else U
-            return _samples_gram(U, V, gain)
-        U, V = gain.transform(U, V)
-        gain = gain.scale
-    _, _, positions, inputs = U.shape
-    columns, outputs = V.shape[0], V.shape[-1]
+        samples = gain.transforms_samples(columns, positions, outputs, inputs)
+        U = gain.joins(U)
+        return _samples_gram(U, V, gain) if samples else gain.gram(U, V, *gain.transform(U, V))
     if diagonal(gain) and positions == 1:
         D = torch.einsum("bgi,goi->bgo", U[:, :, 0].square(), gain)
         v = V[:, :, :, 0]
         return torch.einsum("rbgo,sbgo->brs", v * D, v)
-    pairs = positions * (inputs + columns * outputs)
-    if not diagonal(gain) and pairs <= columns * inputs * outputs:
+    pairs = pairs_of(columns, positions, outputs, inputs)
+    if not diagonal(gain) and pairs <= columns * positions * inputs * outputs:
         K = U @ U.transpose(-1, -2)
         return torch.einsum("rbgto,sbgto->brs", K @ V, V) * gain
     return _samples_gram(U, V, gain)
 
 
+def pairs_of(columns: int, positions: int, outputs: int, inputs: int) -> int:
+    """Multiply-adds of one sample by pairs of positions, under a gain that is a number."""
+    return positions**2 * (inputs + columns * outputs)
+
+
 def transforms_samples(
-    columns: int, positions: int, outputs: int, inputs: int, scalar: bool
+    columns: int, positions: int, outputs: int, inputs: int, afterwards: int
 ) -> bool:
     """Whether per-sample gradients are cheaper to transform than all that they are made of.
 
-    Multiply-adds of one sample. The columns' gradients, and T_G D T_A^T of each; or T_A u and T_G v
-    at all positions, and then the gradients or, with a scalar gain, products of pairs.
+    Multiply-adds of one sample: the columns' gradients, and two products with each; or one for
+    each input and each output, and what is made of these afterwards.
     """
     form = columns * positions * outputs * inputs
     matrices = form + columns * outputs * inputs * (outputs + inputs)
-    pairs = positions**2 * (inputs + columns * outputs)
-    vectors = positions * (inputs**2 + columns * outputs**2)
-    return matrices < vectors + (min(form, pairs) if scalar else form)
+    return matrices < positions * (inputs**2 + columns * outputs**2) + afterwards
 
 
 def _samples_gram(
-    U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"], gain: Gain
+    U: Float[Tensor, "b g t i"],
+    V: Float[Tensor, "r b g t o"],
+    gain: Gain,
+    other: tuple[Float[Tensor, "b g t i"], Float[Tensor, "r b g t o"]] | None = None,
 ) -> Float[Tensor, "b r r"]:
-    """`weight_gram` by the per-sample gradients, some at a time: each is as large as the weight."""
+    """`weight_gram` by the per-sample gradients, some at a time: each is as large as the weight.
+
+    With other inputs and outputs the products are of theirs and these.
+    """
     elements = V.shape[0] * V.shape[2] * V.shape[-1] * U.shape[-1]
     step = max(1, AT_ONCE // max(1, elements))
+    ways = [(U, V)] if other is None else [(U, V), other]
+    split = [zip(torch.split(u, step), torch.split(v, step, 1), strict=True) for u, v in ways]
     parts = []
-    for u, v in zip(torch.split(U, step), torch.split(V, step, 1), strict=True):
-        parts.append(matrices_gram(sample_gradients(u, v), gain))
+    for some in zip(*split, strict=True):
+        parts.append(matrices_gram(*(sample_gradients(u, v) for u, v in some), gain=gain))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def matrices_gram(G: Float[Tensor, "r b g o i"], gain: Gain) -> Float[Tensor, "b r r"]:
+def matrices_gram(
+    G: Float[Tensor, "r b g o i"], other: Float[Tensor, "r b g o i"] | None = None, *, gain: Gain
+) -> Float[Tensor, "b r r"]:
     """Gram matrices of per-sample weight gradients, the constant's among them if it joins."""
+    left, right = (G, G) if other is None else (other, G)
     if isinstance(gain, Kronecker):
-        G, gain = gain.samples(G), gain.scale
+        (left, right), gain = gain.halves(G), 1.0
+    elif diagonal(gain):
+        left, gain = G * gain, 1.0
     if len(G) == 1:
-        return (G[0].square() * gain).flatten(1).sum(1)[:, None, None]
-    return torch.einsum("rbgoi,sbgoi->brs", G * gain, G)
+        found = (left[0] * right[0]).flatten(1).sum(1)[:, None, None]
+    else:
+        found = torch.einsum("rbgoi,sbgoi->brs", left, right)
+    return found if same(gain, 1.0) else found * gain
 
 
 def bias_gram(V: Float[Tensor, "r b g t o"], gain: float | Tensor) -> Float[Tensor, "b r r"]:
@@ -209,7 +311,8 @@ def weight_squares(
     """
     if basis is not None:
         T_A, T_G = (T.to(U.dtype) for T in basis)
-        if transforms_samples(1, U.shape[2], V.shape[-1], U.shape[-1] + bias, scalar=False):
+        sizes = U.shape[2], V.shape[-1], U.shape[-1] + bias
+        if transforms_samples(1, *sizes, math.prod(sizes)):
             D = sample_gradients(U, V[None])[0]
             D = torch.cat([D, V.sum(2)[..., None]], -1) if bias else D
             return both(D, T_A, T_G).square().sum(0)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ddpnopt.arguments import tensors_of
 from ddpnopt.layers import LayerRule, MatrixRule, registered
-from ddpnopt.positions import Kronecker
+from ddpnopt.positions import Diagonal, Product
 from ddpnopt.typing import Tensor
 
 COLUMNS = 3
@@ -164,16 +164,20 @@ class _Check:
         T_A = torch.randn(groups, width, width, dtype=W.dtype)
         T_G = torch.randn(groups, outputs, outputs, dtype=W.dtype)
         scale = torch.rand(groups, outputs, width, dtype=W.dtype)
-        P = Kronecker(T_A, T_G, scale, bias)
         joined = "bias, weight" if bias else "weight"
         flat = [
             {n: g[r, b] for n, g in G.items()} for r in range(COLUMNS) for b in range(self.samples)
         ]
-        D = torch.stack([P.coordinates(rule.joined(self.module, one, bias)) for one in flat])
-        D = (D * scale.sqrt()).reshape(COLUMNS, self.samples, -1)
-        expected = torch.einsum("rbi,sbi->brs", D, D)
-        ours = rule.gram(self.module, self.x, self.V, {"weight": P}, self.samples)
-        self._same(f"gram, Kronecker gain of {joined}", ours, expected)
+        D = torch.stack([T_G @ rule.joined(self.module, one, bias) @ T_A.mT for one in flat])
+        product = Product(T_A.mT @ T_A, T_G.mT @ T_G, 0.7, bias)
+        for P, weight in ((Diagonal(T_A, T_G, scale, bias), scale), (product, 0.7)):
+            rows = (
+                D.reshape(COLUMNS, self.samples, -1),
+                (D * weight).reshape(COLUMNS, self.samples, -1),
+            )
+            expected = torch.einsum("rbi,sbi->brs", *rows)
+            ours = rule.gram(self.module, self.x, self.V, {"weight": P}, self.samples)
+            self._same(f"gram, Kronecker gain of {joined}", ours, expected)
 
     def _same(self, place: str, ours: Tensor, theirs: Tensor) -> None:
         name = f"{type(self.rule).__name__}.{place}"

@@ -99,3 +99,24 @@ def test_states_from_before_the_option() -> None:
             F.cross_entropy(m(x), y).backward()
             o.step()
     assert_same(model, twin)
+
+
+def test_another_curvatures_state_is_decomposed_anew() -> None:
+    """KFAC's inverses are no eigenbasis: what a state does not hold is made at once."""
+    model, batches = net(), data(8)
+    opt = DDPNOpt(model, lr=0.02, curvature=curvature.KFAC(update_every=7))
+    train(model, opt, batches)
+    for kind in (curvature.EKFAC, curvature.KFAC):
+        for group in opt.param_groups:
+            group["curvature"] = kind(update_every=7, statistics_every=7)
+        train(model, opt, batches[:1])  # no step in which either would measure or decompose
+        state = opt.state[next(model.parameters())]
+        if kind is curvature.EKFAC:
+            D = state["T_A"] @ state["A"] @ state["T_A"].mT
+            torch.testing.assert_close(D, torch.diag_embed(D.diagonal(dim1=-2, dim2=-1)))
+            assert state["scale"].shape[1:] == (state["G"].shape[1], state["A"].shape[1])
+        else:
+            identity = torch.eye(len(state["A"][0]), dtype=torch.float64)
+            rest = identity - state["A_inverse"][0] @ state["A"][0]
+            ratio = rest @ torch.linalg.inv(state["A_inverse"][0])  # what damping adds to A
+            torch.testing.assert_close(ratio, ratio[0, 0] * identity)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt
 from ddpnopt.layers import registered, rule_for
-from ddpnopt.positions import Gain, Kronecker
+from ddpnopt.positions import Gain, Product
 from ddpnopt.testing import check_layer
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -48,8 +48,9 @@ def test_a_subclass_counts_if_its_function_is_the_same() -> None:
     assert registered(Scaled(3, 4)) is None
 
 
-def kronecker() -> Kronecker:
-    return Kronecker(torch.rand(1, 5, 5).double(), torch.rand(1, 3, 3).double(), 0.4, True)
+def kronecker() -> Product:
+    A, G = torch.rand(1, 5, 5).double(), torch.rand(1, 3, 3).double()
+    return Product(A @ A.mT, G @ G.mT, 0.4, True)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4)])

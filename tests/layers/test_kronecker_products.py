@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ddpnopt import DDPNOpt, positions
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule, conv, rule_for
-from ddpnopt.positions import Kronecker, weight_squares
+from ddpnopt.positions import Diagonal, Kronecker, Product, weight_squares
 from oracles.common import assert_same
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -41,8 +41,7 @@ WAYS = (True, False, None)
 def forced(way: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the choice between samples' gradients and positions; None leaves it to the count."""
     if way is not None:
-        for module in (positions, conv):
-            monkeypatch.setattr(module, "transforms_samples", lambda *args, **options: way)
+        monkeypatch.setattr(positions, "transforms_samples", lambda *args: way)
 
 
 def case(name: str, columns: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -73,15 +72,16 @@ def matrices(module: nn.Module, x: Tensor, V: Tensor, bias: bool) -> Tensor:
 
 def explicit(P: Kronecker, j: int) -> Tensor:
     """P of one group as one matrix."""
-    T = torch.kron(P.T_G[j], P.T_A[j])
-    scale = P.scale[j].flatten() if isinstance(P.scale, Tensor) else P.scale
-    return T.mT @ (scale * torch.eye(len(T), dtype=T.dtype)) @ T
+    T = torch.kron(P.G[j], P.A[j])
+    return T.mT @ torch.diag(P.scale[j].flatten()) @ T if isinstance(P, Diagonal) else T * P.scale
 
 
 def gain(D: Tensor, diagonal: bool, bias: bool) -> Kronecker:
     _, _, g, o, i = D.shape
-    T_A, T_G = torch.randn(g, i, i).double(), torch.randn(g, o, o).double()
-    return Kronecker(T_A, T_G, torch.rand(g, o, i).double() if diagonal else 0.7, bias)
+    A, G = torch.randn(g, i, i).double(), torch.randn(g, o, o).double()
+    if diagonal:
+        return Diagonal(A, G, torch.rand(g, o, i).double(), bias)
+    return Product(A @ A.mT, G @ G.mT, 0.7, bias)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -136,8 +136,8 @@ def test_squares(name: str, way: bool | None, monkeypatch: pytest.MonkeyPatch) -
     D = matrices(module, x, V, False)
     P = gain(D, True, False)
     U, columns = rule.inputs(module, x, len(x)), rule.outputs(module, V, len(x))
-    found = weight_squares(U, columns[0], (P.T_A, P.T_G))
-    expected = torch.stack([P.coordinates(one).square() for one in D[0]]).sum(0)
+    found = weight_squares(U, columns[0], (P.A, P.G))
+    expected = (P.G @ D[0] @ P.A.mT).square().sum(0)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -149,10 +149,10 @@ def test_the_cheaper_way_is_taken() -> None:
                 form, change = r * t * o * i, r * (o * i * i + o * o * i)
                 vectors = t * i * i + r * t * o * o
                 pairs = t * t * i + r * t * t * o
-                for scalar in (True, False):
-                    other = vectors + (min(form, pairs) if scalar else form)
-                    taken = positions.transforms_samples(r, t, o, i, scalar)
-                    assert taken == (form + change < other)
+                for kind, afterwards in ((Product, min(2 * form, pairs)), (Diagonal, form)):
+                    P = kind(torch.eye(i)[None], torch.eye(o)[None], torch.ones(1, o, i), False)
+                    taken = P.transforms_samples(r, t, o, i)
+                    assert taken == (form + change < vectors + afterwards)
 
 
 def net() -> nn.Sequential:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpnopt import DDPNOpt, Feedback
-from ddpnopt.curvature.factorisation import DAMPINGS, eigenvectors, inverse_factor
+from ddpnopt.curvature.factorisation import DAMPINGS, eigenvectors, inverse
 from ddpnopt.errors import DDPNOptWarning, NonFiniteError, TerminalError
 from ddpnopt.recognition import Recogniser
 from ddpnopt.value.backups import scalar_backup
@@ -174,14 +174,14 @@ def test_factors_of_any_condition(
     spectrum = torch.logspace(0, -exponent, n, dtype=torch.float64)
     A = ((Q * spectrum) @ Q.T * scale).to(dtype)[None]
     A = (A + A.mT) / 2
-    T, again = inverse_factor(A)
+    S, again = inverse(A)
     E, _ = eigenvectors(A)
     identity = torch.eye(n, dtype=dtype)
-    assert bool(T.isfinite().all())
+    assert bool(S.isfinite().all())
     torch.testing.assert_close(E[0] @ E[0].T, identity, atol=1e-4, rtol=0)
     if condition <= 1e4:
         assert not again
-        torch.testing.assert_close(T[0] @ A[0] @ T[0].T, identity, atol=2e-2, rtol=0)
+        torch.testing.assert_close(S[0] @ A[0], identity, atol=2e-2, rtol=0)
 
 
 def test_a_factorisation_is_retried_with_growing_damping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,13 +193,13 @@ def test_a_factorisation_is_retried_with_growing_damping(monkeypatch: pytest.Mon
         return matrix, torch.ones(1, dtype=torch.int32)
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", never)
-    T, failed = inverse_factor(A)
+    S, failed = inverse(A)
     assert failed == 1
     assert seen[0] == 0 and seen == sorted(seen) and len(seen) == 1 + len(DAMPINGS)
     assert seen[-1] == pytest.approx(DAMPINGS[-1] * torch.finfo(A.dtype).eps * 3, rel=1e-2)
-    torch.testing.assert_close(T.mT @ T, torch.linalg.inv(A))  # by its eigenvalues
+    torch.testing.assert_close(S, torch.linalg.inv(A))  # by its eigenvalues
     with pytest.raises(NonFiniteError):
-        inverse_factor(A * torch.nan)
+        inverse(A * torch.nan)
 
 
 def test_failed_factorisations_are_counted_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

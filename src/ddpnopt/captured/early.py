@@ -104,8 +104,14 @@ def sample_of(tensors: list[Tensor], first: int | None = None) -> Tensor:
     if all([step == 1 for step in steps]):
         every: Tensor = torch._C._nn.flatten_dense_tensors(asked)
         return every
-    pairs = zip(asked, steps[:first], strict=True)
-    return torch.cat([t.detach().reshape(-1)[::step] for t, step in pairs])
+    return torch.cat([_every(t, step) for t, step in zip(asked, steps[:first], strict=True)])
+
+
+def _every(t: Tensor, step: int) -> Tensor:
+    """Every n-th value in the order of the indices; only these are read of any layout."""
+    if step == 1 or t.is_contiguous():
+        return t.detach().reshape(-1)[::step]
+    return t.detach().take(torch.arange(0, t.numel(), step, device=t.device))
 
 
 def steps_through(tensors: Iterable[Tensor]) -> list[int]:

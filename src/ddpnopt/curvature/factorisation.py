@@ -18,14 +18,14 @@ from ddpnopt.typing import Tensor
 DAMPINGS = (1e1, 1e2, 1e3)
 
 
-def inverse_factor(A: Tensor) -> tuple[Tensor, int]:
-    """T with T^T T = A^-1, by Cholesky; where that fails, damped, then by clipped eigenvalues.
+def inverse(A: Tensor) -> tuple[Tensor, int]:
+    """A^-1 by Cholesky; where that fails, damped, then by clipped eigenvalues.
 
     Args:
         A: (g, n, n), symmetric positive definite up to rounding.
 
     Returns:
-        T, and whether it was not to be had at once (0 or 1).
+        A^-1, contiguous, and whether it was not to be had at once (0 or 1).
 
     Raises:
         NonFiniteError: A is not finite.
@@ -33,14 +33,13 @@ def inverse_factor(A: Tensor) -> tuple[Tensor, int]:
     for failed, damped in enumerate(_damped(A)):
         L, info = torch.linalg.cholesky_ex(damped)
         if not anything(info):
-            identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
-            T = torch.linalg.solve_triangular(L, identity, upper=False)
-            if failed == 0 or bool(T.isfinite().all()):
-                return T, min(failed, 1)
+            found = torch.cholesky_inverse(L).contiguous()
+            if failed == 0 or bool(found.isfinite().all()):
+                return found, min(failed, 1)
     eigenvalues, Q = _careful(A)
     smallest = torch.finfo(A.dtype).eps * eigenvalues.amax(-1, keepdim=True).clamp(min=0)
     floor = smallest.clamp(min=torch.finfo(A.dtype).tiny)
-    return (Q * eigenvalues.clamp(min=floor).rsqrt().unsqueeze(-2)).mT.to(A), 1
+    return ((Q / eigenvalues.clamp(min=floor).unsqueeze(-2)) @ Q.mT).to(A).contiguous(), 1
 
 
 def eigenvectors(A: Tensor) -> tuple[Tensor, int]:

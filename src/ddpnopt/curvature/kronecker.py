@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 
 from ddpnopt.curvature.base import Curvature, Rate, State, momentum_step
-from ddpnopt.curvature.factorisation import eigenvectors, inverse_factor
-from ddpnopt.positions import Kronecker, weight_squares
+from ddpnopt.curvature.factorisation import eigenvectors, inverse
+from ddpnopt.positions import Diagonal, Kronecker, Product, weight_squares
 from ddpnopt.ranges import check_number, count, positive, share
 from ddpnopt.typing import Tensor
 
@@ -62,8 +62,10 @@ class Joint(Curvature):
     statistics_every: int = 1
 
     counts: ClassVar[tuple[str, ...]] = ("step", "fallbacks")
-    #: What of a layer's state a step without statistics leaves as it is.
-    _kept: ClassVar[tuple[str, ...]] = ("A", "G", "T_A", "T_G")
+    #: What of a layer's state is made of A and G where they are decomposed.
+    _made: ClassVar[tuple[str, ...]]
+    #: What else a step without statistics leaves as it is.
+    _kept: ClassVar[tuple[str, ...]] = ("A", "G")
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -110,7 +112,8 @@ class Joint(Curvature):
             inputs: Width of A.
         """
         k = state.get("step", 0) + 1
-        known = "A" in state and state["A"].shape[-1] == inputs
+        known = all(name in state for name in (*self._kept, *self._made))
+        known = known and state["A"].shape[-1] == inputs
         return not known or _latest(k, self.statistics_every) == k
 
     def joint(
@@ -133,7 +136,7 @@ class Joint(Curvature):
             counted: Sums tensors and whole numbers over the ranks.
 
         Returns:
-            A, G, T_A, T_G, step, fallbacks, and what the subclass adds.
+            A, G, what is made of them, step and fallbacks.
 
         Raises:
             NonFiniteError: A factor that is to be inverted is not finite.
@@ -142,14 +145,14 @@ class Joint(Curvature):
         if outer is not None and "A" in state and state["A"].shape != outer[0].shape:
             state = {}  # a bias has joined or left the matrix: other statistics
         k = state.get("step", 0) + 1
-        new = {name: state.get(name) for name in self._kept}
+        new = {name: state.get(name) for name in (*self._kept, *self._made)}
         new |= {"step": k, "fallbacks": state.get("fallbacks", 0)}
         if outer is not None:
             (A, G), (rows,) = counted(outer, [rows])
             updates = _updates(k, self.statistics_every)
             new["A"] = self._mean(new["A"], A / max(samples, 1), updates)
             new["G"] = self._mean(new["G"], G / max(rows, 1), updates)
-        if self._decomposes(k):
+        if self._decomposes(k) or any(new[name] is None for name in self._made):
             self._decompose(state, new)
         if factors is not None:
             self._measure(new, factors, bias, samples, counted)
@@ -172,7 +175,7 @@ class Joint(Curvature):
 
     @abstractmethod
     def _decompose(self, state: State, new: dict[str, Any]) -> None:
-        """Make T_A and T_G of the present A and G."""
+        """Make what the gain is made of from the present A and G."""
 
     def _measure(
         self,
@@ -182,7 +185,7 @@ class Joint(Curvature):
         samples: int,
         counted: Counted,
     ) -> None:
-        """What is measured in the coordinates of T_A and T_G besides: nothing here."""
+        """What is measured besides, in coordinates that A and G have given: nothing here."""
         return None
 
     @abstractmethod
@@ -202,22 +205,24 @@ class KFAC(Joint):
     """
 
     name: ClassVar[str] = "kfac"
+    _made: ClassVar[tuple[str, ...]] = ("A_inverse", "G_inverse")
 
     def _decompose(self, state: State, new: dict[str, Any]) -> None:
-        """T_A = L^-1 of the damped factor A = L L^T, likewise T_G."""
+        """The damped factors' inverses."""
         A, G = new["A"], new["G"]
         a, g = (F.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] for F in (A, G))
         known = (a > 0) & (g > 0)
         pi = torch.where(known, (a / g.clamp(min=torch.finfo(g.dtype).tiny)).sqrt(), 1.0)
         root = self.damping**0.5
-        for name, F, extra in (("T_A", A, pi * root), ("T_G", G, root / pi)):
+        for name, F, extra in zip(self._made, (A, G), (pi * root, root / pi), strict=True):
             identity = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
-            new[name], failed = inverse_factor(F + extra * identity)
+            new[name], failed = inverse(F + extra * identity)
             new["fallbacks"] += failed
 
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
-        """A number in the coordinates of the Cholesky factors."""
-        return Kronecker(joint["T_A"], joint["T_G"], eta, bias)
+        """The inverses' Kronecker product, times eta."""
+        A, G = (joint[name] for name in self._made)
+        return Product(A, G, eta, bias)
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,7 @@ class EKFAC(Joint):
 
     name: ClassVar[str] = "ekfac"
     basis: ClassVar[tuple[str, ...]] = ("T_A", "T_G", "scale")
+    _made: ClassVar[tuple[str, ...]] = ("T_A", "T_G")
     _kept: ClassVar[tuple[str, ...]] = (*Joint._kept, "scale")
 
     def _decompose(self, state: State, new: dict[str, Any]) -> None:
@@ -238,6 +244,8 @@ class EKFAC(Joint):
             Q, failed = eigenvectors(F)
             new[name] = Q.mT.contiguous()
             new["fallbacks"] += failed
+        if any(name not in state for name in self._made):
+            new["scale"] = None  # of an unknown basis
         if new["scale"] is not None and self.decay > 0:  # with 0 nothing of it stays
             R_A = (new["T_A"] @ state["T_A"].mT).square()
             R_G = (new["T_G"] @ state["T_G"].mT).square()
@@ -261,7 +269,7 @@ class EKFAC(Joint):
     def gain(self, joint: State, eta: float, bias: bool) -> Kronecker:
         """A diagonal in the eigenbasis."""
         scale = (joint["scale"] + self.damping).reciprocal_().mul_(eta)
-        return Kronecker(joint["T_A"], joint["T_G"], scale, bias)
+        return Diagonal(joint["T_A"], joint["T_G"], scale, bias)
 
 
 def _latest(k: int, every: int) -> int:

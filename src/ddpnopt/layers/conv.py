@@ -21,7 +21,6 @@ from ddpnopt.positions import (
     diagonal,
     matrices_gram,
     scalar,
-    transforms_samples,
 )
 from ddpnopt.typing import Tensor
 
@@ -183,7 +182,7 @@ class ConvRule(ConvolutionRule):
         bias = None
         if isinstance(P, Kronecker):
             taps, sums, matrices = tap_matrices(conv, x, V, P.bias)
-            total, weight = matrices_gram(matrices, P), taps[:, :, :, 0]
+            total, weight = matrices_gram(matrices, gain=P), taps[:, :, :, 0]
             bias = None if sums is None else sums[0]
         else:
             total, kept = tap_gram(conv, x, V, P, keep=True)
@@ -206,7 +205,7 @@ class ConvRule(ConvolutionRule):
         outputs, inputs = V.shape[2] // conv.groups, conv.weight[0].numel()
         columns = V.shape[0]
         if isinstance(P, Kronecker):
-            return transforms_samples(columns, positions, outputs, inputs, P.scalar)
+            return P.transforms_samples(columns, positions, outputs, inputs)
         few = positions * (inputs + columns * outputs) <= columns * inputs * outputs
         return diagonal(P) or not few
 
@@ -302,7 +301,7 @@ def _kronecker_gram(conv: _Conv, x: Tensor, V: Tensor, P: Kronecker) -> Tensor:
     """(n, r, r), some samples at a time: their gradients are as large as the weight each."""
     step = max(1, AT_ONCE // (V.shape[0] * conv.weight.numel()))
     parts = [
-        matrices_gram(tap_matrices(conv, one, columns, P.bias)[2], P)
+        matrices_gram(tap_matrices(conv, one, columns, P.bias)[2], gain=P)
         for one, columns in zip(torch.split(x, step), torch.split(V, step, 1), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: MIT
 """A layer's per-sample gradients in the coordinates of a Kronecker-factored curvature.
 
-With a gain P = T^T S T, T = T_G (x) T_A, the sums of re-weighted samples that a step needs are
-products of transformed inputs and outputs. Where the samples' positions are fewer than the matrix
-has rows, that is far cheaper than transforming the matrix.
+The sums of re-weighted samples that a step needs are products of transformed inputs and outputs:
+of A^-1 u and G^-1 v under KFAC, of coordinates in the eigenbasis under EKFAC. Where the samples'
+positions are fewer than the matrix has rows, that is far cheaper than transforming the matrix.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from ddpnopt.decisions import holds
-from ddpnopt.positions import Kronecker, transformed
+from ddpnopt.positions import Kronecker, Product
 from ddpnopt.typing import Float, Tensor
 
 #: The golden angle: multiples of it never repeat.
@@ -27,8 +28,8 @@ class Coordinates:
     Attributes:
         U: (b, g, t, i) inputs at each position, the constant 1 among them if it joins.
         V: (b, g, t, o) gradients at each position.
-        inputs: U in the coordinates of the gain.
-        outputs: V in them.
+        inputs: A U of the gain's A.
+        outputs: G V.
         bias: The constant is among the inputs.
     """
 
@@ -43,9 +44,8 @@ class Coordinates:
         U: Float[Tensor, "b g t i"], V: Float[Tensor, "b g t o"], gain: Kronecker
     ) -> Coordinates:
         """The coordinates of a gain, whose own U has no constant yet."""
+        U = gain.joins(U)
         inputs, outputs = gain.transform(U, V[None])
-        if gain.bias:
-            U = torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
         return Coordinates(U, V, inputs, outputs[0], gain.bias)
 
     @staticmethod
@@ -58,47 +58,75 @@ class Coordinates:
         """The batch's plain gradient."""
         return _product(self.V, self.U)
 
-    def differs(self, D: Float[Tensor, "g o i"], scale: float, tolerance: float) -> bool:
+    def differs(
+        self,
+        weight: Float[Tensor, "g o w"],
+        bias: Float[Tensor, "g o"] | None,
+        scale: float,
+        tolerance: float,
+    ) -> bool:
         """Whether a matrix is another one than the plain gradient times a number.
 
         Both are tried on one vector (Freivalds 1977), for a product of vectors in place of one of
         matrices. What is not orthogonal to it by design is seen at its own length.
 
         Args:
-            D: The matrix.
+            weight: The matrix, without the column of the constant.
+            bias: That column, if the constant is among the inputs.
             scale: The number.
-            tolerance: As a share of D: less is rounding.
+            tolerance: As a share of the matrix: less is rounding.
         """
-        places = torch.arange(1, D.shape[-1] + 1, dtype=D.dtype, device=D.device)
+        width = weight.shape[-1]
+        places = torch.arange(1, self.U.shape[-1] + 1, dtype=weight.dtype, device=weight.device)
         r = (places * GOLDEN).sin() * 2**0.5
         rows = torch.einsum("bgto,bgt->go", self.V, self.U @ r.to(self.U.dtype))
-        off, whole = torch._foreach_norm([D @ r - rows * scale, D])
-        return holds(off > tolerance * whole)
+        own, parts = weight @ r[:width], [weight]
+        if bias is not None:
+            own, parts = own + bias * r[width], [weight, bias]
+        off, *sizes = torch._foreach_norm([own - rows * scale, *parts])
+        return holds(off > tolerance * torch.linalg.vector_norm(torch.stack(sizes)))
+
+    def lengths(self, gain: Kronecker) -> Float[Tensor, " b"]:
+        """g_u^T P g_u of each sample."""
+        return gain.gram(self.U, self.V[None], self.inputs, self.outputs[None])[:, 0, 0]
+
+    @cached_property
+    def pairs(self) -> Float[Tensor, "n n"]:
+        """(u_i^T A^-1 u_j) (v_i^T G^-1 v_j) of all samples and positions, under KFAC."""
+        U, A_U, V, G_V = (_rows(one) for one in (self.U, self.inputs, self.V, self.outputs))
+        found = (A_U @ U.mT) * (G_V @ V.mT)
+        return found[0] if len(found) == 1 else found.sum(0)
 
     def length(self, gain: Kronecker, weight: Float[Tensor, " b"] | None = None) -> Tensor:
         """d^T P d of d = sum_i weight_i g_u,i; the plain gradient where no weight is given."""
-        outputs = self.outputs
-        if weight is not None:
-            outputs = outputs * weight.to(outputs.dtype)[:, None, None, None]
-        if not gain.scalar:
-            return (_product(outputs, self.inputs).square() * gain.scale).sum()
-        U, V = (one.transpose(0, 1).flatten(1, 2) for one in (self.inputs, outputs))
-        return ((U @ U.mT) * (V @ V.mT)).sum() * gain.scale
+        if isinstance(gain, Product):
+            if weight is None:
+                return self.pairs.sum() * gain.scale
+            w = weight.to(self.pairs)[:, None].expand(-1, self.V.shape[2]).reshape(-1)
+            return (self.pairs @ w) @ w * gain.scale
+        return (_product(self._weighted(weight), self.inputs).square() * gain.scale).sum()
 
     def direction(self, gain: Kronecker, weight: Float[Tensor, " b"]) -> Float[Tensor, "g o i"]:
         """P sum_i weight_i g_u,i."""
-        outputs = self.outputs * weight.to(self.outputs.dtype)[:, None, None, None]
-        if not gain.scalar:
-            T_A, T_G = gain.T_A.to(outputs.dtype), gain.T_G.to(outputs.dtype)
-            return T_G.mT @ (_product(outputs, self.inputs) * gain.scale) @ T_A
-        back = transformed(outputs, gain.T_G.mT), transformed(self.inputs, gain.T_A.mT)
-        return _product(*back) * gain.scale
+        found = _product(self._weighted(weight), self.inputs) * gain.scale
+        if isinstance(gain, Product):
+            return found
+        return gain.G.to(found.dtype).mT @ found @ gain.A.to(found.dtype)
+
+    def _weighted(self, weight: Float[Tensor, " b"] | None) -> Float[Tensor, "b g t p"]:
+        if weight is None:
+            return self.outputs
+        return self.outputs * weight.to(self.outputs.dtype)[:, None, None, None]
+
+
+def _rows(one: Float[Tensor, "b g t i"]) -> Float[Tensor, "g n i"]:
+    """All samples' positions."""
+    return one.transpose(0, 1).flatten(1, 2)
 
 
 def _product(V: Float[Tensor, "b g t o"], U: Float[Tensor, "b g t i"]) -> Float[Tensor, "g o i"]:
     """Sum over samples and positions of v u^T, by group."""
-    rows, columns = (one.transpose(0, 1).flatten(1, 2) for one in (V, U))
-    return rows.mT @ columns
+    return _rows(V).mT @ _rows(U)
 
 
 def unlike(

@@ -12,7 +12,7 @@ from torch import nn
 from ddpnopt.decisions import is_zero
 from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.layers.registry import register
-from ddpnopt.positions import Gain, Kronecker, diagonal, scalar
+from ddpnopt.positions import Diagonal, Gain, Kronecker, Product, diagonal, scalar
 from ddpnopt.typing import Tensor
 
 
@@ -139,12 +139,11 @@ class LinearRule(MatrixRule):
 
 
 def _kronecker_curvature(P: Kronecker, x: Tensor) -> Tensor:
-    """T_G^T diag_o(sum_j scale_oj (T_A x)_j^2) T_G for each sample."""
-    if P.bias:
-        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-    squares = (x @ P.T_A[0].to(x.dtype).mT).square()
-    T_G = P.T_G[0].to(x.dtype)
-    if diagonal(P.scale):
-        rows = squares @ P.scale[0].to(x.dtype).mT
-        return T_G.mT @ (rows[:, :, None] * T_G)
-    return (squares.sum(1) * P.scale)[:, None, None] * (T_G.mT @ T_G)
+    """(x^T A^-1 x) G^-1 for each sample, or T_G^T diag_o(sum_j scale_oj (T_A x)_j^2) T_G."""
+    x = P.joins(x)
+    image, G = x @ P.A[0].to(x.dtype).mT, P.G[0].to(x.dtype)
+    if isinstance(P, Product):
+        return ((image * x).sum(1) * P.scale)[:, None, None] * G
+    assert isinstance(P, Diagonal)
+    rows = image.square() @ P.scale[0].to(x.dtype).mT
+    return G.mT @ (rows[:, :, None] * G)
