@@ -13,7 +13,7 @@ from ddpnopt.borrowed import Borrowed
 from ddpnopt.decisions import all_finite
 from ddpnopt.errors import NonFiniteError, TerminalError, UnsupportedModelError
 from ddpnopt.gradients import gradient_norms
-from ddpnopt.hyperparameters import Hyper, own_momentum
+from ddpnopt.hyperparameters import Hyper, curvature_options, own_momentum
 from ddpnopt.layers import MatrixRule
 from ddpnopt.parameters import parameters
 from ddpnopt.ranges import check_number, finite, share
@@ -72,8 +72,9 @@ def check_group(group: Mapping[str, Any], owned: Container[Tensor]) -> None:
     momentum = group["momentum"]
     check_number("", "momentum", momentum, lambda n: share(float(n)), "must lie in [0, 1)")
     if group["momentum"] and own_momentum(group["curvature"]):
+        name = curvature_options(group["curvature"])["name"]
         raise ValueError(
-            f"momentum={group['momentum']} with curvature={curvature_options(group['curvature'])['name']!r}, which "
+            f"momentum={group['momentum']} with curvature={name!r}, which "
             "has its own (betas[0]): use momentum=0"
         )
 
