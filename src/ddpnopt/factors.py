@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""What Kronecker-factored curvatures measure of a layer: inputs and gradients at each position."""
+"""What Kronecker-factored curvatures measure of a layer, summed over its passes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+import torch
 
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
-from ddpnopt.positions import AT_ONCE
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """Inputs U (b, g, t, i) and gradients V (b, g, t, o), some samples at a time.
-
-    The inputs of a convolution are as many times its states as its kernel has places: unfolded for
-    a whole batch they leave every cache. They are made anew whenever they are gone through, where
-    they are not few enough to be one part.
+    """Inputs u and gradients v at each position. Satisfies `curvature.kronecker.Factors`.
 
     Args:
         layer: The layer.
@@ -30,35 +28,37 @@ class Factors:
     layer: Layer
     vectors: Blocks
     scale: float
-    _whole: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """U and V of one part after the other."""
-        if self._whole:
-            yield self._whole[0]
-            return
-        layer, rule = self.layer, self.layer.rule
-        assert isinstance(rule, MatrixRule)
-        for (stage, samples), v in zip(layer.pairs(), self.vectors, strict=True):
-            x, v = layer.x(stage), v.to(layer.dtype)
-            for n, x_n, v_n in self._parts(x, v, samples):
-                V = rule.outputs(layer.module, v_n[None], n)[0]
-                part = rule.inputs(layer.module, x_n, n), V * self.scale
-                if n == samples and len(layer.blocks) == 1:
-                    self._whole.append(part)
-                yield part
+    def products(self, bias: bool) -> tuple[Tensor, Tensor, int]:
+        """Sums of u u^T and of v v^T, by group, and how many v there were."""
+        rule, module = self._rule, self.layer.module
+        A, G = list[Tensor](), list[Tensor]()
+        rows = 0
+        for x, V, samples in self._passes():
+            A.append(rule.input_products(module, x, samples, bias))
+            outputs, positions = rule.output_products(module, V, samples)
+            G.append(outputs)
+            rows += positions
+        return reduce(torch.add, A), reduce(torch.add, G), rows
 
-    def _parts(self, x: Tensor, v: Tensor, samples: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Some samples after the others: how many, and their rows."""
-        rule, module = self.layer.rule, self.layer.module
-        assert isinstance(rule, MatrixRule)
-        inputs = rule.width(module) * v.numel() // max(1, v.shape[rule.feature_axis])
-        step = samples * AT_ONCE // max(1, inputs)
-        if step >= samples or len(x) % samples or len(v) % samples:
-            yield samples, x, v
-            return
-        step = max(1, step)
-        own, rows = len(x) // samples, len(v) // samples
-        for at in range(0, samples, step):
-            n = min(step, samples - at)
-            yield n, x.narrow(0, at * own, n * own), v.narrow(0, at * rows, n * rows)
+    def squares(self, T_A: Tensor, T_G: Tensor, bias: bool) -> Tensor:
+        """Sum over the samples of (T_G D T_A^T)^2, D their weight gradients."""
+        rule, module = self._rule, self.layer.module
+        parts = [
+            rule.rotated_squares(module, x, V, samples, (T_A, T_G), bias)
+            for x, V, samples in self._passes()
+        ]
+        return reduce(torch.add, parts)
+
+    @property
+    def _rule(self) -> MatrixRule:
+        assert isinstance(self.layer.rule, MatrixRule)
+        return self.layer.rule
+
+    @cached_property
+    def _scaled(self) -> list[Tensor]:
+        return [v.to(self.layer.dtype) * self.scale for v in self.vectors]
+
+    def _passes(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        for (stage, samples), V in zip(self.layer.pairs(), self._scaled, strict=True):
+            yield self.layer.x(stage), V, samples

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpnopt import DDPNOpt, curvature, factors
-from ddpnopt.factors import Factors
+from ddpnopt import DDPNOpt, curvature
+from ddpnopt.layers import MatrixRule, conv, matrix, patches
 
 # All inputs span their space: the eigenvectors of what they do not span would be anyone's choice.
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -65,16 +65,17 @@ def test_some_samples_at_a_time(
     """However many."""
     expected = trained(net, kind)
     parts: list[int] = []
-    whole = Factors._parts
+    whole = MatrixRule._some_samples
 
-    def counting(self: Factors, x: Tensor, v: Tensor, samples: int) -> object:
-        found = list(whole(self, x, v, samples))
-        assert sum(n for n, _, _ in found) == samples
+    def counting(self: MatrixRule, module: nn.Module, samples: int, *tensors: Tensor) -> object:
+        found = list(whole(self, module, samples, *tensors))
+        assert sum(n for n, *_ in found) == samples
         parts.append(len(found))
         return found
 
-    monkeypatch.setattr(factors, "AT_ONCE", at_once)
-    monkeypatch.setattr(Factors, "_parts", counting)
+    for module in (matrix, conv, patches):
+        monkeypatch.setattr(module, "AT_ONCE", at_once)
+    monkeypatch.setattr(MatrixRule, "_some_samples", counting)
     for found, one in zip(trained(net, kind), expected, strict=True):
         torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-12)
     assert max(parts) == 7 if at_once == 1 else max(parts) <= 7

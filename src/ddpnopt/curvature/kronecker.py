@@ -10,23 +10,30 @@ George et al. 2018).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from ddpnopt.curvature.base import Curvature, Rate, State, momentum_step
 from ddpnopt.curvature.factorisation import eigenvectors, inverse
-from ddpnopt.positions import Diagonal, Kronecker, Product, weight_squares
+from ddpnopt.positions import Diagonal, Kronecker, Product
 from ddpnopt.ranges import check_number, count, positive, share
 from ddpnopt.typing import Tensor
 
-#: Inputs U (b, g, t, i) and gradients V (b, g, t, o) of some samples.
-Factors = tuple[Tensor, Tensor]
 #: Sums of tensors and of whole numbers over the ranks that hold the batch together.
 Counted = Callable[[Sequence[Tensor], Sequence[int]], tuple[Sequence[Tensor], Sequence[int]]]
+
+
+class Factors(Protocol):
+    """What is measured of a layer: inputs u and unscaled gradients v at each position."""
+
+    def products(self, bias: bool) -> tuple[Tensor, Tensor, int]:
+        """Sums of u u^T (with the constant 1 in u) and of v v^T, by group, and how many v."""
+
+    def squares(self, T_A: Tensor, T_G: Tensor, bias: bool) -> Tensor:
+        """Sum over the samples of (T_G D T_A^T)^2, D their weight gradients."""
 
 
 def by_itself(
@@ -119,7 +126,7 @@ class Joint(Curvature):
     def joint(
         self,
         state: State,
-        factors: Iterable[Factors] | None,
+        factors: Factors | None,
         bias: bool,
         samples: int,
         counted: Counted = by_itself,
@@ -128,8 +135,7 @@ class Joint(Curvature):
 
         Args:
             state: The layer's state, read only.
-            factors: Inputs and unscaled gradients at each position, for some samples after the
-                others, as often as they are gone through; None in a step that does not update the
+            factors: Sums over the layer's passes; None in a step that does not update the
                 statistics (see `measures`).
             bias: The inputs have a constant 1 besides, whose weights are the bias.
             samples: Number of samples B, on all ranks.
@@ -141,14 +147,14 @@ class Joint(Curvature):
         Raises:
             NonFiniteError: A factor that is to be inverted is not finite.
         """
-        outer, rows = _outer_products(factors, bias) if factors is not None else (None, 0)
-        if outer is not None and "A" in state and state["A"].shape != outer[0].shape:
+        found = factors.products(bias) if factors is not None else None
+        if found is not None and "A" in state and state["A"].shape != found[0].shape:
             state = {}  # a bias has joined or left the matrix: other statistics
         k = state.get("step", 0) + 1
         new = {name: state.get(name) for name in (*self._kept, *self._made)}
         new |= {"step": k, "fallbacks": state.get("fallbacks", 0)}
-        if outer is not None:
-            (A, G), (rows,) = counted(outer, [rows])
+        if found is not None:
+            (A, G), (rows,) = counted(found[:2], found[2:])
             updates = _updates(k, self.statistics_every)
             new["A"] = self._mean(new["A"], A / max(samples, 1), updates)
             new["G"] = self._mean(new["G"], G / max(rows, 1), updates)
@@ -178,12 +184,7 @@ class Joint(Curvature):
         """Make what the gain is made of from the present A and G."""
 
     def _measure(
-        self,
-        new: dict[str, Any],
-        factors: Iterable[Factors],
-        bias: bool,
-        samples: int,
-        counted: Counted,
+        self, new: dict[str, Any], factors: Factors, bias: bool, samples: int, counted: Counted
     ) -> None:
         """What is measured besides, in coordinates that A and G have given: nothing here."""
         return None
@@ -252,17 +253,10 @@ class EKFAC(Joint):
             new["scale"] = R_G @ new["scale"] @ R_A.mT
 
     def _measure(
-        self,
-        new: dict[str, Any],
-        factors: Iterable[Factors],
-        bias: bool,
-        samples: int,
-        counted: Counted,
+        self, new: dict[str, Any], factors: Factors, bias: bool, samples: int, counted: Counted
     ) -> None:
         """s, the samples' squared gradients in the eigenbasis."""
-        basis = new["T_A"], new["T_G"]
-        own = reduce(torch.add, (weight_squares(U, V, basis, bias) for U, V in factors))
-        (total,), _ = counted([own], [])
+        (total,), _ = counted([factors.squares(new["T_A"], new["T_G"], bias)], [])
         updates = _updates(new["step"], self.statistics_every)
         new["scale"] = self._mean(new["scale"], total / max(samples, 1), updates)
 
@@ -280,30 +274,3 @@ def _latest(k: int, every: int) -> int:
 def _updates(k: int, every: int) -> int:
     """How many steps up to k were due."""
     return min(k, every) + max(k // every - 1, 0)
-
-
-def _outer_products(factors: Iterable[Factors], bias: bool) -> tuple[tuple[Tensor, Tensor], int]:
-    """Sums over samples and positions of u u^T and v v^T, by group, and how many there were."""
-    sums: tuple[Tensor, Tensor] | None = None
-    rows = 0
-    for U, V in factors:
-        A, G = _outer(U, bias), _outer(V)
-        sums = (A, G) if sums is None else (sums[0].add_(A), sums[1].add_(G))
-        rows += U.shape[0] * U.shape[2]
-    assert sums is not None
-    return sums, rows
-
-
-def _outer(U: Tensor, constant: bool = False) -> Tensor:
-    """Sum over samples and positions of u u^T, or of (u, 1) (u, 1)^T, by group."""
-    if U.shape[2] == 1 or U.is_contiguous():
-        rows = U.transpose(0, 1).flatten(1, 2)
-        if constant:
-            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-        return torch.bmm(rows.mT, rows)
-    # Unfolded: positions are the last axis in memory, and a column of ones would copy it all.
-    found = (U.mT @ U).sum(0)
-    if not constant:
-        return found
-    sums, count = U.sum((0, 2))[..., None], U.new_full((U.shape[1], 1, 1), U.shape[0] * U.shape[2])
-    return torch.cat([torch.cat([found, sums], 2), torch.cat([sums.mT, count], 2)], 1)

@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Layer rules: one file per family, registered by module type."""
 
-from ddpnopt.layers import bilinear, cells, conv, elementwise, embedding, huggingface, linear, tied
+from ddpnopt.layers import (
+    bilinear,
+    cells,
+    conv,
+    elementwise,
+    embedding,
+    huggingface,
+    linear,
+    tied,
+    transposed,
+)
 from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.calls import reason_against, rule_of_call
 from ddpnopt.layers.matrix import MatrixRule
@@ -25,4 +35,5 @@ __all__ = [
     "rule_for",
     "rule_of_call",
     "tied",
+    "transposed",
 ]

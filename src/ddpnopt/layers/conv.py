@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Convolutions in one to three dimensions, and transposed ones, with every option."""
+"""Convolutions in one to three dimensions, with every option."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn import grad as gradients
 
+from ddpnopt.layers import patches
 from ddpnopt.layers.correlation import Kept, tap_gram, tap_matrices
 from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.layers.registry import register
@@ -18,20 +21,17 @@ from ddpnopt.positions import (
     AT_ONCE,
     Gain,
     Kronecker,
+    both,
     diagonal,
     matrices_gram,
     scalar,
+    transforms_samples,
 )
 from ddpnopt.typing import Tensor
 
 #: Random filters of a sketched Gram matrix; the relative standard error is sqrt(2 / this).
 SKETCH_FILTERS = 8
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-TRANSPOSED: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
 INPUT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
     1: gradients.conv1d_input,
     2: gradients.conv2d_input,
@@ -43,7 +43,6 @@ WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
     3: gradients.conv3d_weight,
 }
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def padded(conv: _Conv, x: Tensor) -> Tensor:
@@ -65,7 +64,7 @@ def windows(
 
 
 class ConvolutionRule(MatrixRule):
-    """What both kinds share: h is (n, channels, ...)."""
+    """What transposed ones share: h is (n, channels, ...)."""
 
     feature_axis = 1
     bias_apart = True
@@ -119,23 +118,56 @@ class ConvRule(ConvolutionRule):
         conv = cast(_Conv, module)
         seen, size = padded(conv, x), conv.kernel_size
         if len(size) == 2:
-            patches = F.unfold(
+            unfolded = F.unfold(
                 seen, cast(Any, size), cast(Any, conv.dilation), 0, cast(Any, conv.stride)
             )
         else:
             views = windows(seen, size, conv.stride, conv.dilation)
             axes = len(size)
             views = views.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-            patches = views.flatten(2 + axes).flatten(1, 1 + axes)
-        rows, inputs, positions = patches.shape
+            unfolded = views.flatten(2 + axes).flatten(1, 1 + axes)
+        rows, inputs, positions = unfolded.shape
         group_inputs = inputs // conv.groups
-        patches = patches.reshape(samples, rows // samples, conv.groups, group_inputs, positions)
-        patches = patches.permute(0, 2, 1, 4, 3)
-        return patches.reshape(samples, conv.groups, -1, group_inputs)
+        by_group = unfolded.reshape(samples, rows // samples, conv.groups, group_inputs, positions)
+        return by_group.permute(0, 2, 1, 4, 3).reshape(samples, conv.groups, -1, group_inputs)
+
+    def unfolded(self, module: nn.Module, x: Tensor) -> int:
+        """As many times as the kernel has places."""
+        return x.numel() * math.prod(cast(_Conv, module).kernel_size)
+
+    def input_products(self, module: nn.Module, x: Tensor, samples: int, bias: bool) -> Tensor:
+        """By offsets of the kernel's rows, where that is cheaper than by patches."""
+        conv = cast(_Conv, module)
+        seen = padded(conv, x)
+        if not patches.pays(conv, seen):
+            return super().input_products(module, x, samples, bias)
+        return patches.products(conv, seen, bias)
+
+    def rotated_squares(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        samples: int,
+        basis: tuple[Tensor, Tensor],
+        bias: bool,
+    ) -> Tensor:
+        """By taps, where the samples' gradients are transformed and not what they are made of."""
+        conv = cast(_Conv, module)
+        outputs, inputs = len(conv.weight) // conv.groups, conv.weight[0].numel() + bias
+        sizes = V.shape[2:].numel(), outputs, inputs
+        if len(x) != samples or not transforms_samples(1, *sizes, math.prod(sizes)):
+            return super().rotated_squares(module, x, V, samples, basis, bias)
+        step = max(1, AT_ONCE // conv.weight.numel())
+        parts = [
+            both(tap_matrices(conv, some, v[None], bias)[2][0], *basis).square().sum(0)
+            for some, v in zip(torch.split(x, step), torch.split(V, step), strict=True)
+        ]
+        return reduce(torch.add, parts)
 
     def outputs(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
         """(r, n, O, ...) by group and position."""
-        return _by_position(V, samples, cast(_Conv, module).groups)
+        return by_position(V, samples, cast(_Conv, module).groups)
 
     def to_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
         """(O, I, *kernel) to (g, o, i)."""
@@ -210,87 +242,6 @@ class ConvRule(ConvolutionRule):
         return diagonal(P) or not few
 
 
-@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-class ConvTransposeRule(ConvolutionRule):
-    """At each input position the weight maps the channels to a patch of the output.
-
-    So the matrix is (patch, input channels), and the bias, which every output has once, is no
-    constant input of it.
-    """
-
-    joins_bias = False
-
-    def call_refusal(self, module: nn.Module, given: Sequence[object]) -> str:
-        """An output size given in the call is known to that call alone."""
-        sized = any(one is not None and not isinstance(one, Tensor) for one in given)
-        return f"{type(module).__name__} was called with an output_size" if sized else ""
-
-    def function(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The layer without its bias."""
-        conv = cast(_Transposed, module)
-        return TRANSPOSED[len(conv.kernel_size)](
-            x,
-            conv.weight,
-            None,
-            conv.stride,
-            conv.padding,
-            conv.output_padding,
-            conv.groups,
-            conv.dilation,
-        )
-
-    def inputs(self, module: nn.Module, x: Tensor, samples: int) -> Tensor:
-        """The channels at each position."""
-        return _by_position(x[None], samples, cast(_Transposed, module).groups)[0]
-
-    def outputs(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
-        """The patch of v that each input position makes."""
-        conv = cast(_Transposed, module)
-        axes = len(conv.kernel_size)
-        columns, rows = V.shape[:2]
-        around = [p for p in reversed(cast(tuple[int, ...], conv.padding)) for _ in range(2)]
-        seen = F.pad(V.flatten(0, 1), around)
-        views = windows(seen, conv.kernel_size, conv.stride, conv.dilation)
-        for axis, size in enumerate(self._places(conv, V), start=2):
-            views = views.narrow(axis, 0, size)
-        groups = conv.groups
-        views = views.reshape(columns, samples, rows // samples, groups, -1, *views.shape[2:])
-        # (r, b, m, g, o, *places, *kernel) to (r, b, g, m places, o kernel)
-        places, kernel = range(5, 5 + axes), range(5 + axes, 5 + 2 * axes)
-        views = views.permute(0, 1, 3, 2, *places, 4, *kernel)
-        patch = views.shape[4 + axes :].numel()
-        return views.reshape(columns, samples, groups, -1, patch)
-
-    def bias_columns(self, module: nn.Module, V: Tensor, samples: int) -> Tensor:
-        """v at each output position."""
-        return _by_position(V, samples, cast(_Transposed, module).groups)
-
-    def to_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """(I, O / g, *kernel) to (g, o kernel, i)."""
-        groups = cast(_Transposed, module).groups
-        return weight.reshape(groups, weight.shape[0] // groups, -1).mT
-
-    def from_matrix(self, module: nn.Module, W: Tensor) -> Tensor:
-        """And back."""
-        return W.mT.reshape(cast(_Transposed, module).weight.shape)
-
-    @staticmethod
-    def _places(conv: _Transposed, V: Tensor) -> list[int]:
-        """Sizes of the input, from the output's."""
-        return [
-            (out - 1 + 2 * p - d * (k - 1) - o) // s + 1
-            for out, p, d, k, o, s in zip(
-                V.shape[3:],
-                cast(tuple[int, ...], conv.padding),
-                conv.dilation,
-                conv.kernel_size,
-                conv.output_padding,
-                conv.stride,
-                strict=True,
-            )
-        ]
-
-
 def _convolve(conv: _Conv, x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of a padded input."""
     convolution = CONVOLUTIONS[len(conv.kernel_size)]
@@ -307,7 +258,7 @@ def _kronecker_gram(conv: _Conv, x: Tensor, V: Tensor, P: Kronecker) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _by_position(V: Tensor, samples: int, groups: int) -> Tensor:
+def by_position(V: Tensor, samples: int, groups: int) -> Tensor:
     """(r, n, O, ...) to (r, b, g, t, o)."""
     columns, rows, features = V.shape[:3]
     V = V.reshape(columns, samples, rows // samples, groups, features // groups, -1)
@@ -321,6 +272,6 @@ def _sketched(
     shape = (conv.groups * SKETCH_FILTERS, *conv.weight.shape[1:])
     filters = torch.randn(shape, generator=generator, dtype=torch.float32).to(x)
     response = _convolve(conv, padded(conv, x), filters)
-    projected = _by_position(response[None], samples, conv.groups)[0]
+    projected = by_position(response[None], samples, conv.groups)[0]
     images = torch.einsum("rbgto,bgtk->rbgok", columns, projected)
     return torch.einsum("rbgok,sbgok->brs", images, images) / SKETCH_FILTERS

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from ddpnopt.layers.base import LayerRule
 from ddpnopt.positions import (
+    AT_ONCE,
     Gain,
     Kronecker,
     bias_gram,
@@ -114,6 +115,57 @@ class MatrixRule(LayerRule, ABC):
             parts.append(bias_gram(columns, P))
         return total(parts, V, samples)
 
+    def input_products(self, module: nn.Module, x: Tensor, samples: int, bias: bool) -> Tensor:
+        """Sum over samples and positions of u u^T (g, i, i), u with the constant 1 if it joins."""
+        parts = self._some_samples(module, samples, x)
+        return _summed(_products(self.inputs(module, x, n), bias) for n, x in parts)
+
+    def output_products(self, module: nn.Module, V: Tensor, samples: int) -> tuple[Tensor, int]:
+        """Sum over samples and positions of v v^T (g, o, o), and how many v there are."""
+        columns = self.outputs(module, V[None], samples)[0]
+        return _products(columns, False), columns.shape[0] * columns.shape[2]
+
+    def rotated_squares(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        samples: int,
+        basis: tuple[Tensor, Tensor],
+        bias: bool,
+    ) -> Tensor:
+        """Sum over samples of the squares of T_G D T_A^T (g, o, i), (T_A, T_G) the basis."""
+        parts = self._some_samples(module, samples, x, V)
+        return _summed(
+            weight_squares(
+                self.inputs(module, x, n), self.outputs(module, V[None], n)[0], basis, bias
+            )
+            for n, x, V in parts
+        )
+
+    def _some_samples(
+        self, module: nn.Module, samples: int, *tensors: Tensor
+    ) -> Iterator[tuple[Any, ...]]:
+        """Some samples after the others: how many, and their rows of each tensor.
+
+        The inputs of a convolution are as many times its states as its kernel has places: unfolded
+        for a whole batch they leave every cache.
+        """
+        x = tensors[0]
+        elements = self.unfolded(module, x)
+        step = max(1, samples * AT_ONCE // max(1, elements))
+        if step >= samples or any(len(t) % samples for t in tensors):
+            yield samples, *tensors
+            return
+        for at in range(0, samples, step):
+            n = min(step, samples - at)
+            rows = [len(t) // samples for t in tensors]
+            yield n, *(t.narrow(0, at * r, n * r) for t, r in zip(tensors, rows, strict=True))
+
+    def unfolded(self, module: nn.Module, x: Tensor) -> int:
+        """Number of entries of `inputs`."""
+        return x.numel()
+
     def sample_gradients(
         self, module: nn.Module, x: Tensor, V: Tensor, samples: int
     ) -> dict[str, Tensor]:
@@ -146,3 +198,26 @@ class MatrixRule(LayerRule, ABC):
             columns = self.bias_columns(module, V[None], samples)[0]
             squares["bias"] = columns.sum(2).square().sum(0).reshape(-1)
         return squares
+
+
+def _summed(parts: Iterable[Tensor]) -> Tensor:
+    """In place of the first."""
+    total, *others = parts
+    for one in others:
+        total.add_(one)
+    return total
+
+
+def _products(U: Tensor, constant: bool) -> Tensor:
+    """Sum over samples and positions of u u^T, or of (u, 1) (u, 1)^T, by group."""
+    if U.shape[2] == 1 or U.is_contiguous():
+        rows = U.transpose(0, 1).flatten(1, 2)
+        if constant:
+            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+        return torch.bmm(rows.mT, rows)
+    # Unfolded: positions are the last axis in memory, and a column of ones would copy it all.
+    found = (U.mT @ U).sum(0)
+    if not constant:
+        return found
+    sums, count = U.sum((0, 2))[..., None], U.new_full((U.shape[1], 1, 1), U.shape[0] * U.shape[2])
+    return torch.cat([torch.cat([found, sums], 2), torch.cat([sums.mT, count], 2)], 1)
