@@ -12,6 +12,7 @@ from torch import nn
 from ddpnopt.changes import Changed
 from ddpnopt.crossing import Predicted
 from ddpnopt.cuts import Cut
+from ddpnopt.grams import gram_of
 from ddpnopt.layers import LayerRule, MatrixRule, tied
 from ddpnopt.layers.base import Kept
 from ddpnopt.layers.coordinates import Coordinates
@@ -86,11 +87,7 @@ class Layer:
         """eta (g, Z)_u^T M^-1 (g, Z)_u."""
         if all(stage.Z_h is None for stage in self.blocks):
             return self.lengths()[:, None, None]
-        parts = [
-            self.rule.gram(self.module, self.x(s), self.columns(s), self.gain, n, self.sketch)
-            for s, n in self.pairs()
-        ]
-        return _whole(parts)
+        return _whole([gram_of(self, stage, samples) for stage, samples in self.pairs()])
 
     def lengths(self) -> Tensor:
         """eta g_u^T M^-1 g_u; what it had to form is kept for the feedback."""
