@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 
 import torch
 
@@ -34,8 +33,9 @@ class Factors:
         rule, module = self._rule, self.layer.module
         A, G = list[Tensor](), list[Tensor]()
         rows = 0
-        for x, V, samples in self._passes():
-            A.append(rule.input_products(module, x, samples, bias))
+        for (stage, samples), v in zip(self.layer.pairs(), self.vectors, strict=True):
+            A.append(rule.input_products(module, self.layer.x(stage), samples, bias))
+            V = v.to(self.layer.dtype) * self.scale
             outputs, positions = rule.output_products(module, V, samples)
             G.append(outputs)
             rows += positions
@@ -43,22 +43,21 @@ class Factors:
 
     def squares(self, T_A: Tensor, T_G: Tensor, bias: bool) -> Tensor:
         """Sum over the samples of (T_G D T_A^T)^2, D their weight gradients."""
-        rule, module = self._rule, self.layer.module
-        parts = [
-            rule.rotated_squares(module, x, V, samples, (T_A, T_G), bias)
-            for x, V, samples in self._passes()
-        ]
+        rule, module, basis = self._rule, self.layer.module, (T_A, T_G)
+        parts = list[Tensor]()
+        for (stage, samples), v in zip(self.layer.pairs(), self.vectors, strict=True):
+            x, found = self.layer.x(stage), None
+            if v is stage.G:  # of these the layer will ask the lengths
+                found = rule.rotated(module, x, v, samples, basis, bias)
+            if found is None:
+                V = v.to(self.layer.dtype) * self.scale
+                parts.append(rule.rotated_squares(module, x, V, samples, basis, bias))
+            else:
+                self.layer.rotated[stage] = found
+                parts.append(found.D.square().sum(0) * self.scale**2)
         return reduce(torch.add, parts)
 
     @property
     def _rule(self) -> MatrixRule:
         assert isinstance(self.layer.rule, MatrixRule)
         return self.layer.rule
-
-    @cached_property
-    def _scaled(self) -> list[Tensor]:
-        return [v.to(self.layer.dtype) * self.scale for v in self.vectors]
-
-    def _passes(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        for (stage, samples), V in zip(self.layer.pairs(), self._scaled, strict=True):
-            yield self.layer.x(stage), V, samples

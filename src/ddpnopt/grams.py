@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gram matrices of a layer's columns, some samples at a time.
+"""Gram matrices of a layer's columns, and the lengths of single ones.
 
 The columns of a batch are r + 1 times its states. Where these are large, putting them side by side
 and spreading them for a convolution's products takes longer than the products themselves: all of it
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ddpnopt.positions import AT_ONCE
+from ddpnopt.layers import MatrixRule
+from ddpnopt.layers.coordinates import Coordinates
+from ddpnopt.positions import AT_ONCE, Kronecker
 from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 
@@ -45,3 +47,26 @@ def gram_of(layer: Layer, stage: Stage, samples: int) -> Tensor:
         columns = torch.cat([some_G[None], some_Z.to(layer.dtype)])
         parts.append(layer.rule.gram(layer.module, some_x, columns, layer.gain, n, layer.sketch))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def lengths_of(layer: Layer, stage: Stage, samples: int) -> Tensor:
+    """eta g_u^T M^-1 g_u of one pass, (samples,); what it had to form is kept for the feedback."""
+    x, G, P = layer.x(stage), layer.G(stage), layer.gain.get("weight")
+    rest = {name: one for name, one in layer.gain.items() if name != "weight"}
+    part: Tensor | None = None
+    if isinstance(P, Kronecker) and (rotated := layer.rotated.pop(stage, None)) is not None:
+        layer.kept[stage], part = rotated.kept, rotated.lengths(P)
+    elif layer.sketch is None or isinstance(P, Kronecker):
+        kept = layer.rule.kept_gram(layer.module, x, G[None], layer.gain, samples)
+        if kept is not None:
+            layer.kept[stage] = kept[1]
+            return kept[0][:, 0, 0]
+    if part is None and isinstance(P, Kronecker) and isinstance(layer.rule, MatrixRule):
+        V = layer.rule.outputs(layer.module, G[None], samples)[0]
+        if Coordinates.pays(V, layer.rule.width(layer.module)):
+            U = layer.rule.inputs(layer.module, x, samples)
+            found = layer.coordinates[stage] = Coordinates.of(U, V, P)
+            part = found.lengths(P)
+    if part is None:
+        return layer.rule.lengths(layer.module, x, G, layer.gain, samples, layer.sketch)
+    return part + layer.rule.lengths(layer.module, x, G, rest, samples) if rest else part

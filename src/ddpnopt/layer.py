@@ -12,10 +12,10 @@ from torch import nn
 from ddpnopt.changes import Changed
 from ddpnopt.crossing import Predicted
 from ddpnopt.cuts import Cut
-from ddpnopt.grams import gram_of
+from ddpnopt.grams import gram_of, lengths_of
 from ddpnopt.layers import LayerRule, MatrixRule, tied
 from ddpnopt.layers.base import Kept
-from ddpnopt.layers.coordinates import Coordinates
+from ddpnopt.layers.coordinates import Coordinates, Rotated
 from ddpnopt.linearise import cast_state, flat, per_sample
 from ddpnopt.matrices import Matrices
 from ddpnopt.parameters import parameters
@@ -46,6 +46,7 @@ class Layer:
         strength: The factor on S that suits the curvature.
         kept: The samples' own gradients by pass, where the Gram products formed them.
         coordinates: By pass, under a Kronecker-factored curvature, where that saves work.
+        rotated: By pass, what has been formed to measure such a curvature and will be asked for.
         besides: What p.grad holds besides the plain gradient, once compared.
         segments: Its time steps of each pass cut at its layers, for second-order dynamics.
     """
@@ -66,6 +67,7 @@ class Layer:
     keep_gain: bool = True
     kept: dict[Stage, Kept] = field(default_factory=dict)
     coordinates: dict[Stage, Coordinates] = field(default_factory=dict)
+    rotated: dict[Stage, Rotated] = field(default_factory=dict)
     besides: tuple[Tensor | None] | None = None
 
     def __post_init__(self) -> None:
@@ -91,27 +93,7 @@ class Layer:
 
     def lengths(self) -> Tensor:
         """eta g_u^T M^-1 g_u; what it had to form is kept for the feedback."""
-        parts = [self._lengths(s, n) for s, n in self.pairs()]
-        return _whole(parts)
-
-    def _lengths(self, stage: Stage, samples: int) -> Tensor:
-        x, G, P = self.x(stage), self.G(stage), self.gain.get("weight")
-        if self.sketch is None or isinstance(P, Kronecker):
-            kept = self.rule.kept_gram(self.module, x, G[None], self.gain, samples)
-            if kept is not None:
-                self.kept[stage] = kept[1]
-                return kept[0][:, 0, 0]
-        if isinstance(P, Kronecker) and isinstance(self.rule, MatrixRule):
-            V = self.rule.outputs(self.module, G[None], samples)[0]
-            if Coordinates.pays(V, self.rule.width(self.module)):
-                U = self.rule.inputs(self.module, x, samples)
-                found = self.coordinates[stage] = Coordinates.of(U, V, P)
-                part = found.lengths(P)
-                rest = {name: one for name, one in self.gain.items() if name != "weight"}
-                if not rest:
-                    return part
-                return part + self.rule.lengths(self.module, x, G, rest, samples)
-        return self.rule.lengths(self.module, x, G, self.gain, samples, self.sketch)
+        return _whole([lengths_of(self, stage, samples) for stage, samples in self.pairs()])
 
     def h_gram(self) -> Tensor:
         """Inner products of the columns in h-space."""

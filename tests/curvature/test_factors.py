@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +99,51 @@ def test_sums_by_hand(kind: type[curvature.Joint]) -> None:
     state = opt.state[model[0].weight]
     torch.testing.assert_close(state["A"][0], u.mT @ u / 5)
     torch.testing.assert_close(state["G"][0], v.mT @ v / len(v))
+
+
+@pytest.mark.parametrize("bias", ["joined", "none", "of another rate"])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_what_was_measured_is_not_formed_again(
+    bias: str, feedback: bool | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EKFAC's per-sample gradients of a convolution give s, the lengths and the feedback."""
+    calls: list[str] = []
+    original = conv.tap_matrices
+
+    def counting(*args: Any) -> Any:
+        calls.append("formed")
+        return original(*args)
+
+    monkeypatch.setattr(conv, "tap_matrices", counting)
+
+    def weights() -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1, bias=bias != "none"),
+            nn.Tanh(),
+            nn.Conv2d(3, 4, 3, padding=1, bias=bias != "none"),
+            nn.Flatten(),
+            nn.Linear(256, 3),
+        ).double()
+        groups: list[dict[str, Any]] = [
+            {"params": [p for n, p in model.named_parameters() if n != "2.bias"]},
+            {"params": [p for n, p in model.named_parameters() if n == "2.bias"], "lr": 0.02},
+        ]
+        params = groups if bias == "of another rate" else None
+        options = {"curvature": "ekfac", "feedback": feedback, "params": params}
+        opt = DDPNOpt(model, lr=0.05, **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            opt.zero_grad()
+            for n in (4, 3):
+                x = torch.randn(n, 2, 8, 8, dtype=torch.float64)
+                (F.cross_entropy(model(x), torch.arange(n) % 3, reduction="sum") / 7).backward()
+            opt.step()
+        return [p.detach() for p in model.parameters()]
+
+    fast, formed = weights(), len(calls)
+    monkeypatch.setattr(conv.ConvRule, "rotated", MatrixRule.rotated)
+    slow = weights()
+    for one, other in zip(fast, slow, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    saved = len(calls) - 2 * formed  # steps, layers, passes
+    assert saved == 3 * 2 * 2

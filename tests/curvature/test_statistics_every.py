@@ -25,13 +25,13 @@ def test_nothing_is_measured_between(
     kind: type[curvature.Joint], feedback: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[int] = []
-    step, original = 0, Factors._passes
+    step, original = 0, Factors.products
 
-    def spy(self: Factors) -> Any:
+    def spy(self: Factors, bias: bool) -> Any:
         measured.append(step)
-        return original(self)
+        return original(self, bias)
 
-    monkeypatch.setattr(Factors, "_passes", spy)
+    monkeypatch.setattr(Factors, "products", spy)
     model = net()
     opt = DDPNOpt(
         model, lr=0.02, feedback=feedback, curvature=kind(update_every=2, statistics_every=4)

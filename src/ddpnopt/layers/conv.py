@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import grad as gradients
 
 from ddpnopt.layers import patches
+from ddpnopt.layers.coordinates import Rotated
 from ddpnopt.layers.correlation import Kept, tap_gram, tap_matrices
 from ddpnopt.layers.matrix import MatrixRule
 from ddpnopt.layers.registry import register
@@ -143,6 +145,25 @@ class ConvRule(ConvolutionRule):
             return super().input_products(module, x, samples, bias)
         return patches.products(conv, seen, bias)
 
+    def rotated(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        samples: int,
+        basis: tuple[Tensor, Tensor],
+        bias: bool,
+    ) -> Rotated | None:
+        """Where `kept_gram` keeps them."""
+        conv = cast(_Conv, module)
+        if not self._rotates(conv, x, V, samples, bias) or self._large(conv, x, V, samples):
+            return None
+        taps, sums, D = tap_matrices(conv, x, V[None], bias)
+        kept = Kept(taps[:, :, :, 0], None if sums is None else sums[0], conv.weight.shape)
+        if conv.bias is not None and not bias and conv.bias.requires_grad:
+            kept = replace(kept, bias=V.flatten(2).sum(2))
+        return Rotated(kept, both(D[0], *basis), basis)
+
     def rotated_squares(
         self,
         module: nn.Module,
@@ -154,9 +175,7 @@ class ConvRule(ConvolutionRule):
     ) -> Tensor:
         """By taps, where the samples' gradients are transformed and not what they are made of."""
         conv = cast(_Conv, module)
-        outputs, inputs = len(conv.weight) // conv.groups, conv.weight[0].numel() + bias
-        sizes = V.shape[2:].numel(), outputs, inputs
-        if len(x) != samples or not transforms_samples(1, *sizes, math.prod(sizes)):
+        if not self._rotates(conv, x, V, samples, bias):
             return super().rotated_squares(module, x, V, samples, basis, bias)
         step = max(1, AT_ONCE // conv.weight.numel())
         parts = [
@@ -209,7 +228,7 @@ class ConvRule(ConvolutionRule):
         conv, P = cast(_Conv, module), gain.get("weight")
         if P is None or not self._by_taps(module, x, V, P, samples):
             return None
-        if samples * conv.weight.numel() > x.numel() + V.numel():
+        if self._large(conv, x, V, samples):
             return None
         bias = None
         if isinstance(P, Kronecker):
@@ -226,6 +245,18 @@ class ConvRule(ConvolutionRule):
             assert not isinstance(P_b, Kronecker)
             total = total + (bias.square() * P_b).sum(1)[:, None, None]
         return total, Kept(weight, bias, conv.weight.shape)
+
+    @staticmethod
+    def _large(conv: _Conv, x: Tensor, V: Tensor, samples: int) -> bool:
+        """Whether the samples' gradients take more memory than the activations."""
+        return samples * conv.weight.numel() > x.numel() + V.numel()
+
+    @staticmethod
+    def _rotates(conv: _Conv, x: Tensor, V: Tensor, samples: int, bias: bool) -> bool:
+        """Whether one column's gradients are cheaper to transform than what they are made of."""
+        outputs, inputs = len(conv.weight) // conv.groups, conv.weight[0].numel() + bias
+        sizes = V.shape[2:].numel(), outputs, inputs
+        return len(x) == samples and transforms_samples(1, *sizes, math.prod(sizes))
 
     @staticmethod
     def _by_taps(module: nn.Module, x: Tensor, V: Tensor, P: Gain, samples: int) -> bool:

@@ -14,11 +14,32 @@ from functools import cached_property
 import torch
 
 from ddpnopt.decisions import holds
-from ddpnopt.positions import Kronecker, Product
+from ddpnopt.layers.base import Kept
+from ddpnopt.positions import Diagonal, Kronecker, Product
 from ddpnopt.typing import Float, Tensor
 
 #: The golden angle: multiples of it never repeat.
 GOLDEN = 2.399963229728653
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """The samples' weight gradients of one pass, formed to measure an eigenbasis's diagonal.
+
+    Attributes:
+        kept: They, to be summed again with other weights.
+        D: (b, g, o, i) T_G D T_A^T of each.
+        basis: T_A, T_G.
+    """
+
+    kept: Kept
+    D: Float[Tensor, "b g o i"]
+    basis: tuple[Tensor, Tensor]
+
+    def lengths(self, gain: Kronecker) -> Float[Tensor, " b"]:
+        """g_u^T P g_u of each sample."""
+        assert isinstance(gain, Diagonal) and (gain.A is self.basis[0] and gain.G is self.basis[1])
+        return (self.D.square() * gain.scale).flatten(1).sum(1)
 
 
 @dataclass(frozen=True, eq=False)

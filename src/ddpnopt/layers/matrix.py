@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import vmap
 
 from ddpnopt.layers.base import LayerRule
+from ddpnopt.layers.coordinates import Rotated
 from ddpnopt.positions import (
     AT_ONCE,
     Gain,
@@ -124,6 +125,18 @@ class MatrixRule(LayerRule, ABC):
         """Sum over samples and positions of v v^T (g, o, o), and how many v there are."""
         columns = self.outputs(module, V[None], samples)[0]
         return _products(columns, False), columns.shape[0] * columns.shape[2]
+
+    def rotated(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        V: Tensor,
+        samples: int,
+        basis: tuple[Tensor, Tensor],
+        bias: bool,
+    ) -> Rotated | None:
+        """The samples' gradients in an eigenbasis, where the rule will form them anyway."""
+        return None
 
     def rotated_squares(
         self,
