@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddpnopt import DDPNOpt, directions, rows
 from ddpnopt.directions import ROUNDING
 from ddpnopt.gradients import SAMPLED, Fingerprint
-from ddpnopt.layers import FALLBACK, rule_for
+from ddpnopt.layers import FALLBACK, MatrixRule, rule_for
 from ddpnopt.layers.base import LayerRule
 from ddpnopt.layers.conv import ConvRule
 from ddpnopt.layers.coordinates import Coordinates
@@ -123,7 +123,14 @@ def test_kept_gradients_of_convolutions(
         kept.append(found is not None)
         return found
 
+    def rotated(self: ConvRule, *args: object) -> object:
+        found = formed(self, *args)  # type: ignore[arg-type]
+        kept.append(found is not None)
+        return found
+
+    formed = ConvRule.rotated
     monkeypatch.setattr(ConvRule, "kept_gram", spy)
+    monkeypatch.setattr(ConvRule, "rotated", rotated)
     options = {"curvature": curvature, "weight_gradients": not held}
     if curvature != "identity":
         options["lr"] = 0.3
@@ -132,6 +139,7 @@ def test_kept_gradients_of_convolutions(
     fast = after(image_net(), (2, 9, 9), **options)
     assert any(kept)
     monkeypatch.setattr(ConvRule, "kept_gram", LayerRule.kept_gram)
+    monkeypatch.setattr(ConvRule, "rotated", MatrixRule.rotated)
     torch.manual_seed(3)
     slow = after(image_net(), (2, 9, 9), **options)
     # Dividing by the root of its own square enlarges the rounding of a gradient near zero.

@@ -41,7 +41,8 @@ WAYS = (True, False, None)
 def forced(way: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the choice between samples' gradients and positions; None leaves it to the count."""
     if way is not None:
-        monkeypatch.setattr(positions, "transforms_samples", lambda *args: way)
+        for module in (positions, conv):
+            monkeypatch.setattr(module, "transforms_samples", lambda *args: way)
 
 
 def case(name: str, columns: int) -> tuple[nn.Module, Tensor, Tensor]:
