@@ -70,6 +70,7 @@ class Variant:
         nets: Numbers of the nets on which it is affordable and meaningful.
         period: Steps between two refreshes of its curvature: what is timed or counted covers
             whole periods.
+        means: Steps until its running means have settled, from when on it can be recorded.
         package: Module that it needs beside ddpnopt's own; None: nothing.
         captured: How its iterations are run: "" as they are written, else by `ddpnopt.capture`:
             "replayed", "compiled", or as plain loops with the "step compiled", or with the passes,
@@ -80,6 +81,7 @@ class Variant:
     clip: float | None = None
     nets: tuple[int, ...] = (1, 2, 3)
     period: int = 1
+    means: int = 20
     package: str | None = None
     captured: str = ""
 
@@ -88,10 +90,10 @@ class Variant:
         """Steps before anything is timed or counted.
 
         A DDPNOpt checks its linear maps in its first three; four iterations go before one is
-        recorded, and one more is compared. KFAC and EKFAC are recorded from step 20 on, where their
-        running means have settled, and steps that decompose apart from the others.
+        recorded, and one more is compared. KFAC and EKFAC are recorded once their running means
+        have settled, and steps that decompose apart from the others.
         """
-        return (8 if self.period == 1 else 20 + 2 * self.period) if self.captured else 4
+        return (8 if self.period == 1 else self.means + 2 * self.period) if self.captured else 4
 
     @property
     def compiled(self) -> bool:
@@ -220,8 +222,10 @@ class _Wrapped:
         return ddpnopt.Feedback(model, self.inner(model), feedback=self.feedback)
 
 
-def _ddp(nets: tuple[int, ...] = (1, 2, 3), period: int = 1, **options: Any) -> Variant:
-    return Variant(_DDP(options), nets=nets, period=period)
+def _ddp(
+    nets: tuple[int, ...] = (1, 2, 3), period: int = 1, means: int = 20, **options: Any
+) -> Variant:
+    return Variant(_DDP(options), nets=nets, period=period, means=means)
 
 
 _SGD, _OPEN = torch.optim.SGD, "open_loop"
@@ -255,10 +259,10 @@ VARIANTS: Mapping[str, Variant] = {
     "DDPNOpt KFAC closed, every 10": _ddp(period=10, curvature=KFAC(update_every=10)),
     "DDPNOpt EKFAC closed, every 10": _ddp(period=10, curvature=EKFAC(update_every=10)),
     "DDPNOpt KFAC closed, statistics every 10": _ddp(
-        period=10, curvature=KFAC(update_every=10, statistics_every=10)
+        period=10, means=110, curvature=KFAC(update_every=10, statistics_every=10)
     ),
     "DDPNOpt EKFAC closed, statistics every 10": _ddp(
-        period=10, curvature=EKFAC(update_every=10, statistics_every=10)
+        period=10, means=110, curvature=EKFAC(update_every=10, statistics_every=10)
     ),
     "DDPNOpt low_rank": _ddp(value="low_rank"),
     "DDPNOpt gauss_newton": _ddp(value="gauss_newton"),
@@ -290,6 +294,8 @@ _CAPTURED = (
     "DDPNOpt AdamW closed loop",
     "DDPNOpt KFAC closed, every 10",
     "DDPNOpt EKFAC closed, every 10",
+    "DDPNOpt KFAC closed, statistics every 10",
+    "DDPNOpt EKFAC closed, statistics every 10",
     "DDPNOpt low_rank",
     "Feedback(AdamW fused)",
     "Feedback(AdamW fused), open loop",
