@@ -28,18 +28,11 @@ NOT_REPLICATED = (
 
 
 def check_shards(engine: Engine) -> None:
-    """Refuse models whose parts or samples are spread over the ranks, but for open loop's.
+    """Refuse modules that share parameters or samples out to the ranks, but for open loop's.
 
     Raises:
         UnsupportedModelError: The module is named.
     """
-    for name, p in engine.model.named_parameters():
-        if spread_out(p) and not engine.host.sharded:
-            raise UnsupportedModelError(
-                f"'{name}' is a DTensor (fully_shard, tensor parallelism): its gradient is spread "
-                "over the ranks; call open_loop(model, optimizer) after fully_shard, or use "
-                "DistributedDataParallel"
-            )
     if engine.host.sharded and engine.options.value.linearization != "gradient":
         raise UnsupportedModelError(
             f"value={engine.options.value.name!r} linearises the model inside the backward pass, "
@@ -58,12 +51,38 @@ def check_shards(engine: Engine) -> None:
             )
 
 
+def check_whole(engine: Engine) -> None:
+    """Refuse parameters of which each rank holds a part, but for open loop's.
+
+    Raises:
+        UnsupportedModelError: The parameter is named.
+    """
+    parts = [name for name, p in engine.model.named_parameters() if spread_out(p)]
+    if not parts or engine.host.sharded:
+        return
+    # A unit's length is that of all its parts.
+    bounded = any(one.curvature.relative for one in engine.host.borrow({}).hyper.values())
+    if engine.options.feedback is False and not (bounded or engine.company.ranks.several):
+        return  # distributed=False: exactly the borrowed optimizer
+    way = "call open_loop(model, optimizer) after fully_shard, or use DistributedDataParallel"
+    if bounded:
+        way = (
+            "use DistributedDataParallel, or leave trust out and call open_loop(model, optimizer) "
+            "after fully_shard"
+        )
+    raise UnsupportedModelError(
+        f"'{parts[0]}' is a DTensor (fully_shard, tensor parallelism): its gradient is spread "
+        f"over the ranks; {way}"
+    )
+
+
 def check_parts(engine: Engine) -> None:
     """Refuse models, value functions and methods that can't be spread over several ranks.
 
     Raises:
         UnsupportedModelError: Named, with the way out.
     """
+    check_whole(engine)  # with distributed=False, too
     if not engine.company.ranks.several:
         return
     check_shards(engine)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -244,8 +245,35 @@ def sharded_too_late(rank: int) -> str:
     return message(optimizer.step)
 
 
-def around(model: nn.Module) -> Feedback:
-    return Feedback(model, sgd(model.parameters()))
+def around(model: nn.Module, make: Optimizers = sgd, **options: Any) -> Feedback:
+    return Feedback(model, make(model.parameters()), **options)
+
+
+#: A unit's length is that of all its parts, so the bound on its step is for whole parameters.
+BOUNDED: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    **{
+        f"{make.__name__}, feedback={feedback}, distributed={distributed}": partial(
+            around, make=make, feedback=feedback, distributed=distributed, trust=True
+        )
+        for make in (sgd, adamw)
+        for feedback in (True, "open_loop", False)
+        for distributed in (True, False)
+    },
+    "DDPNOpt": partial(DDPNOpt, lr=0.1, curvature="trust"),
+    "DDPNOpt, open loop": partial(DDPNOpt, lr=0.1, curvature="trust", feedback="open_loop"),
+}
+
+
+def alone(rank: int | None) -> torch.Tensor:
+    """Without feedback and by itself it is exactly the optimizer, sharded or not."""
+    model = sharded(network()) if rank is not None else network()
+    optimizer = around(model, adamw, feedback=False, distributed=False)
+    for step in range(STEPS):
+        x, y = batch(step, rank)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return weights(model)
 
 
 def work(rank: int, folder: str) -> dict[str, Any]:
@@ -265,6 +293,11 @@ def work(rank: int, folder: str) -> dict[str, Any]:
     found["late"] = sharded_too_late(rank)
     found["DDPNOpt"] = message(lambda: DDPNOpt(sharded(network()), lr=0.1))
     found["Feedback"] = message(lambda: around(sharded(network())))
+    found["by itself"] = message(lambda: around(sharded(network()), distributed=False))
+    found["bounded"] = {
+        k: message(partial(make, sharded(network()))) for k, make in BOUNDED.items()
+    }
+    found["alone"] = alone(rank)
     found["left"] = len(STANDS_FOR)
     dist.destroy_process_group()
     return found
@@ -301,6 +334,7 @@ def test_without_damping_it_is_the_optimizer(results: list[dict[str, Any]], kind
         ("late", "'0.weight' is a DTensor.*after fully_shard"),
         ("DDPNOpt", "'0.weight' is a DTensor.*open_loop"),
         ("Feedback", "'0.weight' is a DTensor.*open_loop"),
+        ("by itself", "'0.weight' is a DTensor.*open_loop"),
     ],
 )
 def test_all_ranks_say_what_can_not_be(
@@ -308,3 +342,19 @@ def test_all_ranks_say_what_can_not_be(
 ) -> None:
     for found in results:
         assert re.search(words, found[case], re.DOTALL), found[case]
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_bound_is_refused_and_what_has_none_is_named(
+    results: list[dict[str, Any]], name: str
+) -> None:
+    words = (
+        "'0.weight' is a DTensor.*use DistributedDataParallel, or leave trust out and.*open_loop"
+    )
+    for found in results:
+        assert re.search(f"UnsupportedModelError: {words}", found["bounded"][name])
+
+
+def test_without_feedback_the_optimizer_steps_by_itself(results: list[dict[str, Any]]) -> None:
+    for found in results:
+        torch.testing.assert_close(found["alone"], alone(None), rtol=0, atol=1e-12)

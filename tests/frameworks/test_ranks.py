@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ddpnopt
 from ddpnopt import DDPNOpt, Feedback
-from ddpnopt.curvature import KFAC, RMSprop
+from ddpnopt.curvature import KFAC, RMSprop, Trust
 from ddpnopt.value import Dense
 from oracles.effort import effort
 from oracles.processes import RANKS, join, run_ranks
@@ -115,7 +115,8 @@ def found(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 
 def around(kind: type[torch.optim.Optimizer], **options: Any) -> Any:
-    extra = {k: options.pop(k) for k in ("feedback", "weight_gradients") if k in options}
+    own = ("feedback", "weight_gradients", "trust", "communication")
+    extra = {k: options.pop(k) for k in own if k in options}
     return lambda model: Feedback(model, kind(model.parameters(), **options), **extra)
 
 
@@ -185,6 +186,47 @@ SCENES: dict[str, Scene] = {
 }
 
 
+def bounded(bound: bool, **instead: Any) -> dict[str, Scene]:
+    """At rates at which units' steps reach the bound that ``trust`` is; the same without it."""
+
+    def momentum(**more: Any) -> Any:
+        options = {"lr": 1.0, "momentum": 0.9, "trust": bound, **more, **instead}
+        return around(torch.optim.SGD, **options)
+
+    def adamw(**more: Any) -> Any:
+        options = {"lr": 0.3, "weight_decay": 0.1, "trust": bound, **more, **instead}
+        return around(torch.optim.AdamW, **options)
+
+    def rprop() -> Any:
+        return around(torch.optim.Rprop, lr=1.0, trust=bound, **instead)
+
+    def curvature(inner: Any, **more: Any) -> Any:
+        return own(**{"curvature": Trust(inner) if bound else inner, **more, **instead})
+
+    def identity(**more: Any) -> Any:
+        return curvature("identity", lr=1.0, momentum=0.9, **more)
+
+    opened: dict[str, Any] = {"feedback": "open_loop"}
+    return {
+        "trust around SGD": Scene(momentum()),
+        "trust around SGD, open loop": Scene(momentum(**opened)),
+        "trust around SGD, accumulated": Scene(momentum(), passes=2, clip=0.7),
+        "trust around AdamW": Scene(adamw()),
+        "trust around AdamW, open loop": Scene(adamw(**opened)),
+        "trust around AdamW, held": Scene(adamw(weight_gradients=False)),
+        "trust around AdamW, uneven": Scene(adamw(), uneven=True, ddp=False),
+        "trust around Rprop": Scene(rprop()),
+        "trust": Scene(identity()),
+        "trust, open loop": Scene(identity(**opened)),
+        "trust, adamw": Scene(curvature("adamw", lr=0.3)),
+        "trust, rmsprop": Scene(curvature("rmsprop", lr=0.1)),
+    }
+
+
+BOUNDED = bounded(True)
+SCENES |= BOUNDED
+
+
 def train(scene: Scene, rank: int | None, ddp: bool, steps: int) -> torch.Tensor:
     """The weights after some steps, with every pass but the last under ``no_sync``."""
     inner = scene.network()
@@ -244,6 +286,9 @@ BUCKETS: dict[str, Scene] = {
             model, torch.optim.AdamW(model.parameters(), lr=0.02), communication="two_bucket"
         )
     ),
+    "trust around AdamW": Scene(
+        around(torch.optim.AdamW, lr=0.02, trust=0.05, communication="two_bucket")
+    ),
 }
 
 
@@ -272,6 +317,15 @@ def test_two_ranks_are_one_process(results: list[dict[Any, Any]], name: str, ddp
     assert torch.equal(first, second)
     one = train(SCENES[name], None, False, steps(name))
     torch.testing.assert_close(first, one, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_the_bound_holds_the_steps_back(name: str) -> None:
+    """What is compared is neither the training without it, nor the one without feedback."""
+    one = train(BOUNDED[name], None, False, 3)
+    assert (one - train(bounded(False)[name], None, False, 3)).abs().max() > 0.1
+    other = bounded(True, feedback=False, weight_gradients=True)[name]
+    assert (one - train(other, None, False, 3)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", SPARSE)
