@@ -57,8 +57,12 @@ def check_whole(engine: Engine) -> None:
     Raises:
         UnsupportedModelError: The parameter is named.
     """
+    if engine.host.sharded or not (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):
+        return
     parts = [name for name, p in engine.model.named_parameters() if spread_out(p)]
-    if not parts or engine.host.sharded:
+    if not parts:
         return
     # A unit's length is that of all its parts.
     bounded = any(one.curvature.relative for one in engine.host.borrow({}).hyper.values())
