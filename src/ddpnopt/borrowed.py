@@ -65,6 +65,10 @@ class Borrowed:
         """The parameter's state before the step."""
         return self._state.get(p, {})
 
+    def begun_with(self, p: Tensor) -> Mapping[str, Any]:
+        """The same, whatever has been stepped since."""
+        return self.state(p)
+
     def decayed(self, p: Tensor, g: Tensor) -> Tensor:
         """Coupled weight decay, as torch.optim adds it."""
         hyper = self.hyper[p]

@@ -18,6 +18,7 @@ from ddpnopt.layers import MatrixRule
 from ddpnopt.parameters import parameters
 from ddpnopt.ranges import check_number, finite, share
 from ddpnopt.sizes import norms
+from ddpnopt.spoilt import check_finite
 from ddpnopt.stages import Trajectory
 from ddpnopt.trajectory import Recorder
 from ddpnopt.typing import Tensor
@@ -197,6 +198,7 @@ def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> 
     if updated and not borrowed.sizes.finite(updated):
         bad = next((p for p in updated if not bool(p.isfinite().all())), None)
         if bad is not None:  # a norm may overflow where no entry does
+            _check_begun(borrowed, names)
             raise NonFiniteError(
                 f"the new weights of '{names().get(bad, 'a parameter')}' are not finite; nothing "
                 "was changed. Lower lr, or use nonfinite='skip'"
@@ -207,11 +209,18 @@ def check_update(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> 
         return
     for p, tensors in statistics.items():
         if not all(bool(t.isfinite().all()) for t in tensors):
+            _check_begun(borrowed, names)
             raise NonFiniteError(
                 f"the optimizer's statistics of '{names().get(p, 'a parameter')}' would not be "
                 "finite (squares of inputs or gradients leave the range of its dtype); nothing was "
                 "changed. Lower lr or scale the inputs, or use nonfinite='skip'"
             )
+
+
+def _check_begun(borrowed: Borrowed, names: Callable[[], dict[Tensor, str]]) -> None:
+    """Refuse states that were not finite when the step began."""
+    known = names()
+    check_finite((known.get(p, "a parameter"), borrowed.begun_with(p)) for p in borrowed.updated())
 
 
 def usable(trajectory: Trajectory) -> bool:

@@ -70,6 +70,7 @@ class Feedback(Shell):
         ValueError: An option is unknown, a parameter is not the model's, or in two optimizers.
         UnsupportedModelError: The model can't be handled, or the optimizer can't step layer by
             layer (named, with the way out).
+        NonFiniteError: The optimizer's state is not finite, so that its steps can't be compared.
 
     Examples:
         >>> opt = Feedback(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
@@ -110,7 +111,7 @@ class Feedback(Shell):
             self.options = replace(self.options, feedback=False)
         if self.options.closed_loop:
             for one in given:
-                check_separable(one)
+                check_separable(one, model)
         self._inners = tuple(Inner.of(one) for one in given)
         # The groups are the optimizers' own; what the base class makes of its own is not used.
         super().__init__([p for one in given for p in one.param_groups[0]["params"]], {})

@@ -21,6 +21,7 @@ from ddpnopt.narrowed import Counted, Inner, attributes, same
 from ddpnopt.randomness import Randomness
 from ddpnopt.rows import HALF
 from ddpnopt.shell import Shell
+from ddpnopt.spoilt import check_finite
 from ddpnopt.typing import Tensor
 
 #: Steps of a trial: counters and warm-ups of optimizers must have moved.
@@ -129,7 +130,7 @@ def _check_closure(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_separable(optimizer: torch.optim.Optimizer) -> None:
+def check_separable(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Refuse optimizers whose step for some parameters depends on the others.
 
     They are tried on toy parameters, all at once and one by one, last first: weights, states,
@@ -137,6 +138,7 @@ def check_separable(optimizer: torch.optim.Optimizer) -> None:
 
     Raises:
         UnsupportedModelError: The optimizer is named, with the way out.
+        NonFiniteError: No step can be compared, since a parameter's state is not finite.
     """
     kind = type(optimizer).__name__
     way_out = "use feedback='open_loop', or ddpnopt.open_loop"
@@ -154,6 +156,8 @@ def check_separable(optimizer: torch.optim.Optimizer) -> None:
         ) from error
     if not same(whole, parts):
         if not same(whole, _trials(optimizer)[0]):
+            named: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+            check_finite((named[p], state) for p, state in optimizer.state.items() if p in named)
             raise UnsupportedModelError(
                 f"{kind} makes different steps of the same weights, gradients and random numbers, "
                 f"so what it would do in one layer is not known; {way_out}"

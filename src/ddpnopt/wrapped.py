@@ -71,6 +71,11 @@ class Wrapped(Borrowed):
         self._state = {twins.get(p, p): moved(self.state(p)) for p in list(self._group)}
         self._inner = {twins.get(p, p): inner for p, inner in self._inner.items()}
 
+    def begun_with(self, p: Tensor) -> Mapping[str, Any]:
+        """The parameter's state before its optimizer has written to it."""
+        saved = self._before.get(p)
+        return self.state(p) if saved is None else {**saved.values, **saved.copies}
+
     def needs_plain(self, p: Tensor) -> bool:
         """To feed the second moment, or to shorten the update from outside."""
         return super().needs_plain(p) or self._inner[p].reader.rescales

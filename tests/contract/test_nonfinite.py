@@ -242,6 +242,25 @@ def test_statistics_that_overflow(curvature: str, feedback: bool) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[k][name])), name
 
 
+@pytest.mark.parametrize("feedback", FEEDBACKS)
+@pytest.mark.parametrize("curvature", ["identity", "adamw"])
+def test_a_state_that_is_not_finite_already_is_named(curvature: str, feedback: object) -> None:
+    """Neither a lower rate nor skipping would help: another state does."""
+    model = mlp()
+    momentum = 0.9 if curvature == "identity" else 0.0
+    opt = DDPNOpt(model, lr=0.01, momentum=momentum, curvature=curvature, feedback=feedback)
+    iterate(model, opt, [0])
+    entry = "momentum_buffer" if momentum else "exp_avg"
+    opt.state[model[2].weight][entry][-1, -1] = torch.nan
+    before = snapshot(model)
+    with pytest.raises(NonFiniteError, match=rf"state of '2\.weight' is not finite .*{entry}"):
+        iterate(model, opt, [1])
+    assert_unchanged(model, before)
+    opt.state[model[2].weight].clear()  # as the message says
+    iterate(model, opt, [1])
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -229,6 +229,64 @@ def test_nonfinite(depth: Any) -> None:
     assert same(before, weights(model))
 
 
+def spoil(model: nn.Module, opt: Any, value: float) -> Tensor:
+    """Make one number of the last weight's first moment infinite, or none."""
+    weight = [p for p in model.parameters() if p.dim() > 1][-1]
+    opt.state[weight]["exp_avg"][0, 0] = value
+    return weight
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_optimizer_whose_state_is_not_finite_is_not_wrapped(value: float) -> None:
+    model = dense()
+    inner = adamw(model)
+    advance(model, inner)
+    weight = spoil(model, inner, value)
+    (name,) = (name for name, p in model.named_parameters() if p is weight)
+    before, state = weights(model), copy.deepcopy(inner.state_dict())
+    with pytest.raises(NonFiniteError, match=rf"state of '{name}' is not finite .*exp_avg.*clear"):
+        Feedback(model, inner)
+    assert same(before, weights(model)) and str(state) == str(inner.state_dict())
+    inner.state[weight].clear()  # as it says
+    advance(model, Feedback(model, inner))
+    assert all(bool(t.isfinite().all()) for t in weights(model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_state_that_is_not_finite_is_named_at_the_step(depth: Any, value: float) -> None:
+    model = dense()
+    inner = adamw(model)
+    opt = Feedback(model, inner, feedback=depth)
+    advance(model, opt)
+    weight = spoil(model, inner, value)
+    (name,) = (name for name, p in model.named_parameters() if p is weight)
+    before, state = weights(model), copy.deepcopy(inner.state_dict())
+    with pytest.raises(NonFiniteError, match=rf"state of '{name}' is not finite .*exp_avg.*clear"):
+        advance(model, opt, [4])
+    assert same(before, weights(model)) and str(state) == str(inner.state_dict())
+    inner.state[weight].clear()
+    advance(model, opt, [4])
+    assert not same(before, weights(model))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_state_that_overflows_in_the_step_was_finite_before(depth: Any) -> None:
+    model = dense()
+    inner = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    opt = Feedback(model, inner, feedback=depth)
+    advance(model, opt)
+    weight = next(model.parameters())
+    inner.state[weight]["momentum_buffer"].fill_(3e38)
+    x, y = batch(model, 4)
+    opt.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    weight.grad = torch.full_like(weight, 3e38)
+    with pytest.raises(NonFiniteError, match="new weights of .* are not finite"):
+        opt.step()
+    assert bool(inner.state[weight]["momentum_buffer"].isfinite().all())
+
+
 def test_half_copies_are_refused_and_detach_leaves_the_inner_optimizer() -> None:
     model, twin = dense(), dense()
     opt, plain = Feedback(model, adamw(model)), adamw(twin)
