@@ -314,6 +314,18 @@ def test_numbers_that_the_loss_reads_are_refused() -> None:
     assert "test_captured.py" in reason
 
 
+def test_batches_of_ignored_labels_are_left_to_other_recordings() -> None:
+    (net, shape), (twin, _) = model(), model()
+    opt, other = DDPNOpt(net, lr=0.5), DDPNOpt(twin, lr=0.5)
+    step = capture(other, on(twin))
+    for turn, (x, y) in enumerate(batches(shape, 24)):
+        labels = torch.full_like(y, -100) if turn in (4, 6, 8, 10) else y
+        plain(opt, net, x, labels)
+        step(x, labels)
+    assert step.reason == "" and step.replayed > 10
+    assert apart(net, twin) < 1e-13
+
+
 def test_masks_are_refused() -> None:
     def masked(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, y: F.cross_entropy(net(x), y) + net[0].weight[net[0].weight > 9].sum()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpnopt import recognition
+from ddpnopt import recognition, rows
 from ddpnopt.recognition import Recogniser
 
 SAMPLES, CLASSES = 8, 5
@@ -67,6 +67,28 @@ def test_known_loss_is_not_fitted_again(
     hessian = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / SAMPLES
     columns = known.hessian_factor().double()
     torch.testing.assert_close(columns @ columns.mT, hessian, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("terminal", ["auto", "cross_entropy"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_batch_of_ignored_labels_tells_nothing(
+    terminal: str, large: bool, fits: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known stays, and the batch has a cost."""
+    if large:
+        monkeypatch.setitem(rows.CHUNK, "cpu", SAMPLES * CLASSES // 2)
+    recogniser = Recogniser(terminal)
+    z, y = logits(0.0)
+    recogniser(z, gradient(z, y), -1, SAMPLES)
+    known = recogniser.state_dict()
+    assert known["common"] == pytest.approx(1 / SAMPLES)
+    cost = recogniser(z, gradient(z, torch.full_like(y, -100)), -1, SAMPLES)
+    assert cost is not None and bool(torch.isfinite(cost.kappa).all())
+    assert recogniser.state_dict() == known
+    del fits[:]
+    y[3:] = -100  # fewer rows are still a mean
+    assert recogniser(z, gradient(z, y), -1, SAMPLES) is not None
+    assert bool(fits) == large
 
 
 @pytest.mark.parametrize("terminal", ["auto", "cross_entropy"])

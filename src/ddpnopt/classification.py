@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge
 from ddpnopt.arrivals import Arrivals, gradient_at_boundary
 from ddpnopt.certify import doubt
 from ddpnopt.crossing import Crossing, Span
-from ddpnopt.decisions import postpone, traced
+from ddpnopt.decisions import UNSETTLED, postpone, traced
 from ddpnopt.inert import Probing
 from ddpnopt.layers import FALLBACK
 from ddpnopt.ledger import FROZEN, Ledger, boundary, mixes
@@ -166,7 +166,7 @@ class Classifier:
         if settled and not routed:
             known.lay(trajectory, again=False)
             return
-        postpone()
+        postpone(UNSETTLED)
         known.lay(trajectory, again=True)
         first = trajectory.samples
         turns = _turns(known, settled, routed)

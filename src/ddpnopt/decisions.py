@@ -16,6 +16,9 @@ import torch
 
 from ddpnopt.typing import Tensor
 
+#: Why a step is no usual one, in most cases.
+UNSETTLED = "the model's structure is still being found out"
+
 
 class Conditions(Protocol):
     """Collects what a traced step has decided."""
@@ -23,8 +26,8 @@ class Conditions(Protocol):
     def decide(self, condition: Tensor) -> bool:
         """The value of a boolean tensor, which the program is going to depend on."""
 
-    def postpone(self) -> None:
-        """This step does more than a usual one: another has to be traced."""
+    def postpone(self, why: str) -> None:
+        """This step is no usual one: another has to be traced."""
 
     def phase_ends(self) -> None:
         """The forward pass has ended, or the backward pass."""
@@ -44,10 +47,14 @@ def traced() -> bool:
     return _conditions is not None
 
 
-def postpone() -> None:
-    """What is done now is not done in every step."""
+def postpone(why: str) -> None:
+    """What is done now is not done in every step.
+
+    Args:
+        why: What is said where that never ends.
+    """
     if _conditions is not None:
-        _conditions.postpone()
+        _conditions.postpone(why)
 
 
 def phase_ends() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ddpnopt.decisions import refuse, traced
+from ddpnopt.decisions import anything, postpone, refuse, traced
 from ddpnopt.errors import TerminalError
 from ddpnopt.fits import Fit, fit_logistic, fit_softmax
 from ddpnopt.likelihoods import (
@@ -39,6 +39,11 @@ FITTED = (
     "the loss is fitted to the numbers of each batch (what is known without: a cross-entropy of "
     "labels whose weights are all alike, unless torch computes it in half precision, and "
     "terminal='mse', 'mmc' or a callable)"
+)
+#: Why such a pass is left to another batch.
+IGNORED = (
+    "too many batches show nothing of their loss: the output's gradient is zero (all labels are "
+    "ignored, say)"
 )
 #: A fitted w this close to a simple number is that number, where half precision leaves it as sure.
 SIMPLE = 1e-4
@@ -106,7 +111,7 @@ class Recogniser:
         known = self._known(SOFTMAX, z, G, axis, samples) if softmax else None
         if known is not None:
             return known
-        refuse(FITTED)
+        _fits(G)
         fit = fit_softmax(z, G, axis, samples) if softmax else None
         if fit is None or not fit.fits:
             fit, softmax = fit_logistic(z, G), False
@@ -127,7 +132,7 @@ class Recogniser:
         known = self._known(name, z, G, axis, samples)
         if known is not None:
             return known
-        refuse(FITTED)
+        _fits(G)
         fit = fit_softmax(z, G, axis, samples)
         if fit.fits:
             return self._fitted_softmax(name, fit, z, G, axis, samples)
@@ -138,9 +143,9 @@ class Recogniser:
         self, name: str, fit: Fit, z: Tensor, G: Tensor, axis: int, samples: int
     ) -> Cost:
         """Of a fit; one w for all rows is kept, for the passes to come."""
-        if fit.uniform and fit.hard:
-            used, close = fit.w[fit.w > 0], max(SIMPLE, torch.finfo(G.dtype).eps)
-            rows, w = len(used), float(used.median()) if len(used) else 0.0
+        used = fit.w[fit.w > 0] if fit.uniform and fit.hard else fit.w[:0]
+        if len(used):
+            close, rows, w = max(SIMPLE, torch.finfo(G.dtype).eps), len(used), float(used.median())
             simple = [_simple(w, number, close) for number in (len(fit.w), rows)]
             w = min(simple, key=lambda one: (one == w, abs(one - w)))
             if z.numel() > chunk_size(z):  # a fit costs less than to confirm it
@@ -165,6 +170,8 @@ class Recogniser:
         self._whole = whole
         if known is None:
             known = hard_label_cost(name, z, G, self.common, axis, samples)
+        if known is None and not anything(G):  # all labels are ignored: what is known stays
+            return None
         if known is None and self.rows:
             rows = int((G.movedim(axis, -1).abs().amax(-1) > 0).sum())
             if rows not in (0, self.rows):
@@ -217,6 +224,14 @@ class Recogniser:
         if not fit.evidence:
             pairs = zip(fit.groups.tolist(), fit.w.flatten().tolist(), strict=True)
             self.weights.update({int(label): w for label, w in pairs if w > 0})
+
+
+def _fits(G: Tensor) -> None:
+    """What comes next reads numbers; but a batch without a gradient says nothing of others."""
+    if traced() and not anything(G):
+        postpone(IGNORED)
+    else:
+        refuse(FITTED)
 
 
 def _simple(w: float, rows: int, close: float) -> float:

@@ -215,7 +215,7 @@ class Records(ABC):
                     sound = tracer.conclude()
             self.written += 1
             if state.grown():
-                tracer.postpone()
+                tracer.postpone(decisions.UNSETTLED)
             for name in state.computed():
                 tracer.refuse(f"the optimizer keeps a number ('{name}')")
             if not tracer.refusal:
@@ -254,10 +254,8 @@ class Records(ABC):
         elif tracer.refusal:
             self._refused += 1
         if self._postponed >= POSTPONED or self._refused >= REFUSED:
-            unsettled = "the model's structure is still being found out"
-            self._give_up(
-                unsettled if tracer.postponed else tracer.refusal + calls.hint(self.optimizer)
-            )
+            refusal = tracer.refusal + calls.hint(self.optimizer)
+            self._give_up(tracer.postponed or refusal)
 
     def _verify(self, plan: Plan, work: Work) -> Any:
         """Compare the record with the code; from then on it is run."""

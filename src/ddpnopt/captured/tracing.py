@@ -55,7 +55,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         externals: Tensors that were there before, or are such constants.
         half: Some tensor has half precision.
         random: Numbers are drawn from the CPU's default generator.
-        postponed: This iteration is not a usual one.
+        postponed: Why this iteration is not a usual one; empty if it is.
         refusal: Why the operators can't be run again in place of the code; empty if they can.
         ends: How many operators had run when a phase had ended.
 
@@ -68,8 +68,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._draws, self.random = draws, False
         self.calls: list[Call] = []
         self.externals: dict[Value, Tensor] = {}
-        self.half = self.postponed = False
-        self.refusal = ""
+        self.half = False
+        self.postponed = self.refusal = ""
         self.ends: list[int] = []
         self._conditions: list[tuple[Tensor, bool]] = []
         self._values = WeakIdKeyDictionary()
@@ -121,9 +121,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return torch.ones((), dtype=torch.bool)
         return torch.stack([c if holds else ~c for c, holds in self._conditions]).all()
 
-    def postpone(self) -> None:
+    def postpone(self, why: str) -> None:
         """This iteration is not to be run again."""
-        self.postponed = True
+        self.postponed = why
 
     def phase_ends(self) -> None:
         """A phase of the iteration has ended."""
