@@ -32,6 +32,7 @@ from ddpnopt import (
     capture,
     rows,
 )
+from ddpnopt.captured import records
 from ddpnopt.captured.compiling import Compiled
 from ddpnopt.captured.phased import PhasedPlan
 from ddpnopt.curvature import EKFAC, KFAC
@@ -656,6 +657,13 @@ def moved(net: nn.Module, opt: Any) -> None:
             p.data = p.data.clone()
 
 
+def replaced(net: nn.Module, opt: Any) -> None:
+    """By others; what autograd has kept of a pass is as before."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.data = 1.3 * p.data
+
+
 def evaluated(net: nn.Module, opt: Any) -> None:
     net.eval()
     net(batches((5,), 1)[0][0])  # under gradients
@@ -675,7 +683,7 @@ def reset(net: nn.Module, opt: Any) -> None:
     net[1].reset_running_stats()
 
 
-BETWEEN = {one.__name__: one for one in (moved, evaluated, counted, loaded, reset)}
+BETWEEN = {one.__name__: one for one in (moved, replaced, evaluated, counted, loaded, reset)}
 
 
 @pytest.mark.parametrize("before", ["backward", "the step"])
@@ -699,6 +707,76 @@ def test_what_happens_between_the_passes_and_the_step(
             opt.step()
     assert both.record.replayed > 5 and both.record.reason == ""
     assert both.apart < 1e-9
+
+
+@pytest.mark.parametrize("turn", [4, 5, 9])  # recorded, compared, run from the record
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+@pytest.mark.parametrize("name", ["dense", "convolutions"])
+def test_gradients_of_weights_that_are_replaced_before_backward(
+    name: str, feedback: bool | str, turn: int
+) -> None:
+    both = twins(name, lr=0.3, feedback=feedback)
+    data = batches(NETS[name][1], turn + 1)
+    both.train(data[:-1])
+    x, y = data[-1]
+    for net, opt in both.pairs:
+        opt.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        replaced(net, opt)
+        loss.backward()
+    for p, q in zip(*(net.parameters() for net in both.nets), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+    for opt in both.optimizers:
+        opt.step()
+    assert both.apart < 1e-12
+
+
+def test_a_replacement_of_weights_survives_a_pass_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, opt, record = trained()
+    x, y = batches((5,), 1)[0]
+    opt.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    replaced(net, opt)
+    before = [(p.data_ptr(), p.detach().clone()) for p in net.parameters()]
+
+    def interrupted(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record._rerun, "_again", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    for p, (place, value) in zip(net.parameters(), before, strict=True):
+        assert p.data_ptr() == place and torch.equal(p, value)
+
+
+@pytest.mark.parametrize("ignored", [range(4, 6), range(4, 9), range(3, 12, 2)])
+@pytest.mark.parametrize("feedback", [True, "open_loop"])
+def test_batches_of_ignored_labels_are_left_to_other_recordings(
+    feedback: bool | str, ignored: range
+) -> None:
+    both = twins(lr=0.3, feedback=feedback)
+    for turn, (x, y) in enumerate(batches((5,), 24)):
+        labels = torch.full_like(y, -100) if turn in ignored else y
+        for net, opt in both.pairs:
+            plain(opt, net, x, labels)
+    assert both.record.reason == "" and both.record.replayed > 10
+    assert both.apart < 1e-12
+
+
+def test_nothing_but_ignored_labels_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "POSTPONED", 5)
+    net, _ = model()
+    opt = DDPNOpt(net, lr=0.3)
+    record = capture(opt, passes=True)
+    data = batches((5,), 12)
+    for x, y in data[:4]:
+        plain(opt, net, x, y)
+    with pytest.warns(DDPNOptWarning, match="capture: too many batches show nothing of their loss"):
+        for x, y in data[4:]:
+            plain(opt, net, x, torch.full_like(y, -100))
+    assert "all labels are ignored" in record.reason
 
 
 @pytest.mark.parametrize("feedback", [True, "open_loop"])

@@ -48,6 +48,7 @@ class Pass:
         early: The step, where it was computed in the backward pass.
         odd: It is part of another loss, or of several: not to be recorded.
         outputs: The tensors that it has returned, where it is to be recorded.
+        places: Where its parameters were, likewise.
     """
 
     args: tuple[Any, ...]
@@ -68,6 +69,7 @@ class Pass:
     early: Early | None = None
     odd: bool = False
     outputs: list[Tensor] = field(default_factory=list)
+    places: list[tuple[Tensor, int]] = field(default_factory=list)
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
@@ -86,6 +88,13 @@ class Pass:
         """It is going to run as it is written, and may have to be run again."""
         self.randomness = Randomness.capture()
         self.buffers = [(b, b.detach().clone()) for _, _, b in buffers_of(modules)]
+        own = [p for m in modules for p in m._parameters.values() if p is not None]
+        self.places = [(p, p.data_ptr()) for p in own]
+
+    def recordable(self) -> bool:
+        """Whether it may be run again for a record: one backward pass, on the same parameters."""
+        in_place = all(p.data_ptr() == at for p, at in self.places)
+        return len(self.G) == 1 and not self.odd and in_place
 
     def rewind(self) -> None:
         """Generators as they were before it."""

@@ -129,7 +129,7 @@ class CapturedLoop(Records, Shortcut):
             self._waiting, one.weights = (key, one), self._rerun.weights()
             self._unused += 1
             if self._unused > POSTPONED:
-                self._give_up("gradients are rescaled, or several passes belong to a step")
+                self._give_up("p.grad is rescaled, p.data replaced, or a step has several passes")
         return False
 
     def leaves(self, module: nn.Module, output: Any, replaced: Any) -> Any:
@@ -288,7 +288,7 @@ class CapturedLoop(Records, Shortcut):
         if any(p.grad is not None and p.grad.is_sparse for p in engine.parameters()):
             self.give_up("a gradient is sparse")
         usual = len(trajectories) == 1 and trajectories[0].error is None and not self.reason
-        if waiting is None or not usual or len(waiting[1].G) != 1 or waiting[1].odd:
+        if waiting is None or not usual or not waiting[1].recordable():
             self.written += 1
             made: Report = take(engine, trajectories)
         else:

@@ -108,6 +108,10 @@ class Plan:
             and self._known_state()
         )
 
+    def replaced(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters that have got other memory since (p.data = ...), and what they had."""
+        return self._own.replaced()
+
     def _written_in_place(self) -> bool:
         """Whether the state that the program writes to is the recording's, and where it was."""
         found, known = self._written_to.found, [t for _, t in self._fixed]
@@ -268,6 +272,7 @@ class _Own:
         self._names = [(owner, name) for owner, name, _ in found]
         self._tensors = [t for _, _, t in found]
         self._shapes = [(t.shape, t.stride()) for t in self._tensors]
+        self._memory = [t.detach() for t in self._tensors]
         self._addresses = [t.data_ptr() for t in self._tensors]
 
     def held(self) -> bool:
@@ -278,6 +283,12 @@ class _Own:
     def in_place(self) -> bool:
         """Whether their memory is where it was."""
         return [t.data_ptr() for t in self._tensors] == self._addresses
+
+    def replaced(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters whose memory is elsewhere, and that which they had."""
+        pairs = zip(self._tensors, self._memory, strict=True)
+        moved = [(p, old) for p, old in pairs if p.data_ptr() != old.data_ptr()]
+        return [(p, old) for p, old in moved if isinstance(p, nn.Parameter)]
 
 
 def _used(recording: Recording, results: Sequence[Value]) -> list[int]:

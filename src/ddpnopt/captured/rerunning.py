@@ -26,6 +26,11 @@ from ddpnopt.shell import Shell
 from ddpnopt.sizes import norms
 from ddpnopt.taking import take
 from ddpnopt.typing import Tensor
+from ddpnopt.undoing import insist
+
+
+def _nothing() -> None:
+    """Between a forward pass and its backward pass, in most cases."""
 
 
 class Rerun:
@@ -87,11 +92,16 @@ class Rerun:
             if seen:
                 engine.fingerprint = fingerprint
 
-    def _once_more(self, one: Pass) -> None:
-        """Run a pass again that has left its traces in the model already."""
-        with restoring(one.buffers):
+    def _once_more(self, one: Pass, forward: bool = False) -> None:
+        """Run a pass again that has left its traces in the model already.
+
+        Args:
+            one: The pass.
+            forward: Its forward pass alone comes before what has replaced its weights.
+        """
+        with restoring(one.buffers), _as_in(one) as give_back:
             one.put_back()
-            self._again(one)
+            self._again(one, give_back if forward else _nothing)
 
     def instead(self, one: Pass) -> None:
         """Run a pass as it is written while its backward pass runs: p.grad gets its gradients.
@@ -105,7 +115,7 @@ class Rerun:
 
         def run() -> None:
             try:
-                self._once_more(one)
+                self._once_more(one, forward=True)
             except BaseException as error:  # handed over, never swallowed
                 errors.append(error)
 
@@ -158,8 +168,14 @@ class Rerun:
             p.grad = None
         return kept
 
-    def _again(self, one: Pass) -> tuple[Any, Tensor | None, Tensor]:
+    def _again(
+        self, one: Pass, between: Callable[[], None] = _nothing
+    ) -> tuple[Any, Tensor | None, Tensor]:
         """A forward pass and its backward passes.
+
+        Args:
+            one: The pass.
+            between: What comes between them.
 
         Returns:
             What the model returns, the norms of the gradients, and whether all was decided as
@@ -176,6 +192,7 @@ class Rerun:
             with torch.enable_grad():
                 with torch.autocast(kind, dtype=dtype, enabled=on, cache_enabled=False):
                     made = self._net(*one.args, **one.kwargs)
+                between()
                 decisions.phase_ends()
                 tensors = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
                 for G in one.G:
@@ -207,6 +224,30 @@ def restoring(buffers: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in now:
                 buffer.copy_(value)
+
+
+@contextmanager
+def _as_in(one: Pass) -> Iterator[Callable[[], None]]:
+    """Within the block parameters that were replaced since a pass (p.data = ...) are as in it.
+
+    Autograd, too, keeps the memory of what a pass has made of them.
+
+    Yields:
+        What gives them the other memory back; done at the end in any case.
+    """
+    replaced = [] if one.plan is None else one.plan.replaced()
+    now = [(p, p.data) for p, _ in replaced]
+
+    def give_back() -> None:
+        for p, other in now:
+            p.data = other
+
+    try:
+        for p, own in replaced:
+            p.data = own
+        yield give_back
+    finally:
+        insist(give_back)
 
 
 def _put_back(kept: Mapping[Tensor, Tensor | None]) -> None:
