@@ -196,7 +196,7 @@ def test_what_is_not_the_plain_gradient_is_seen(
         return torch.randn(*sizes, dtype=dtype, generator=draw)
 
     U, V = normal(b, g, t, i), normal(b, g, t, o)
-    found = Coordinates(U, V, U, V, False)
+    found = Coordinates(U, V, U, V, False, (U, V))
     plain = torch.einsum("bgto,bgti->goi", V, U) * scale
     tolerance = ROUNDING[dtype]
     rounded = plain * (1 + 4 * torch.finfo(dtype).eps * normal(g, o, i))

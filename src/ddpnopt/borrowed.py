@@ -228,7 +228,12 @@ class Borrowed:
         return ("weight", "bias") if same else ("weight",)
 
     def joint(
-        self, layer: Layer, vectors: Blocks, scale: float, ranks: Ranks | None = None
+        self,
+        layer: Layer,
+        vectors: Blocks,
+        scale: float,
+        ranks: Ranks,
+        lengths: bool = False,
     ) -> dict[str, Any]:
         """The layer's Kronecker statistics after h-space vectors, without storing them.
 
@@ -237,15 +242,15 @@ class Borrowed:
             vectors: V_h of each pass, as autograd's loss has it.
             scale: r; times the number of samples it makes them one sample's own.
             ranks: Those whose samples these statistics are of.
+            lengths: The vectors' lengths will be asked for next.
         """
-        ranks = ranks or Ranks()
         weight, bias = layer.params["weight"], "bias" in self.joined(layer)
         curvature = self.hyper[weight].curvature
         assert isinstance(curvature, Joint) and isinstance(layer.rule, MatrixRule)
         before, factors, samples = self.state(weight), None, 0
         if curvature.measures(before, layer.rule.width(layer.module) + bias):
             _, (samples,) = ranks.counted([], [sum(layer.counts)])
-            factors = Factors(layer, vectors, samples * scale)
+            factors = Factors(layer, vectors, samples * scale, lengths)
         try:
             found = curvature.joint(before, factors, bias, samples, ranks.counted)
         except NonFiniteError as error:

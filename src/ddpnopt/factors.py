@@ -10,6 +10,8 @@ import torch
 
 from ddpnopt.layer import Layer
 from ddpnopt.layers import MatrixRule
+from ddpnopt.layers.coordinates import Coordinates, Rotated
+from ddpnopt.stages import Stage
 from ddpnopt.typing import Tensor
 from ddpnopt.value.base import Blocks
 
@@ -22,11 +24,13 @@ class Factors:
         layer: The layer.
         vectors: V_h of each pass.
         scale: On V.
+        lengths: The layer will be asked for the lengths of these vectors next.
     """
 
     layer: Layer
     vectors: Blocks
     scale: float
+    lengths: bool
 
     def products(self, bias: bool) -> tuple[Tensor, Tensor, int]:
         """Sums of u u^T and of v v^T, by group, and how many v there were."""
@@ -47,15 +51,36 @@ class Factors:
         parts = list[Tensor]()
         for (stage, samples), v in zip(self.layer.pairs(), self.vectors, strict=True):
             x, found = self.layer.x(stage), None
-            if v is stage.G:  # of these the layer will ask the lengths
-                found = rule.rotated(module, x, v, samples, basis, bias)
-            if found is None:
+            if self.lengths and v is stage.G:
+                found = self._kept(stage, x, v, samples, basis, bias)
+            if found is not None:
+                parts.append(found.squares() * self.scale**2)
+            else:
                 V = v.to(self.layer.dtype) * self.scale
                 parts.append(rule.rotated_squares(module, x, V, samples, basis, bias))
-            else:
-                self.layer.rotated[stage] = found
-                parts.append(found.D.square().sum(0) * self.scale**2)
         return reduce(torch.add, parts)
+
+    def _kept(
+        self,
+        stage: Stage,
+        x: Tensor,
+        v: Tensor,
+        samples: int,
+        basis: tuple[Tensor, Tensor],
+        bias: bool,
+    ) -> Rotated | Coordinates | None:
+        """What the layer will need again for the lengths of a pass's plain gradients."""
+        layer, rule = self.layer, self._rule
+        D = rule.rotated(layer.module, x, v, samples, basis, bias)
+        if D is not None:
+            layer.rotated[stage] = D
+            return D
+        V = rule.outputs(layer.module, v[None], samples)[0]
+        if not Coordinates.pays(V, rule.width(layer.module)):
+            return None
+        U = rule.inputs(layer.module, x, samples)
+        found = layer.coordinates[stage] = Coordinates.of(U, V, basis, bias)
+        return found
 
     @property
     def _rule(self) -> MatrixRule:

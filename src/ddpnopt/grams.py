@@ -64,8 +64,10 @@ def lengths_of(layer: Layer, stage: Stage, samples: int) -> Tensor:
     if part is None and isinstance(P, Kronecker) and isinstance(layer.rule, MatrixRule):
         V = layer.rule.outputs(layer.module, G[None], samples)[0]
         if Coordinates.pays(V, layer.rule.width(layer.module)):
-            U = layer.rule.inputs(layer.module, x, samples)
-            found = layer.coordinates[stage] = Coordinates.of(U, V, P)
+            found = layer.coordinates.get(stage)
+            if found is None or not found.fits(P):  # else it was made to measure P
+                U = layer.rule.inputs(layer.module, x, samples)
+                found = layer.coordinates[stage] = Coordinates.of(U, V, (P.A, P.G), P.bias)
             part = found.lengths(P)
     if part is None:
         return layer.rule.lengths(layer.module, x, G, layer.gain, samples, layer.sketch)

@@ -30,6 +30,11 @@ def transformed(U: Tensor, T: Tensor) -> Tensor:
     return torch.einsum("...gti,gji->...gtj", U, T)
 
 
+def with_constant(U: Tensor) -> Tensor:
+    """Inputs with a 1 behind the last."""
+    return torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1)
+
+
 def both(
     D: Float[Tensor, "... g o i"], A: Float[Tensor, "g j i"], G: Float[Tensor, "g p o"]
 ) -> Float[Tensor, "... g p j"]:
@@ -83,7 +88,7 @@ class Kronecker(ABC):
 
     def joins(self, U: Tensor) -> Tensor:
         """The inputs, the constant 1 among them if it joins."""
-        return torch.cat([U, U.new_ones(*U.shape[:-1], 1)], -1) if self.bias else U
+        return with_constant(U) if self.bias else U
 
     def transform(
         self, U: Float[Tensor, "b g t i"], V: Float[Tensor, "r b g t o"]

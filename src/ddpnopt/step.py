@@ -184,9 +184,10 @@ class Step:
         vectors = layer.plain_vectors()
         if correction is not None:
             vectors = [g + v for g, v in zip(vectors, correction, strict=True)]
+        r = self.settings.rescale
         if joined:
-            joint = self.borrowed.joint(layer, vectors, self.settings.rescale, self.ranks)
-            life = self.borrowed.hyper[layer.params["weight"]].life * self.settings.rescale
+            joint = self.borrowed.joint(layer, vectors, r, self.ranks, correction is None)
+            life = self.borrowed.hyper[layer.params["weight"]].life * r
             layer.gain["weight"] = self.borrowed.joint_gain(layer, joint, life)
             self.joints[layer.name] = joint
         single = {name: p for name, p in layer.params.items() if name not in joined}
@@ -209,9 +210,8 @@ class Step:
                 if name in extra:
                     self.extra[p] = extra[name] * scale
                     g = g + self.extra[p]
-                if self.settings.rescale != scale:  # the step will see it rescaled
-                    g = g * (self.settings.rescale / scale)
-                r = self.settings.rescale
+                if r != scale:  # the step will see it rescaled
+                    g = g * (r / scale)
                 known = (squares[name] * r**2, samples) if name in squares else None
                 moment = self.borrowed.moment(p, g, known)
             if not self._follows(p):

@@ -15,7 +15,14 @@ import torch
 
 from ddpnopt.decisions import holds
 from ddpnopt.layers.base import Kept
-from ddpnopt.positions import Diagonal, Kronecker, Product
+from ddpnopt.positions import (
+    Diagonal,
+    Kronecker,
+    Product,
+    transformed,
+    weight_squares,
+    with_constant,
+)
 from ddpnopt.typing import Float, Tensor
 
 #: The golden angle: multiples of it never repeat.
@@ -36,6 +43,10 @@ class Rotated:
     D: Float[Tensor, "b g o i"]
     basis: tuple[Tensor, Tensor]
 
+    def squares(self) -> Float[Tensor, "g o i"]:
+        """Their sum over the samples, squared."""
+        return self.D.square().sum(0)
+
     def lengths(self, gain: Kronecker) -> Float[Tensor, " b"]:
         """g_u^T P g_u of each sample."""
         assert isinstance(gain, Diagonal) and (gain.A is self.basis[0] and gain.G is self.basis[1])
@@ -52,6 +63,7 @@ class Coordinates:
         inputs: A U of the gain's A.
         outputs: G V.
         bias: The constant is among the inputs.
+        basis: That A and G.
     """
 
     U: Float[Tensor, "b g t i"]
@@ -59,15 +71,27 @@ class Coordinates:
     inputs: Float[Tensor, "b g t j"]
     outputs: Float[Tensor, "b g t p"]
     bias: bool
+    basis: tuple[Tensor, Tensor]
 
     @staticmethod
     def of(
-        U: Float[Tensor, "b g t i"], V: Float[Tensor, "b g t o"], gain: Kronecker
+        U: Float[Tensor, "b g t i"],
+        V: Float[Tensor, "b g t o"],
+        basis: tuple[Tensor, Tensor],
+        bias: bool,
     ) -> Coordinates:
-        """The coordinates of a gain, whose own U has no constant yet."""
-        U = gain.joins(U)
-        inputs, outputs = gain.transform(U, V[None])
-        return Coordinates(U, V, inputs, outputs[0], gain.bias)
+        """The coordinates of a gain of that A and G; U has no constant yet."""
+        A, G = basis
+        U = with_constant(U) if bias else U
+        return Coordinates(U, V, transformed(U, A), transformed(V, G), bias, basis)
+
+    def fits(self, gain: Kronecker) -> bool:
+        """Whether they are a gain's."""
+        return gain.A is self.basis[0] and gain.G is self.basis[1]
+
+    def squares(self) -> Float[Tensor, "g o i"]:
+        """Sum over the samples of their squared weight gradients, in an eigenbasis."""
+        return weight_squares(self.inputs, self.outputs)
 
     @staticmethod
     def pays(V: Float[Tensor, "b g t o"], inputs: int) -> bool:
