@@ -41,9 +41,11 @@ def products(conv: _Conv, seen: Float[Tensor, "n c h *w"], bias: bool) -> Float[
     """
     taps = math.prod(conv.kernel_size[1:])
     step = max(1, AT_ONCE // (taps * math.prod(seen.shape[1:])))
-    first, *others = (_products(conv, some) for some in torch.split(seen, step))
+    by_row, *others = (_by_row(conv, some) for some in torch.split(seen, step))
     for one in others:
-        first.add_(one)
+        for mine, more in zip(by_row, one, strict=True):
+            mine.add_(more)
+    first = _by_pair(conv, *by_row)
     if not bias:
         return first
     total, count = _sums(conv, seen)
@@ -64,22 +66,38 @@ def _sums(conv: _Conv, seen: Float[Tensor, "n c h *w"]) -> tuple[Float[Tensor, "
     return plane.reshape(conv.groups, -1, 1), count
 
 
-def _products(conv: _Conv, seen: Float[Tensor, "n c h *w"]) -> Float[Tensor, "g i i"]:
-    g, K, d = conv.groups, conv.kernel_size[0], conv.dilation[0]
-    U, reach = _rows(conv, seen), d * (K - 1)
-    _, f, R, _ = U.shape
+def _by_row(conv: _Conv, seen: Float[Tensor, "n c h *w"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of what two rows of patches have together, f = (channel, *tap) without the rows' own.
+
+    Returns:
+        All rows that are k d apart (K, g, f, f); all pairs of the first d (K - 1) rows, and of the
+        last, (g, f rows, f rows).
+    """
+    K, d, U = conv.kernel_size[0], conv.dilation[0], _rows(conv, seen)
+    R, reach = U.shape[2], d * (K - 1)
     offsets = [
         torch.bmm(U[:, :, : R - k * d].flatten(2), U[:, :, k * d :].flatten(2).mT) for k in range(K)
     ]
-    both = torch.stack([*(one.mT for one in offsets[:0:-1]), *offsets])
-    taps = torch.arange(K, device=seen.device)
+    ends = (U[:, :, at].flatten(1, 2) for at in (slice(reach), slice(R - reach, R)))
+    low, high = (torch.bmm(one, one.mT) for one in ends)
+    return torch.stack(offsets), low, high
+
+
+def _by_pair(
+    conv: _Conv,
+    offsets: Float[Tensor, "k g f f"],
+    low: Float[Tensor, "g q q"],
+    high: Float[Tensor, "g q q"],
+) -> Float[Tensor, "g i i"]:
+    """The same for every pair of the kernel's rows, i = (channel, *tap)."""
+    K, d, (g, f) = conv.kernel_size[0], conv.dilation[0], offsets.shape[1:3]
+    both = torch.cat([offsets[1:].flip(0).mT, offsets])
+    taps = torch.arange(K, device=offsets.device)
     # (g, f, k, f, k') has the sum of k' - k.
     found = both[taps - taps[:, None] + K - 1].permute(2, 3, 0, 4, 1).contiguous()
-    if reach:
-        ends = (U[:, :, at].flatten(1, 2) for at in (slice(reach), slice(R - reach, R)))
-        low, high = (torch.bmm(one, one.mT).reshape(g, f, reach, f, reach) for one in ends)
-        _take_off(found, low, high, d)
-    c = seen.shape[1] // g
+    reach = d * (K - 1)
+    _take_off(found, *(one.reshape(g, f, reach, f, reach) for one in (low, high)), d)
+    c = conv.in_channels // g
     found = found.reshape(g, c, f // c, K, c, f // c, K).permute(0, 1, 3, 2, 4, 6, 5)
     return found.reshape(g, f * K, f * K)
 
