@@ -96,7 +96,8 @@ def _by_pair(
     # (g, f, k, f, k') has the sum of k' - k.
     found = both[taps - taps[:, None] + K - 1].permute(2, 3, 0, 4, 1).contiguous()
     reach = d * (K - 1)
-    _take_off(found, *(one.reshape(g, f, reach, f, reach) for one in (low, high)), d)
+    low, high = (one.reshape(g, f, reach, f, reach) for one in (low, high))
+    _take_off(found, low, high, d)
     c = conv.in_channels // g
     found = found.reshape(g, c, f // c, K, c, f // c, K).permute(0, 1, 3, 2, 4, 6, 5)
     return found.reshape(g, f * K, f * K)
