@@ -51,7 +51,7 @@ class Factors:
         parts = list[Tensor]()
         for (stage, samples), v in zip(self.layer.pairs(), self.vectors, strict=True):
             x, found = self.layer.x(stage), None
-            if self.lengths and v is stage.G:
+            if self.lengths and v is stage.G and stage.Z_h is None:
                 found = self._kept(stage, x, v, samples, basis, bias)
             if found is not None:
                 parts.append(found.squares() * self.scale**2)

@@ -115,8 +115,8 @@ class Product(Kronecker):
         return self._both(D) * self.scale
 
     def square(self, D: Float[Tensor, "g o i"]) -> Tensor:
-        """D . P D."""
-        return (self._both(D) * D).sum() * self.scale
+        """D . P D, which rounding alone makes negative."""
+        return (self._both(D) * D).sum().clamp(min=0) * self.scale
 
     def halves(
         self, D: Float[Tensor, "... g o i"]
@@ -136,7 +136,9 @@ class Product(Kronecker):
         form = columns * positions * V.shape[-1] * U.shape[-1]
         if pairs_of(columns, positions, V.shape[-1], U.shape[-1]) <= 2 * form:
             K = inputs @ U.mT
-            return torch.einsum("rbgto,sbgto->brs", K @ V, outputs) * self.scale
+            found = torch.einsum("rbgto,sbgto->brs", K @ V, outputs) * self.scale
+            # Of ill-conditioned factors rounding may make a square negative.
+            return found.clamp(min=0) if columns == 1 else found
         return _samples_gram(U, V, self.scale, (inputs, outputs))
 
     def transforms_samples(self, columns: int, positions: int, outputs: int, inputs: int) -> bool:
@@ -286,9 +288,9 @@ def matrices_gram(
     if isinstance(gain, Kronecker):
         (left, right), gain = gain.halves(G), 1.0
     elif diagonal(gain):
-        left, gain = G * gain, 1.0
+        left, gain = left * gain, 1.0
     if len(G) == 1:
-        found = (left[0] * right[0]).flatten(1).sum(1)[:, None, None]
+        found = (left[0] * right[0]).flatten(1).sum(1)[:, None, None].clamp(min=0)
     else:
         found = torch.einsum("rbgoi,sbgoi->brs", left, right)
     return found if same(gain, 1.0) else found * gain

@@ -69,8 +69,8 @@ class Joint(Curvature):
     statistics_every: int = 1
 
     counts: ClassVar[tuple[str, ...]] = ("step", "fallbacks")
-    #: What of a layer's state is made of A and G where they are decomposed.
-    _made: ClassVar[tuple[str, ...]]
+    #: What of a layer's state is made of A and G where they are decomposed: subclasses say.
+    _made: ClassVar[tuple[str, ...]] = ()
     #: What else a step without statistics leaves as it is.
     _kept: ClassVar[tuple[str, ...]] = ("A", "G")
 
@@ -158,7 +158,7 @@ class Joint(Curvature):
             updates = _updates(k, self.statistics_every)
             new["A"] = self._mean(new["A"], A / max(samples, 1), updates)
             new["G"] = self._mean(new["G"], G / max(rows, 1), updates)
-        if self._decomposes(k) or any(new[name] is None for name in self._made):
+        if self._decomposes(k) or any(new[name] is None for name in (*self._kept, *self._made)):
             self._decompose(state, new)
         if factors is not None:
             self._measure(new, factors, bias, samples, counted)

@@ -146,9 +146,9 @@ class Coordinates:
         """d^T P d of d = sum_i weight_i g_u,i; the plain gradient where no weight is given."""
         if isinstance(gain, Product):
             if weight is None:
-                return self.pairs.sum() * gain.scale
+                return self.pairs.sum().clamp(min=0) * gain.scale
             w = weight.to(self.pairs)[:, None].expand(-1, self.V.shape[2]).reshape(-1)
-            return (self.pairs @ w) @ w * gain.scale
+            return ((self.pairs @ w) @ w).clamp(min=0) * gain.scale
         return (_product(self._weighted(weight), self.inputs).square() * gain.scale).sum()
 
     def direction(self, gain: Kronecker, weight: Float[Tensor, " b"]) -> Float[Tensor, "g o i"]:
