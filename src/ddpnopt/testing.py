@@ -179,6 +179,23 @@ class _Check:
             ours = rule.gram(self.module, self.x, self.V, {"weight": P}, self.samples)
             self._same(f"gram, Kronecker gain of {joined}", ours, expected)
 
+        self._statistics(rule, bias, (T_A, T_G), D.reshape(COLUMNS, self.samples, *W.shape)[0])
+
+    def _statistics(
+        self, rule: MatrixRule, bias: bool, basis: tuple[Tensor, Tensor], rotated: Tensor
+    ) -> None:
+        """A, G and s, whichever way the rule takes, from inputs and outputs at all positions."""
+        U = rule.inputs(self.module, self.x, self.samples)
+        U = torch.cat([U, torch.ones_like(U[..., :1])], -1) if bias else U
+        V = rule.outputs(self.module, self.V, self.samples)[0]
+        A = rule.input_products(self.module, self.x, self.samples, bias)
+        self._same("input_products", A, torch.einsum("bgti,bgtj->gij", U, U))
+        G, rows = rule.output_products(self.module, self.V[0], self.samples)
+        self._same("output_products", G, torch.einsum("bgto,bgtp->gop", V, V))
+        assert rows == V.shape[0] * V.shape[2]
+        s = rule.rotated_squares(self.module, self.x, self.V[0], self.samples, basis, bias)
+        self._same("rotated_squares", s, rotated.square().sum(0))
+
     def _same(self, place: str, ours: Tensor, theirs: Tensor) -> None:
         name = f"{type(self.rule).__name__}.{place}"
         if ours.shape != theirs.shape:

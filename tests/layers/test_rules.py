@@ -143,6 +143,22 @@ def test_check_layer_finds_a_wrong_rule(name: str, method: str) -> None:
         check_layer(layer, x, rule=rule)
 
 
+@pytest.mark.parametrize("method", ["input_products", "output_products", "rotated_squares"])
+@pytest.mark.parametrize("name", ["dense", "conv2d"])
+def test_check_layer_finds_wrong_statistics(name: str, method: str) -> None:
+    layer, x = CASES[name]
+    rule = copy.copy(registered(layer))
+    right = getattr(rule, method)
+
+    def wrong(*args: Any) -> Any:
+        found = right(*args)
+        return (2 * found[0], found[1]) if method == "output_products" else 2 * found
+
+    setattr(rule, method, wrong)
+    with pytest.raises(AssertionError, match=rf"\.{method}"):
+        check_layer(layer, x, rule=rule)
+
+
 def test_check_layer_needs_a_rule() -> None:
     with pytest.raises(ValueError, match="no rule is registered for Scale"):
         check_layer(Scale(3), R(4, 3))
