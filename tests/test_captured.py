@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpnopt
 from ddpnopt import DDPNOpt, DDPNOptWarning, Feedback, NonFiniteError, capture
-from ddpnopt.captured.fused import FORMULAS
+from ddpnopt.captured.compiling import Compiled
+from ddpnopt.captured.formulas import FUSED
 from ddpnopt.captured.plan import Plan
+from ddpnopt.captured.program import Call, Value, graph_of
 from ddpnopt.captured.records import MISSES
 from ddpnopt.curvature import EKFAC, KFAC
 from oracles.effort import FULL, crossed
@@ -541,6 +543,51 @@ def test_formulas_of_fused_optimizers_are_their_kernels(data: st.DataObject) -> 
             torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by it")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_numbers_survive_the_compiler(dtype: torch.dtype) -> None:
+    x = torch.logspace(-30, 2.5, 200, dtype=dtype).clamp(max=80)
+    x = torch.cat([x, -x, torch.zeros(5, dtype=dtype)])
+    given, made = Value(0, 0, 1), Value(1, 1, 1)
+    graph = graph_of(
+        [given], [Call(torch.ops.aten.expm1.default, (given,), {}, made)], [made], False
+    )
+    [found] = Compiled(graph, 1)(x)
+    torch.testing.assert_close(found, x.expm1(), rtol=8 * torch.finfo(dtype).eps, atol=0.0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by it")
+def test_compiled_records_hold_where_all_is_learnt() -> None:
+    (net, shape), (twin, _) = model(), model()
+    batch = batches(shape, 1)[0][0]
+    with torch.no_grad():
+        net[-1].weight *= 1000
+        twin[-1].weight *= 1000
+        y = net(batch).argmax(1)  # the net is sure of these labels
+    opt, other = DDPNOpt(net, lr=0.3), DDPNOpt(twin, lr=0.3)
+    step = capture(other, on(twin), compile=True)
+    for _ in range(20):
+        plain(opt, net, batch, y)
+        loss = step(batch, y)
+    assert 0 < loss < 1e-5
+    assert (step.reason, step.missed, step.replayed) == ("", 0, 14)
+    assert apart(net, twin) < 1e-12
+
+
+def test_records_that_can_never_be_confirmed_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def undecided(plan: Plan, run: Any, written: Callable[[], Any], *rest: Any) -> Any:
+        return written(), None
+
+    monkeypatch.setattr("ddpnopt.captured.records.compare", undecided)
+    net, shape = model()
+    opt = DDPNOpt(net, lr=0.3)
+    step = capture(opt, on(net))
+    with pytest.warns(DDPNOptWarning, match="changes all the time"):
+        for x, y in batches(shape, 30):
+            step(x, y)
+    assert step.written == 30 and step.replayed == 0
+
+
 class ByFormula(TorchDispatchMode):
     """Fused kernels are done by their formulas."""
 
@@ -550,7 +597,7 @@ class ByFormula(TorchDispatchMode):
         kwargs = kwargs or {}
         if "_fused_" not in func.__name__:
             return func(*args, **kwargs)
-        return FORMULAS[func](*args, **{k: v for k, v in kwargs.items() if v is not None})
+        return FUSED[func](*args, **{k: v for k, v in kwargs.items() if v is not None})
 
 
 def test_what_the_compiler_can_not_do_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ddpnopt.captured.fused import FORMULAS
+from ddpnopt.captured.formulas import FORMULAS, FUSED
 from ddpnopt.typing import Tensor
 
 aten = torch.ops.aten
@@ -70,7 +70,7 @@ class Call:
         names = [a.name for a in self.func._schema.arguments]
         given = {**dict(zip(names, self.args, strict=False)), **self.kwargs}
         writes = [a.name for a in self.func._schema.arguments if _is_write(a)]
-        if self.func in FORMULAS and given.get("grad_scale") is None:
+        if self.func in FUSED and given.get("grad_scale") is None:
             writes = [name for name in writes if name != "grads"]  # they are only unscaled there
         undeclared = [self.args[place] for place in UNDECLARED.get(self.func, ())]
         return _values([*(given[name] for name in writes if name in given), *undeclared])
@@ -228,7 +228,7 @@ def _compiled(graph: fx.Graph, call: Call, args: tuple[Any, ...], kwargs: dict[s
         negative = graph.call_function(aten.neg.default, (product,))
         return graph.call_function(aten.sub.Tensor, (args[0], negative))
     scaled = kwargs.get("grad_scale") is not None or kwargs.get("found_inf") is not None
-    if call.func in FORMULAS and not scaled:
+    if call.func in FUSED and not scaled:
         given = {name: value for name, value in kwargs.items() if value is not None}
-        return graph.call_function(FORMULAS[call.func], args, given)
-    return graph.call_function(call.func, args, kwargs)
+        return graph.call_function(FUSED[call.func], args, given)
+    return graph.call_function(FORMULAS.get(call.func, call.func), args, kwargs)

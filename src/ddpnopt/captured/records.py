@@ -38,8 +38,8 @@ PLANS = 8
 POSTPONED, REFUSED = 50, 3
 #: Runs in a row with other decisions before a new recording.
 MISSES = 3
-#: Recordings in a row that were run fewer times than this before it is given up.
-FRUITLESS, FRUITFUL = 3, 20
+#: Recordings in a row that were run fewer times than this before it is given up; or compiled ones.
+FRUITLESS, FRUITFUL, FRUITFUL_COMPILED = 3, 20, 200
 
 
 class Records(ABC):
@@ -190,10 +190,15 @@ class Records(ABC):
     def _count_miss(self, plan: Plan) -> None:
         """A record's decisions were others."""
         self.missed += 1
+        self._miss(plan)
+
+    def _miss(self, plan: Plan) -> None:
+        """After a few in a row another record is made, for as long as that pays."""
         plan.misses += 1
         if plan.misses >= MISSES:
             self._drop(plan)
-            self._fruitless = self._fruitless + 1 if plan.runs < FRUITFUL else 0
+            enough = FRUITFUL_COMPILED if plan.compiled else FRUITFUL
+            self._fruitless = self._fruitless + 1 if plan.runs < enough else 0
             if self._fruitless >= FRUITLESS:
                 self._give_up("what the step decides (about the loss, say) changes all the time")
 
@@ -267,9 +272,7 @@ class Records(ABC):
             self._seen,
         )
         if off is None:  # what was decided in the recording is not decided so again
-            plan.misses += 1
-            if plan.misses >= MISSES:
-                self._drop(plan)
+            self._miss(plan)
             return made
         if off and plan.compiled:
             self._do_without_compiler(plan, f"a compiled {self.what} differs by {off:.2%}")

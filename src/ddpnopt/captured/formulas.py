@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""torch's fused optimizers as formulas: its compiler does not know the kernels.
+"""Operators as formulas for torch's compiler: kernels that it does not know, or makes coarser.
 
-In-place like them, on lists of tensors. What a gradient scaler gives is left to the kernels.
+torch's fused optimizers are in-place like their kernels, on lists of tensors. What a gradient
+scaler gives is left to the kernels.
 """
 
 from __future__ import annotations
@@ -82,8 +83,20 @@ def _sgd(
         p.sub_(g * lr)
 
 
-#: Formulas by operator.
-FORMULAS: dict[Any, Callable[..., None]] = {
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1, for small x by Kahan's quotient: the error of e^x - 1 is that of log e^x over x.
+
+    The compiler (2.13) makes e^x - 1 of it, of which nothing is left where x is below rounding:
+    the coefficients of confident samples, whose x that is, would not be found any more.
+    """
+    above = torch.exp(x)
+    rise = above - 1
+    near = torch.where(rise == 0, x, rise * (x / torch.log(above)))
+    return torch.where(x.abs() < 1, near, rise)
+
+
+#: Of the fused optimizers, by operator.
+FUSED: dict[Any, Callable[..., None]] = {
     aten._fused_adam_.default: _adam,
     aten._fused_adam_.tensor_lr: _adam,
     aten._fused_adamw_.default: _adamw,
@@ -91,3 +104,5 @@ FORMULAS: dict[Any, Callable[..., None]] = {
     aten._fused_sgd_.default: _sgd,
     aten._fused_sgd_.tensor_lr: _sgd,
 }
+#: Of other operators.
+FORMULAS: dict[Any, Callable[..., Tensor]] = {aten.expm1.default: _expm1}
