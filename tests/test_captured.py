@@ -552,7 +552,7 @@ def test_small_numbers_survive_the_compiler(dtype: torch.dtype) -> None:
     graph = graph_of(
         [given], [Call(torch.ops.aten.expm1.default, (given,), {}, made)], [made], False
     )
-    [found] = Compiled(graph, 1)(x)
+    [found] = Compiled(graph, 1, 1)(x)
     torch.testing.assert_close(found, x.expm1(), rtol=8 * torch.finfo(dtype).eps, atol=0.0)
 
 

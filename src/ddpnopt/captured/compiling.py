@@ -30,10 +30,11 @@ class Compiled:
         graph: The operators.
         arguments: How many of its inputs, the first ones, are not the same tensors in every call;
             they are never written to.
+        results: How many of the tensors that it returns, the first ones, are asked for.
     """
 
-    def __init__(self, graph: fx.GraphModule, arguments: int) -> None:
-        self._graph, self._arguments = graph, arguments
+    def __init__(self, graph: fx.GraphModule, arguments: int, results: int) -> None:
+        self._graph, self._arguments, self._results = graph, arguments, results
         self._run: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
         self._strides: list[tuple[int, ...]] = []
 
@@ -51,10 +52,10 @@ class Compiled:
             results, direct = _watched(made, inner, given)
             if direct is not None:
                 self._run = direct
-            return results
+            return results[: self._results]
         if strides != self._strides:
             given[: self._arguments] = map(_laid_out, given, self._strides)
-        return list(self._run(given))
+        return list(self._run(given)[: self._results])
 
 
 def _compiled(

@@ -40,7 +40,9 @@ class Phase:
     def build(self, compiled: bool) -> None:
         """Make the function; compiled from its first run on."""
         graph = graph_of([*self.given, *self.fixed], self.calls, self.made, native=not compiled)
-        self._run = Compiled(graph, len(self.given)) if compiled else graph.forward
+        self._run = graph.forward
+        if compiled:
+            self._run = Compiled(graph, len(self.given), len(self.made))
 
     def __call__(self, found: Found) -> None:
         """Run it on what has been found, and add what it makes."""

@@ -223,9 +223,11 @@ class Plan:
 
     def _built(self, recording: Recording | None = None) -> Callable[..., list[Tensor]]:
         """The program as a function of its arguments and its externals."""
-        graph = self.program.graph(native=not self.compiled)
-        compiled = Compiled(graph, len(self.program.arguments)) if self.compiled else None
-        return graph.forward if compiled is None else compiled
+        program = self.program
+        graph = program.graph(native=not self.compiled)
+        if self.compiled:
+            return Compiled(graph, len(program.arguments), len(program.results))
+        return graph.forward
 
     @property
     def refusal(self) -> str:

@@ -161,7 +161,8 @@ def graph_of(
         given: Its arguments.
         calls: The operators.
         results: What it returns.
-        native: For operators that are called one by one; else for a compiler.
+        native: For operators that are called one by one; else for a compiler, and what it returns
+            has `numbers` behind the results.
     """
     graph = fx.Graph()
     nodes = {v: graph.placeholder(f"t{v.index}") for v in given}
@@ -181,8 +182,26 @@ def graph_of(
                         if isinstance(node, list)
                         else graph.call_function(getitem, (node, place))
                     )
-    graph.output([nodes[v] for v in results])
+    graph.output([nodes[v] for v in (*results, *([] if native else _numbers(calls, results)))])
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _numbers(calls: Sequence[Call], results: Iterable[Value]) -> list[Value]:
+    """Numbers made of numbers, as operators on larger tensors use them.
+
+    Unless it is asked for such a number, too, the compiler works it out again for every few entries
+    of the tensors: the powers of Adam's decay rates took longer than all else of an update.
+    """
+    made: dict[Value, None] = {}
+    used = dict.fromkeys(results, False)
+    for call in calls:
+        numbers = all(v.dim == 0 for v in (*call.inputs, *call.outputs))
+        old = {v.storage for v in call.inputs}
+        if numbers and call.inputs and not call.written:
+            made.update((v, None) for v in call.outputs if v.storage not in old)
+        elif not numbers:
+            used.update((v, True) for v in call.inputs if v in made and v not in used)
+    return [v for v, asked in used.items() if asked]
 
 
 def _needed(calls: Sequence[Call], remains: Iterable[int], results: Sequence[Value]) -> list[Call]:
