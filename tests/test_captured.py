@@ -543,7 +543,7 @@ def test_formulas_of_fused_optimizers_are_their_kernels(data: st.DataObject) -> 
             torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by it")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_small_numbers_survive_the_compiler(dtype: torch.dtype) -> None:
     x = torch.logspace(-30, 2.5, 200, dtype=dtype).clamp(max=80)
@@ -556,7 +556,31 @@ def test_small_numbers_survive_the_compiler(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, x.expm1(), rtol=8 * torch.finfo(dtype).eps, atol=0.0)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by it")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_compiler_is_asked_for_numbers_made_of_numbers() -> None:
+    aten = torch.ops.aten
+    k, m, power, rest, scaled = (Value(i, i, dim) for i, dim in enumerate((0, 2, 0, 0, 2)))
+    other, total = Value(5, 5, 0), Value(6, 6, 0)
+    calls = [
+        Call(aten.pow.Scalar, (0.9, k), {}, power),
+        Call(aten.rsub.Scalar, (power, 1), {}, rest),  # of the numbers this alone meets a matrix
+        Call(aten.neg.default, (rest,), {}, other),
+        Call(aten.mul.Tensor, (m, rest), {}, scaled),
+        Call(aten.sum.default, (scaled,), {}, total),
+    ]
+    graph = graph_of([k, m], calls, [scaled, total, other], native=False)
+    [output] = [node for node in graph.graph.nodes if node.op == "output"]
+    names = [str(node) for node in output.args[0]]
+    assert names == ["mul_tensor", "sum_default", "neg_default", "rsub_scalar"]
+    K, M = torch.tensor(3.0), torch.randn(4, 5)
+    found = Compiled(graph, 2, 3)(K, M)
+    assert len(found) == 3
+    torch.testing.assert_close(found[0], M * (1 - 0.9**3))
+    native = graph_of([k, m], calls, [scaled, total, other], native=True)
+    assert len(native(K, M)) == 3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_records_hold_where_all_is_learnt() -> None:
     (net, shape), (twin, _) = model(), model()
     batch = batches(shape, 1)[0][0]

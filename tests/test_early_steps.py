@@ -242,7 +242,8 @@ def test_state_that_becomes_another_is_looked_at_anew(what: str) -> None:
 
     both.train(24, change)
     assert both.record.replayed > 4
-    assert both.apart < (1e-5 if what == "dtype" else 1e-12)
+    # RMSprop that begins anew divides by single gradients: rounding grows with those near 0.
+    assert both.apart < {"dtype": 1e-5, "gone": 1e-10}.get(what, 1e-12)
 
 
 def test_state_of_another_shape_is_not_given_to_a_record() -> None:
