@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpnopt
 from ddpnopt import DDPNOpt, DDPNOptWarning, Feedback, NonFiniteError, capture
-from ddpnopt.captured.compiling import Compiled
+from ddpnopt.captured.compiling import Compiled, keep_results
 from ddpnopt.captured.formulas import FUSED
 from ddpnopt.captured.plan import Plan
 from ddpnopt.captured.program import Call, Value, graph_of
@@ -576,6 +576,8 @@ def test_the_compiler_is_asked_for_numbers_made_of_numbers() -> None:
     found = Compiled(graph, 2, 3)(K, M)
     assert len(found) == 3
     torch.testing.assert_close(found[0], M * (1 - 0.9**3))
+    keep_results(graph, 3)  # as on GPUs
+    assert len(graph(K, M)) == 3
     native = graph_of([k, m], calls, [scaled, total, other], native=True)
     assert len(native(K, M)) == 3
 
