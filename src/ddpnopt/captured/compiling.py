@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ddpnopt.captured.formulas import FORMULAS
 from ddpnopt.typing import Tensor
 
 #: Entries that are worth another thread, as for torch's own operators; the compiler's bound is 512.
@@ -48,7 +49,7 @@ class Compiled:
         strides = [t.stride() for t in inputs[: self._arguments]]
         if self._run is None:
             if any(t.device.type != "cpu" for t in given):
-                keep_results(self._graph, self._results)
+                for_gpus(self._graph, self._results)
             made, inner = _compiled(self._graph, given)
             self._run, self._strides = (lambda some: made(*some)), strides
             results, direct = _watched(made, inner, given)
@@ -60,10 +61,18 @@ class Compiled:
         return list(self._run(given)[: self._results])
 
 
-def keep_results(graph: fx.GraphModule, results: int) -> None:
-    """Ask for the results alone: a kernel of a GPU repeats no numbers, but each is one more."""
-    [output] = [node for node in graph.graph.nodes if node.op == "output"]
-    output.args = (list(output.args[0])[:results],)
+def for_gpus(graph: fx.GraphModule, results: int) -> None:
+    """Undo what is for processors: kernels of GPUs repeat no numbers, and are exact by themselves.
+
+    Args:
+        graph: The operators.
+        results: How many of the tensors that it returns, the first ones, are asked for.
+    """
+    operators = {formula: operator for operator, formula in FORMULAS.items()}
+    for node in graph.graph.nodes:
+        node.target = operators.get(node.target, node.target)
+        if node.op == "output":
+            node.args = (list(node.args[0])[:results],)
     graph.recompile()
 
 

@@ -15,7 +15,7 @@ from ddpnopt.errors import UnsupportedModelError
 from ddpnopt.typing import Tensor
 
 #: Entries that are all looked at; and how many of a large tensor are, where there are more.
-FEW, SAMPLED = 2**15, 16
+FEW, SAMPLED = 2**15, 64
 #: Stands for a sample's memory, which nothing else shares.
 SAMPLE = -(2**62)
 #: By what stands for a tensor that a program changes: what stands for the room beside it.

@@ -104,5 +104,8 @@ FUSED: dict[Any, Callable[..., None]] = {
     aten._fused_sgd_.default: _sgd,
     aten._fused_sgd_.tensor_lr: _sgd,
 }
-#: Of other operators.
-FORMULAS: dict[Any, Callable[..., Tensor]] = {aten.expm1.default: _expm1}
+#: Of other operators, where processors run them.
+FORMULAS: dict[Any, Callable[..., Tensor]] = {
+    aten.expm1.default: _expm1,
+    aten.expm1_.default: lambda x: x.copy_(_expm1(x)),
+}

@@ -162,7 +162,7 @@ def graph_of(
         calls: The operators.
         results: What it returns.
         native: For operators that are called one by one; else for a compiler, and what it returns
-            has `numbers` behind the results.
+            has `_numbers` behind the results.
     """
     graph = fx.Graph()
     nodes = {v: graph.placeholder(f"t{v.index}") for v in given}
@@ -199,7 +199,7 @@ def _numbers(calls: Sequence[Call], results: Iterable[Value]) -> list[Value]:
         old = {v.storage for v in call.inputs}
         if numbers and call.inputs and not call.written:
             made.update((v, None) for v in call.outputs if v.storage not in old)
-        elif not numbers:
+        elif any(v.dim for v in call.inputs):  # numbers that are put together are no loop
             used.update((v, True) for v in call.inputs if v in made and v not in used)
     return [v for v, asked in used.items() if asked]
 

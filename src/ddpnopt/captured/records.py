@@ -38,8 +38,8 @@ PLANS = 8
 POSTPONED, REFUSED = 50, 3
 #: Runs in a row with other decisions before a new recording.
 MISSES = 3
-#: Recordings in a row that were run fewer times than this before it is given up; or compiled ones.
-FRUITLESS, FRUITFUL, FRUITFUL_COMPILED = 3, 20, 200
+#: Recordings in a row that were run fewer times than this before it is given up.
+FRUITLESS, FRUITFUL = 3, 20
 
 
 class Records(ABC):
@@ -74,7 +74,7 @@ class Records(ABC):
         self._plans: dict[tuple[Any, Any], Plan] = {}
         #: The parameters' curvatures, where any does not do the same in every step.
         self._curvatures: dict[Tensor, Curvature] = {}
-        self._fruitless = self._postponed = self._refused = 0
+        self._fruitless = self._postponed = self._refused = self._unconfirmed = 0
         self._rates = Rates(optimizer)
         self._settings, self._modules = list[Any](), list[nn.Module]()
         self._model: nn.Module | None = None
@@ -187,18 +187,20 @@ class Records(ABC):
         """Another is made in its place."""
         self._plans = {key: known for key, known in self._plans.items() if known is not plan}
 
+    def _put_off(self, plan: Plan) -> None:
+        """A record can't be confirmed: another is made after twice as many calls as the last."""
+        self._unconfirmed += 1
+        kinds = [kind for (kind, _), known in self._plans.items() if known is plan]
+        self._drop(plan)
+        self._warm.update(dict.fromkeys(kinds, WARM - 2**self._unconfirmed))
+
     def _count_miss(self, plan: Plan) -> None:
         """A record's decisions were others."""
         self.missed += 1
-        self._miss(plan)
-
-    def _miss(self, plan: Plan) -> None:
-        """After a few in a row another record is made, for as long as that pays."""
         plan.misses += 1
         if plan.misses >= MISSES:
             self._drop(plan)
-            enough = FRUITFUL_COMPILED if plan.compiled else FRUITFUL
-            self._fruitless = self._fruitless + 1 if plan.runs < enough else 0
+            self._fruitless = self._fruitless + 1 if plan.runs < FRUITFUL else 0
             if self._fruitless >= FRUITLESS:
                 self._give_up("what the step decides (about the loss, say) changes all the time")
 
@@ -259,8 +261,7 @@ class Records(ABC):
         elif tracer.refusal:
             self._refused += 1
         if self._postponed >= POSTPONED or self._refused >= REFUSED:
-            refusal = tracer.refusal + calls.hint(self.optimizer)
-            self._give_up(tracer.postponed or refusal)
+            self._give_up(tracer.postponed or tracer.refusal + calls.hint(self.optimizer))
 
     def _verify(self, plan: Plan, work: Work) -> Any:
         """Compare the record with the code; from then on it is run."""
@@ -272,7 +273,9 @@ class Records(ABC):
             self._seen,
         )
         if off is None:  # what was decided in the recording is not decided so again
-            self._miss(plan)
+            plan.misses += 1
+            if plan.misses >= MISSES:
+                self._put_off(plan)
             return made
         if off and plan.compiled:
             self._do_without_compiler(plan, f"a compiled {self.what} differs by {off:.2%}")
@@ -281,13 +284,13 @@ class Records(ABC):
             self._differs(off)
             return made
         plan.confirm(self.compare_every)
+        self._unconfirmed = 0
         if any(t.device.type == "cuda" for t in plan.changed):
             try:
                 plan.capture_graph(work.inputs, self._rates.tensors)
             except RuntimeError as error:
-                self._give_up(
-                    f"a CUDA graph can't hold the {self.what} ({calls.first_line(error)})"
-                )
+                line = calls.first_line(error)
+                self._give_up(f"a CUDA graph can't hold the {self.what} ({line})")
         return made
 
     def _differs(self, off: float) -> None:
@@ -303,8 +306,7 @@ class Records(ABC):
         try:
             return self._from(plan, work)
         except Exception as error:  # whatever a compiler may raise; shown, and done without it
-            why = f"torch's compiler failed ({calls.first_line(error)})"
-            self._do_without_compiler(plan, why)
+            self._do_without_compiler(plan, f"torch's compiler failed ({calls.first_line(error)})")
             return self._from(plan, work)
 
     def _do_without_compiler(self, plan: Plan, why: str) -> None:
@@ -330,8 +332,7 @@ class Records(ABC):
 
     def _usual(self, inputs: Sequence[Tensor | None]) -> bool:
         """Whether nothing is in the way of running from the record at this call."""
-        obstacle = self._obstacle(inputs)
-        if obstacle:
+        if obstacle := self._obstacle(inputs):
             self._give_up(obstacle)
         elif decisions.traced():  # in another thread
             return False
@@ -346,5 +347,4 @@ class Records(ABC):
     def say(self, stacklevel: int) -> None:
         """Say what there is to say to whoever has called."""
         while self._said:
-            message = f"capture: {self._said.pop(0)}"
-            warnings.warn(message, DDPNOptWarning, stacklevel=stacklevel + 1)
+            warnings.warn(f"capture: {self._said.pop(0)}", DDPNOptWarning, stacklevel + 1)
