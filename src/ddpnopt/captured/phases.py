@@ -40,9 +40,8 @@ class Phase:
     def build(self, compiled: bool) -> None:
         """Make the function; compiled from its first run on."""
         graph = graph_of([*self.given, *self.fixed], self.calls, self.made, native=not compiled)
-        self._run = graph.forward
-        if compiled:
-            self._run = Compiled(graph, len(self.given), len(self.made))
+        given, made = len(self.given), len(self.made)
+        self._run = Compiled(graph, given, made) if compiled else graph.forward
 
     def __call__(self, found: Found) -> None:
         """Run it on what has been found, and add what it makes."""

@@ -93,11 +93,8 @@ class Plan:
         Args:
             first: Runs before the first comparison after this; a tenth of the most.
         """
-        self.misses, self.verified, self.due = (
-            0,
-            True,
-            self.runs + min(max(first, self.runs), 10 * first),
-        )
+        self.verified, self.misses = True, 0
+        self.due = self.runs + min(max(first, self.runs), 10 * first)
 
     def current(self) -> bool:
         """Whether everything that is not an argument is where it was."""
